@@ -1,0 +1,1 @@
+"""`sluice`: one file a command."""

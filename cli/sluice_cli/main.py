@@ -1,0 +1,18 @@
+"""Assembles `sluice` from its commands."""
+
+import typer
+
+app = typer.Typer(
+    name="sluice",
+    help="Serve recurrent models: export LSTM, GRU and RNN models from PyTorch to ONNX, "
+    "stream any number of stateful sequences through them over gRPC.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """Run the command line; the `sluice` script."""
+    app()

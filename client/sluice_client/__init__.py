@@ -1,0 +1,1 @@
+"""Talk to a Sluice server: numpy in, numpy out."""

@@ -1,0 +1,17 @@
+"""An ONNX file with its contract, run as a function of inputs, lengths and state.
+
+The exporter proves a model with this package and the server serves it with this
+package: what is proven is what serves.
+"""
+
+from sluice_model.contract import (
+    METADATA_KEY,
+    SCHEMA_VERSION,
+    compute_digest,
+    initial_row,
+    read_contract,
+    write_contract,
+)
+from sluice_model.errors import ContractError, ModelError, NotAModelError, RunError
+from sluice_model.model import Model, example_inputs
+from sluice_model.self_test import SelfTest, run_self_test

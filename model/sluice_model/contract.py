@@ -1,0 +1,190 @@
+"""Reads, writes and checks the contract that an exported ONNX file carries inside."""
+
+import hashlib
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import onnx
+from google.protobuf import json_format
+from numpy.typing import NDArray
+
+from sluice_model.errors import ContractError, NotAModelError
+from sluice_protos.contract_pb2 import ModelContract, StatePart, TensorSpec
+from sluice_protos.datatypes import DTYPES
+
+METADATA_KEY: Final = "sluice.contract"
+SCHEMA_VERSION: Final = 1
+
+_ELEMENT_TYPES: Final[dict[int, str]] = {
+    onnx.TensorProto.BOOL: "BOOL",
+    onnx.TensorProto.INT8: "INT8",
+    onnx.TensorProto.INT16: "INT16",
+    onnx.TensorProto.INT32: "INT32",
+    onnx.TensorProto.INT64: "INT64",
+    onnx.TensorProto.UINT8: "UINT8",
+    onnx.TensorProto.UINT16: "UINT16",
+    onnx.TensorProto.UINT32: "UINT32",
+    onnx.TensorProto.UINT64: "UINT64",
+    onnx.TensorProto.FLOAT16: "FP16",
+    onnx.TensorProto.FLOAT: "FP32",
+    onnx.TensorProto.DOUBLE: "FP64",
+}
+
+
+def load_proto(path: Path) -> onnx.ModelProto:
+    """Parse an ONNX file.
+
+    Raises NotAModelError when it is missing, is not ONNX, or keeps weights in
+    files beside it.
+    """
+    try:
+        proto = onnx.load_model(path, load_external_data=False)
+    except OSError as error:
+        raise NotAModelError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except Exception as error:  # protobuf's DecodeError, or whatever parsing meets first
+        raise NotAModelError(
+            f"{path}: is not an ONNX file; `sluice export` writes one from a PyTorch module"
+        ) from error
+    if not proto.graph.node:
+        raise NotAModelError(
+            f"{path}: is not an ONNX file, or has an empty graph; "
+            "`sluice export` writes one from a PyTorch module"
+        )
+    if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in proto.graph.initializer):
+        raise NotAModelError(
+            f"{path}: keeps weights in other files; save it as one file "
+            "(onnx.save_model with save_as_external_data=False)"
+        )
+    return proto
+
+
+def compute_digest(proto: onnx.ModelProto) -> str:
+    """SHA-256, in hex, of graph and weights: metadata, doc strings and producer do not count."""
+    bare = onnx.ModelProto()
+    bare.CopyFrom(proto)
+    del bare.metadata_props[:]
+    for field in ("doc_string", "producer_name", "producer_version", "domain", "model_version"):
+        bare.ClearField(field)
+    bare.graph.ClearField("doc_string")
+    for node in bare.graph.node:
+        node.ClearField("doc_string")
+        del node.metadata_props[:]
+    for value in (*bare.graph.input, *bare.graph.output, *bare.graph.value_info):
+        value.ClearField("doc_string")
+        del value.metadata_props[:]
+    del bare.graph.metadata_props[:]
+    return hashlib.sha256(bare.SerializeToString(deterministic=True)).hexdigest()
+
+
+def write_contract(proto: onnx.ModelProto, contract: ModelContract) -> None:
+    """Put `contract` into `proto`, with the schema version and the digest filled in.
+
+    Raises ContractError when the contract does not describe the graph.
+    """
+    contract.schema_version = SCHEMA_VERSION
+    contract.digest = compute_digest(proto)
+    _check(proto, contract, name=contract.name or "the model")
+    text = json_format.MessageToJson(contract, preserving_proto_field_name=True, indent=None)
+    kept = [entry for entry in proto.metadata_props if entry.key != METADATA_KEY]
+    del proto.metadata_props[:]
+    proto.metadata_props.extend(kept)
+    proto.metadata_props.add(key=METADATA_KEY, value=text)
+
+
+def read_contract(path: Path) -> ModelContract:
+    """The contract inside the file at `path`, checked against its graph and weights.
+
+    Raises NotAModelError or ContractError; both name the fix.
+    """
+    return parse_contract(load_proto(path), name=str(path))
+
+
+def parse_contract(proto: onnx.ModelProto, *, name: str) -> ModelContract:
+    """The contract inside `proto`, checked. `name` is what errors call the file."""
+    texts = [entry.value for entry in proto.metadata_props if entry.key == METADATA_KEY]
+    if not texts:
+        raise ContractError(
+            f"{name}: has no Sluice contract; make one with "
+            "`sluice export package.module:factory --output model.onnx`"
+        )
+    try:
+        contract = json_format.Parse(texts[0], ModelContract())
+    except json_format.ParseError as error:
+        raise ContractError(
+            f"{name}: its contract cannot be read ({error}); export it again"
+        ) from error
+    if contract.schema_version != SCHEMA_VERSION:
+        raise ContractError(
+            f"{name}: its contract has schema version {contract.schema_version}, this Sluice "
+            f"reads version {SCHEMA_VERSION}; export it with this version of Sluice"
+        )
+    digest = compute_digest(proto)
+    if contract.digest != digest:
+        raise ContractError(
+            f"{name}: graph or weights were changed after the export (contract "
+            f"{contract.digest[:12]}, file {digest[:12]}); export it again"
+        )
+    _check(proto, contract, name=name)
+    return contract
+
+
+def initial_row(contract: ModelContract) -> NDArray[np.float32]:
+    """The packed state before the first step: [state_size] float32."""
+    row = np.zeros(contract.state_size, np.float32)
+    for part in contract.state:
+        if part.initial:
+            row[part.offset : part.offset + part_size(part)] = part.initial
+    return row
+
+
+def part_size(part: StatePart) -> int:
+    """The floats of one state part."""
+    return int(np.prod(part.shape, dtype=np.int64))
+
+
+def _check(proto: onnx.ModelProto, contract: ModelContract, *, name: str) -> None:
+    """Raise ContractError unless names, types and state layout are the graph's."""
+
+    def require(is_true: bool, problem: str) -> None:
+        if not is_true:
+            raise ContractError(f"{name}: the contract {problem}; export it again")
+
+    initializers = {tensor.name for tensor in proto.graph.initializer}
+    inputs = {value.name: value for value in proto.graph.input if value.name not in initializers}
+    outputs = {value.name: value for value in proto.graph.output}
+
+    require(bool(contract.inputs), "names no input")
+    require(bool(contract.outputs), "names no output")
+    expected = {spec.name for spec in contract.inputs}
+    expected |= {contract.state_input, contract.lengths_input} - {""}
+    require(expected == set(inputs), f"names inputs {sorted(expected)}, not {sorted(inputs)}")
+    expected = {spec.name for spec in contract.outputs} | ({contract.state_output} - {""})
+    require(expected <= set(outputs), f"names outputs {sorted(expected)}, not {sorted(outputs)}")
+    for spec in contract.inputs:
+        _check_tensor(inputs[spec.name], spec, require)
+    for spec in contract.outputs:
+        _check_tensor(outputs[spec.name], spec, require)
+
+    offset = 0
+    for part in contract.state:
+        require(part.offset == offset, f"leaves a gap before state part {part.name!r}")
+        size = part_size(part)
+        require(len(part.initial) in (0, size), f"has a wrong initial value for {part.name!r}")
+        offset += size
+    require(offset == contract.state_size, f"has {offset} floats of state parts, not state_size")
+    require((contract.state_size > 0) == bool(contract.state_input), "has a state without input")
+    require(contract.batch_min >= 1 and contract.length_min >= 1, "has no smallest batch or length")
+
+
+def _check_tensor(value: onnx.ValueInfoProto, spec: TensorSpec, require: object) -> None:
+    assert callable(require)
+    tensor = value.type.tensor_type
+    datatype = _ELEMENT_TYPES.get(tensor.elem_type)
+    require(spec.datatype in DTYPES, f"gives {spec.name!r} the unknown datatype {spec.datatype!r}")
+    require(spec.datatype == datatype, f"gives {spec.name!r} {spec.datatype}, not {datatype}")
+    axes = {spec.batch_axis, spec.time_axis}
+    rank = len(tensor.shape.dim)
+    require(len(axes) == 2 and max(axes) < rank, f"has wrong axes for {spec.name!r}")
+    shape = [dim.dim_value for axis, dim in enumerate(tensor.shape.dim) if axis not in axes]
+    require(shape == list(spec.shape), f"gives {spec.name!r} shape {list(spec.shape)}, not {shape}")

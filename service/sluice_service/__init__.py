@@ -1,0 +1,1 @@
+"""The server: live sequences in one arena, all ready ones in one run."""

@@ -1,0 +1,104 @@
+# Every target sets up what it needs; a second call costs nothing.
+#
+# PyTorch is pinned in constraints.txt. Where pip knows an index with PyTorch's
+# CPU wheels (PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS), it takes those by itself.
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# Debian packages with a program that a test starts. They are unpacked, not
+# installed: no root is needed, and no service starts by itself.
+DEBIAN := $(VENV)/debian
+DEBIAN_PACKAGES := prometheus
+WHEEL_VENV := .venv-wheel
+WHEEL_TESTS := build/wheel-tests
+# What the tests of the wheel see of the checkout; never a folder with our code.
+WHEEL_TEST_FILES := tests README.md pyproject.toml
+
+export PATH := $(CURDIR)/$(BIN):$(PATH):$(CURDIR)/$(DEBIAN)/usr/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+
+INSTALL := -m pip install --quiet --constraint constraints.txt --build-constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check format protos wheel test-wheel constraints setup tools clean
+
+help: ## show this page
+	@echo "Sluice: stateful streaming inference for LSTM, GRU and RNN models."
+	@echo
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+	@echo
+	@echo "Start with: make demo"
+
+demo: $(READY) ## two minutes: train, export, serve, stream, watch
+	@$(BIN)/sluice demo
+
+test: $(READY) tools ## every test, against this checkout
+	@$(BIN)/python -m pytest
+
+check: $(READY) ## style, types, and the rules of the layout
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/pyright
+	$(BIN)/python -m pytest tests/structure
+
+format: $(READY) ## mend what can be mended of style
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+protos: $(READY) ## write the stubs anew from the .proto files
+	$(BIN)/python -m grpc_tools.protoc -Iprotos --python_out=protos --grpc_python_out=protos \
+		--mypy_out=protos --mypy_grpc_out=protos protos/sluice_protos/*.proto
+
+wheel: $(READY) ## build dist/*.whl, by way of the source distribution
+	@rm -rf dist
+	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python -m build
+
+test-wheel: wheel tools ## the tests against the built wheel, in a clean environment
+	@rm -rf $(WHEEL_TESTS) && mkdir -p $(WHEEL_TESTS)
+	@cp -R $(WHEEL_TEST_FILES) $(WHEEL_TESTS)
+	@rm -rf $(WHEEL_TESTS)/tests/structure $(WHEEL_TESTS)/tests/deploy
+	@echo "Installing the wheel into $(WHEEL_VENV)"
+	@$(BIN)/python -m venv --clear $(WHEEL_VENV)
+	@$(WHEEL_VENV)/bin/python -m pip install --quiet --constraint constraints.txt pip
+	@$(WHEEL_VENV)/bin/python $(INSTALL) --group dev "$$(echo dist/*.whl)[service,export]"
+	@cd $(WHEEL_TESTS) && PATH="$(CURDIR)/$(WHEEL_VENV)/bin:$$PATH" \
+		$(CURDIR)/$(WHEEL_VENV)/bin/python -m pytest
+
+constraints: $(READY) ## pin what is installed now in constraints.txt
+	@{ sed -n '/^#/p' constraints.txt; $(BIN)/python -m pip freeze --all --exclude-editable \
+		| sed 's/+cpu$$//'; } > constraints.new && mv constraints.new constraints.txt
+	@touch $(READY)
+
+setup: $(READY) ## the virtual environment in .venv, and nothing else
+
+$(READY): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "Sluice needs Python 3.11 \
+	(make PYTHON=/path/to/python3.11 …)" >&2; exit 1; }
+	@echo "Setting up $(VENV) (a few minutes the first time)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+		echo "On Debian: apt-get install python3.11-venv" >&2; exit 1; }
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt pip
+	@$(BIN)/python $(INSTALL) --group dev --editable '.[service,export]'
+	@touch $@
+
+tools: $(DEBIAN_PACKAGES:%=$(DEBIAN)/%)
+
+# A program that is on the machine already is used as it is. A test that misses
+# one fails and names the package, so a failed download is only told here.
+$(DEBIAN)/%: | $(READY)
+	@mkdir -p $(DEBIAN)
+	@command -v $* >/dev/null || { echo "Unpacking Debian's $* into $(DEBIAN)"; \
+		cd $(DEBIAN) && apt="apt-get -qq -o APT::Sandbox::User=" && \
+		{ $$apt download $* 2>/dev/null || { $$apt update && $$apt download $*; }; } && \
+		dpkg -x $*_*.deb . && rm $*_*.deb; } \
+		|| echo "No Debian package $* could be had: tests that need it will fail." >&2
+	@touch $@
+
+clean: ## everything that is not in git
+	rm -rf $(VENV) $(WHEEL_VENV) build dist demo-output .pytest_cache .mypy_cache .ruff_cache \
+		.hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from sluice_protos import contract_pb2 as sluice__protos_dot_contract__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dsluice_protos/sequences.proto\x12\tsluice.v1\x1a\x1csluice_protos/contract.proto\"\x94\x02\n\x0cInferRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12%\n\x04open\x18\x02 \x03(\x0b\x32\x17.sluice.v1.OpenSequence\x12\x0c\n\x04lane\x18\x03 \x03(\r\x12\r\n\x05steps\x18\x04 \x03(\r\x12\x12\n\nfirst_step\x18\x05 \x03(\x04\x12!\n\x06inputs\x18\x06 \x03(\x0b\x32\x11.sluice.v1.Tensor\x12\r\n\x05\x63lose\x18\x07 \x03(\r\x12\x0c\n\x04park\x18\x08 \x03(\r\x12%\n\x08received\x18\t \x03(\x0b\x32\x13.sluice.v1.Received\x12\x1a\n\x12received_responses\x18\n \x01(\x04\x12\x1a\n\x12response_bytes_max\x18\x0b \x01(\r\"\xda\x01\n\x0cOpenSequence\x12\x0c\n\x04lane\x18\x01 \x01(\r\x12\x13\n\x0bsequence_id\x18\x02 \x01(\t\x12!\n\x04mode\x18\x03 \x01(\x0e\x32\x13.sluice.v1.OpenMode\x12\x15\n\x08received\x18\x04 \x01(\x04H\x00\x88\x01\x01\x12\'\n\x05state\x18\x05 \x01(\x0b\x32\x18.sluice.v1.SequenceState\x12\x0e\n\x06writer\x18\x06 \x01(\x0c\x12\x0f\n\x07\x61ttempt\x18\x07 \x01(\x04\x12\x16\n\x0e\x65xpected_epoch\x18\x08 \x01(\x04\x42\x0b\n\t_received\"&\n\x08Received\x12\x0c\n\x04lane\x18\x01 \x01(\r\x12\x0c\n\x04step\x18\x02 \x01(\x04\"\x94\x02\n\rInferResponse\x12!\n\x06opened\x18\x01 \x03(\x0b\x32\x11.sluice.v1.Opened\x12\x0c\n\x04lane\x18\x02 \x03(\r\x12\r\n\x05steps\x18\x03 \x03(\r\x12\x12\n\nfirst_step\x18\x04 \x03(\x04\x12\"\n\x07outputs\x18\x05 \x03(\x0b\x32\x11.sluice.v1.Tensor\x12 \n\x06\x66\x61ults\x18\x06 \x03(\x0b\x32\x10.sluice.v1.Fault\x12!\n\x06\x63losed\x18\x07 \x03(\x0b\x32\x11.sluice.v1.Closed\x12#\n\x07\x64urable\x18\x08 \x03(\x0b\x32\x12.sluice.v1.Durable\x12!\n\x06limits\x18\t \x01(\x0b\x32\x11.sluice.v1.Limits\"o\n\x06Opened\x12\x0c\n\x04lane\x18\x01 \x01(\r\x12\x13\n\x0bsequence_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x0f\n\x07\x61pplied\x18\x04 \x01(\x04\x12\x0f\n\x07\x64urable\x18\x05 \x01(\x04\x12\x11\n\theld_from\x18\x06 \x01(\x04\"\x89\x03\n\x05\x46\x61ult\x12\x0c\n\x04lane\x18\x01 \x01(\r\x12\'\n\x06reason\x18\x02 \x01(\x0e\x32\x17.sluice.v1.Fault.Reason\x12\x0c\n\x04\x63ode\x18\x03 \x01(\x05\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\x15\n\rexpected_step\x18\x05 \x01(\x04\x12\r\n\x05\x65poch\x18\x06 \x01(\x04\"\x83\x02\n\x06Reason\x12\x0f\n\x0bUNSPECIFIED\x10\x00\x12\x11\n\rINVALID_INPUT\x10\x01\x12\x10\n\x0cUNKNOWN_LANE\x10\x02\x12\x07\n\x03GAP\x10\x03\x12\x0e\n\nRUN_FAILED\x10\x04\x12\x0e\n\nNON_FINITE\x10\x05\x12\x12\n\x0e\x41LREADY_EXISTS\x10\x06\x12\r\n\tNOT_FOUND\x10\x07\x12\x13\n\x0fSEQUENCE_CLOSED\x10\x08\x12\n\n\x06\x46\x45NCED\x10\t\x12\t\n\x05STALE\x10\n\x12\x0c\n\x08\x43ONFLICT\x10\x0b\x12\t\n\x05LIMIT\x10\x0c\x12\x10\n\x0cOUT_OF_RANGE\x10\r\x12\x0f\n\x0bLANE_IN_USE\x10\x0e\x12\x0f\n\x0bWRONG_MODEL\x10\x0f\"\x93\x01\n\x06\x43losed\x12\x0c\n\x04lane\x18\x01 \x01(\r\x12(\n\x06reason\x18\x02 \x01(\x0e\x32\x18.sluice.v1.Closed.Reason\"Q\n\x06Reason\x12\n\n\x06\x43LIENT\x10\x00\x12\n\n\x06PARKED\x10\x01\x12\x08\n\x04IDLE\x10\x02\x12\x0b\n\x07\x45VICTED\x10\x03\x12\n\n\x06\x46\x45NCED\x10\x04\x12\x0c\n\x08\x44RAINING\x10\x05\"%\n\x07\x44urable\x12\x0c\n\x04lane\x18\x01 \x01(\r\x12\x0c\n\x04step\x18\x02 \x01(\x04\"\x8a\x01\n\x06Limits\x12\x19\n\x11request_bytes_max\x18\x01 \x01(\r\x12\x17\n\x0f\x63hunk_steps_max\x18\x02 \x01(\r\x12\x14\n\x0c\x63redit_steps\x18\x03 \x01(\r\x12\x14\n\x0c\x63redit_bytes\x18\x04 \x01(\x04\x12 \n\x18unacknowledged_steps_max\x18\x05 \x01(\r\"E\n\x06Tensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08\x64\x61tatype\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\r\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\"@\n\rSequenceState\x12\x14\n\x0cmodel_digest\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x0b\n\x03row\x18\x03 \x01(\x0c\"5\n\x0fGetStateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x13\n\x0bsequence_id\x18\x02 \x01(\t\":\n\x14\x43loseSequenceRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x13\n\x0bsequence_id\x18\x02 \x01(\t\"%\n\x15\x43loseSequenceResponse\x12\x0c\n\x04step\x18\x01 \x01(\x04\"%\n\x14ListSequencesRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\x8c\x01\n\x0cSequenceInfo\x12\r\n\x05model\x18\x01 \x01(\t\x12\x13\n\x0bsequence_id\x18\x02 \x01(\t\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12\x11\n\tis_parked\x18\x05 \x01(\x08\x12\x14\n\x0cidle_seconds\x18\x06 \x01(\x01\x12\x12\n\nheld_steps\x18\x07 \x01(\x04\"\x13\n\x11ListModelsRequest\":\n\x12ListModelsResponse\x12$\n\x06models\x18\x01 \x03(\x0b\x32\x14.sluice.v1.ModelInfo\"}\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x10\n\x08is_ready\x18\x03 \x01(\x08\x12\x16\n\x0esequences_live\x18\x04 \x01(\x04\x12\x14\n\x0cis_bit_exact\x18\x05 \x01(\x08\x12\x12\n\narithmetic\x18\x06 \x01(\t\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t*Q\n\x08OpenMode\x12\t\n\x05START\x10\x00\x12\n\n\x06RESUME\x10\x01\x12\x13\n\x0fSTART_OR_RESUME\x10\x02\x12\x0b\n\x07RESTART\x10\x03\x12\x0c\n\x08TAKEOVER\x10\x04\x32\xae\x02\n\tSequences\x12>\n\x05Infer\x12\x17.sluice.v1.InferRequest\x1a\x18.sluice.v1.InferResponse(\x01\x30\x01\x12@\n\x08GetState\x12\x1a.sluice.v1.GetStateRequest\x1a\x18.sluice.v1.SequenceState\x12R\n\rCloseSequence\x12\x1f.sluice.v1.CloseSequenceRequest\x1a .sluice.v1.CloseSequenceResponse\x12K\n\rListSequences\x12\x1f.sluice.v1.ListSequencesRequest\x1a\x17.sluice.v1.SequenceInfo0\x01\x32\x95\x01\n\x06Models\x12I\n\nListModels\x12\x1c.sluice.v1.ListModelsRequest\x1a\x1d.sluice.v1.ListModelsResponse\x12@\n\x08GetModel\x12\x1a.sluice.v1.GetModelRequest\x1a\x18.sluice.v1.ModelContractb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dsluice_protos/sequences.proto\x12\tsluice.v1\x1a\x1csluice_protos/contract.proto\"\x94\x02\n\x0cInferRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12%\n\x04open\x18\x02 \x03(\x0b\x32\x17.sluice.v1.OpenSequence\x12\x0c\n\x04lane\x18\x03 \x03(\r\x12\r\n\x05steps\x18\x04 \x03(\r\x12\x12\n\nfirst_step\x18\x05 \x03(\x04\x12!\n\x06inputs\x18\x06 \x03(\x0b\x32\x11.sluice.v1.Tensor\x12\r\n\x05\x63lose\x18\x07 \x03(\r\x12\x0c\n\x04park\x18\x08 \x03(\r\x12%\n\x08received\x18\t \x03(\x0b\x32\x13.sluice.v1.Received\x12\x1a\n\x12received_responses\x18\n \x01(\x04\x12\x1a\n\x12response_bytes_max\x18\x0b \x01(\r\"\xda\x01\n\x0cOpenSequence\x12\x0c\n\x04lane\x18\x01 \x01(\r\x12\x13\n\x0bsequence_id\x18\x02 \x01(\t\x12!\n\x04mode\x18\x03 \x01(\x0e\x32\x13.sluice.v1.OpenMode\x12\x15\n\x08received\x18\x04 \x01(\x04H\x00\x88\x01\x01\x12\'\n\x05state\x18\x05 \x01(\x0b\x32\x18.sluice.v1.SequenceState\x12\x0e\n\x06writer\x18\x06 \x01(\x0c\x12\x0f\n\x07\x61ttempt\x18\x07 \x01(\x04\x12\x16\n\x0e\x65xpected_epoch\x18\x08 \x01(\x04\x42\x0b\n\t_received\"&\n\x08Received\x12\x0c\n\x04lane\x18\x01 \x01(\r\x12\x0c\n\x04step\x18\x02 \x01(\x04\"\x94\x02\n\rInferResponse\x12!\n\x06opened\x18\x01 \x03(\x0b\x32\x11.sluice.v1.Opened\x12\x0c\n\x04lane\x18\x02 \x03(\r\x12\r\n\x05steps\x18\x03 \x03(\r\x12\x12\n\nfirst_step\x18\x04 \x03(\x04\x12\"\n\x07outputs\x18\x05 \x03(\x0b\x32\x11.sluice.v1.Tensor\x12 \n\x06\x66\x61ults\x18\x06 \x03(\x0b\x32\x10.sluice.v1.Fault\x12!\n\x06\x63losed\x18\x07 \x03(\x0b\x32\x11.sluice.v1.Closed\x12#\n\x07\x64urable\x18\x08 \x03(\x0b\x32\x12.sluice.v1.Durable\x12!\n\x06limits\x18\t \x01(\x0b\x32\x11.sluice.v1.Limits\"o\n\x06Opened\x12\x0c\n\x04lane\x18\x01 \x01(\r\x12\x13\n\x0bsequence_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x0f\n\x07\x61pplied\x18\x04 \x01(\x04\x12\x0f\n\x07\x64urable\x18\x05 \x01(\x04\x12\x11\n\theld_from\x18\x06 \x01(\x04\"\x97\x03\n\x05\x46\x61ult\x12\x0c\n\x04lane\x18\x01 \x01(\r\x12\'\n\x06reason\x18\x02 \x01(\x0e\x32\x17.sluice.v1.Fault.Reason\x12\x0c\n\x04\x63ode\x18\x03 \x01(\x05\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\x15\n\rexpected_step\x18\x05 \x01(\x04\x12\r\n\x05\x65poch\x18\x06 \x01(\x04\"\x91\x02\n\x06Reason\x12\x0f\n\x0bUNSPECIFIED\x10\x00\x12\x11\n\rINVALID_INPUT\x10\x01\x12\x10\n\x0cUNKNOWN_LANE\x10\x02\x12\x07\n\x03GAP\x10\x03\x12\x0e\n\nRUN_FAILED\x10\x04\x12\x0e\n\nNON_FINITE\x10\x05\x12\x12\n\x0e\x41LREADY_EXISTS\x10\x06\x12\r\n\tNOT_FOUND\x10\x07\x12\x13\n\x0fSEQUENCE_CLOSED\x10\x08\x12\n\n\x06\x46\x45NCED\x10\t\x12\t\n\x05STALE\x10\n\x12\x0c\n\x08\x43ONFLICT\x10\x0b\x12\t\n\x05LIMIT\x10\x0c\x12\x10\n\x0cOUT_OF_RANGE\x10\r\x12\x0f\n\x0bLANE_IN_USE\x10\x0e\x12\x0f\n\x0bWRONG_MODEL\x10\x0f\x12\x0c\n\x08\x44RAINING\x10\x10\"\x93\x01\n\x06\x43losed\x12\x0c\n\x04lane\x18\x01 \x01(\r\x12(\n\x06reason\x18\x02 \x01(\x0e\x32\x18.sluice.v1.Closed.Reason\"Q\n\x06Reason\x12\n\n\x06\x43LIENT\x10\x00\x12\n\n\x06PARKED\x10\x01\x12\x08\n\x04IDLE\x10\x02\x12\x0b\n\x07\x45VICTED\x10\x03\x12\n\n\x06\x46\x45NCED\x10\x04\x12\x0c\n\x08\x44RAINING\x10\x05\"%\n\x07\x44urable\x12\x0c\n\x04lane\x18\x01 \x01(\r\x12\x0c\n\x04step\x18\x02 \x01(\x04\"\x8a\x01\n\x06Limits\x12\x19\n\x11request_bytes_max\x18\x01 \x01(\r\x12\x17\n\x0f\x63hunk_steps_max\x18\x02 \x01(\r\x12\x14\n\x0c\x63redit_steps\x18\x03 \x01(\r\x12\x14\n\x0c\x63redit_bytes\x18\x04 \x01(\x04\x12 \n\x18unacknowledged_steps_max\x18\x05 \x01(\r\"E\n\x06Tensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08\x64\x61tatype\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\r\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\"@\n\rSequenceState\x12\x14\n\x0cmodel_digest\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x0b\n\x03row\x18\x03 \x01(\x0c\"5\n\x0fGetStateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x13\n\x0bsequence_id\x18\x02 \x01(\t\":\n\x14\x43loseSequenceRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x13\n\x0bsequence_id\x18\x02 \x01(\t\"%\n\x15\x43loseSequenceResponse\x12\x0c\n\x04step\x18\x01 \x01(\x04\"%\n\x14ListSequencesRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\x8c\x01\n\x0cSequenceInfo\x12\r\n\x05model\x18\x01 \x01(\t\x12\x13\n\x0bsequence_id\x18\x02 \x01(\t\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12\x11\n\tis_parked\x18\x05 \x01(\x08\x12\x14\n\x0cidle_seconds\x18\x06 \x01(\x01\x12\x12\n\nheld_steps\x18\x07 \x01(\x04\"\x13\n\x11ListModelsRequest\":\n\x12ListModelsResponse\x12$\n\x06models\x18\x01 \x03(\x0b\x32\x14.sluice.v1.ModelInfo\"}\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x10\n\x08is_ready\x18\x03 \x01(\x08\x12\x16\n\x0esequences_live\x18\x04 \x01(\x04\x12\x14\n\x0cis_bit_exact\x18\x05 \x01(\x08\x12\x12\n\narithmetic\x18\x06 \x01(\t\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t*Q\n\x08OpenMode\x12\t\n\x05START\x10\x00\x12\n\n\x06RESUME\x10\x01\x12\x13\n\x0fSTART_OR_RESUME\x10\x02\x12\x0b\n\x07RESTART\x10\x03\x12\x0c\n\x08TAKEOVER\x10\x04\x32\xae\x02\n\tSequences\x12>\n\x05Infer\x12\x17.sluice.v1.InferRequest\x1a\x18.sluice.v1.InferResponse(\x01\x30\x01\x12@\n\x08GetState\x12\x1a.sluice.v1.GetStateRequest\x1a\x18.sluice.v1.SequenceState\x12R\n\rCloseSequence\x12\x1f.sluice.v1.CloseSequenceRequest\x1a .sluice.v1.CloseSequenceResponse\x12K\n\rListSequences\x12\x1f.sluice.v1.ListSequencesRequest\x1a\x17.sluice.v1.SequenceInfo0\x01\x32\x95\x01\n\x06Models\x12I\n\nListModels\x12\x1c.sluice.v1.ListModelsRequest\x1a\x1d.sluice.v1.ListModelsResponse\x12@\n\x08GetModel\x12\x1a.sluice.v1.GetModelRequest\x1a\x18.sluice.v1.ModelContractb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'sluice_protos.sequences_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_OPENMODE']._serialized_start=2446
-  _globals['_OPENMODE']._serialized_end=2527
+  _globals['_OPENMODE']._serialized_start=2460
+  _globals['_OPENMODE']._serialized_end=2541
   _globals['_INFERREQUEST']._serialized_start=75
   _globals['_INFERREQUEST']._serialized_end=351
   _globals['_OPENSEQUENCE']._serialized_start=354
@@ -45,41 +45,41 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_OPENED']._serialized_start=893
   _globals['_OPENED']._serialized_end=1004
   _globals['_FAULT']._serialized_start=1007
-  _globals['_FAULT']._serialized_end=1400
+  _globals['_FAULT']._serialized_end=1414
   _globals['_FAULT_REASON']._serialized_start=1141
-  _globals['_FAULT_REASON']._serialized_end=1400
-  _globals['_CLOSED']._serialized_start=1403
-  _globals['_CLOSED']._serialized_end=1550
-  _globals['_CLOSED_REASON']._serialized_start=1469
-  _globals['_CLOSED_REASON']._serialized_end=1550
-  _globals['_DURABLE']._serialized_start=1552
-  _globals['_DURABLE']._serialized_end=1589
-  _globals['_LIMITS']._serialized_start=1592
-  _globals['_LIMITS']._serialized_end=1730
-  _globals['_TENSOR']._serialized_start=1732
-  _globals['_TENSOR']._serialized_end=1801
-  _globals['_SEQUENCESTATE']._serialized_start=1803
-  _globals['_SEQUENCESTATE']._serialized_end=1867
-  _globals['_GETSTATEREQUEST']._serialized_start=1869
-  _globals['_GETSTATEREQUEST']._serialized_end=1922
-  _globals['_CLOSESEQUENCEREQUEST']._serialized_start=1924
-  _globals['_CLOSESEQUENCEREQUEST']._serialized_end=1982
-  _globals['_CLOSESEQUENCERESPONSE']._serialized_start=1984
-  _globals['_CLOSESEQUENCERESPONSE']._serialized_end=2021
-  _globals['_LISTSEQUENCESREQUEST']._serialized_start=2023
-  _globals['_LISTSEQUENCESREQUEST']._serialized_end=2060
-  _globals['_SEQUENCEINFO']._serialized_start=2063
-  _globals['_SEQUENCEINFO']._serialized_end=2203
-  _globals['_LISTMODELSREQUEST']._serialized_start=2205
-  _globals['_LISTMODELSREQUEST']._serialized_end=2224
-  _globals['_LISTMODELSRESPONSE']._serialized_start=2226
-  _globals['_LISTMODELSRESPONSE']._serialized_end=2284
-  _globals['_MODELINFO']._serialized_start=2286
-  _globals['_MODELINFO']._serialized_end=2411
-  _globals['_GETMODELREQUEST']._serialized_start=2413
-  _globals['_GETMODELREQUEST']._serialized_end=2444
-  _globals['_SEQUENCES']._serialized_start=2530
-  _globals['_SEQUENCES']._serialized_end=2832
-  _globals['_MODELS']._serialized_start=2835
-  _globals['_MODELS']._serialized_end=2984
+  _globals['_FAULT_REASON']._serialized_end=1414
+  _globals['_CLOSED']._serialized_start=1417
+  _globals['_CLOSED']._serialized_end=1564
+  _globals['_CLOSED_REASON']._serialized_start=1483
+  _globals['_CLOSED_REASON']._serialized_end=1564
+  _globals['_DURABLE']._serialized_start=1566
+  _globals['_DURABLE']._serialized_end=1603
+  _globals['_LIMITS']._serialized_start=1606
+  _globals['_LIMITS']._serialized_end=1744
+  _globals['_TENSOR']._serialized_start=1746
+  _globals['_TENSOR']._serialized_end=1815
+  _globals['_SEQUENCESTATE']._serialized_start=1817
+  _globals['_SEQUENCESTATE']._serialized_end=1881
+  _globals['_GETSTATEREQUEST']._serialized_start=1883
+  _globals['_GETSTATEREQUEST']._serialized_end=1936
+  _globals['_CLOSESEQUENCEREQUEST']._serialized_start=1938
+  _globals['_CLOSESEQUENCEREQUEST']._serialized_end=1996
+  _globals['_CLOSESEQUENCERESPONSE']._serialized_start=1998
+  _globals['_CLOSESEQUENCERESPONSE']._serialized_end=2035
+  _globals['_LISTSEQUENCESREQUEST']._serialized_start=2037
+  _globals['_LISTSEQUENCESREQUEST']._serialized_end=2074
+  _globals['_SEQUENCEINFO']._serialized_start=2077
+  _globals['_SEQUENCEINFO']._serialized_end=2217
+  _globals['_LISTMODELSREQUEST']._serialized_start=2219
+  _globals['_LISTMODELSREQUEST']._serialized_end=2238
+  _globals['_LISTMODELSRESPONSE']._serialized_start=2240
+  _globals['_LISTMODELSRESPONSE']._serialized_end=2298
+  _globals['_MODELINFO']._serialized_start=2300
+  _globals['_MODELINFO']._serialized_end=2425
+  _globals['_GETMODELREQUEST']._serialized_start=2427
+  _globals['_GETMODELREQUEST']._serialized_end=2458
+  _globals['_SEQUENCES']._serialized_start=2544
+  _globals['_SEQUENCES']._serialized_end=2846
+  _globals['_MODELS']._serialized_start=2849
+  _globals['_MODELS']._serialized_end=2998
 # @@protoc_insertion_point(module_scope)

@@ -367,6 +367,8 @@ class Fault(_message.Message):
         """an open named a lane that has a sequence"""
         WRONG_MODEL: Fault._Reason.ValueType  # 15
         """a state made by another model"""
+        DRAINING: Fault._Reason.ValueType  # 16
+        """the server stops and opens nothing new; try another"""
 
     class Reason(_Reason, metaclass=_ReasonEnumTypeWrapper): ...
     UNSPECIFIED: Fault.Reason.ValueType  # 0
@@ -400,6 +402,8 @@ class Fault(_message.Message):
     """an open named a lane that has a sequence"""
     WRONG_MODEL: Fault.Reason.ValueType  # 15
     """a state made by another model"""
+    DRAINING: Fault.Reason.ValueType  # 16
+    """the server stops and opens nothing new; try another"""
 
     LANE_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int

@@ -1,0 +1,179 @@
+"""Every error a client can be told, each with its gRPC status.
+
+    ServiceError
+    ├── ModelNotFoundError        NOT_FOUND            ends the call
+    ├── RequestError              INVALID_ARGUMENT     ends the call
+    ├── StoppingError             UNAVAILABLE          ends the call
+    └── LaneError                                      a Fault of one lane; the others go on
+        ├── InvalidInputError     INVALID_ARGUMENT
+        ├── UnknownLaneError      NOT_FOUND
+        ├── LaneInUseError        ALREADY_EXISTS
+        ├── GapError              FAILED_PRECONDITION
+        ├── RunFailedError        INTERNAL
+        ├── NonFiniteError        INVALID_ARGUMENT
+        ├── ExistsError           ALREADY_EXISTS
+        ├── NotFoundError         NOT_FOUND
+        ├── SequenceClosedError   FAILED_PRECONDITION
+        ├── FencedError           FAILED_PRECONDITION
+        ├── StaleError            ABORTED
+        ├── ConflictError         ABORTED
+        ├── OutOfRangeError       OUT_OF_RANGE
+        ├── WrongModelError       FAILED_PRECONDITION
+        ├── LimitError            RESOURCE_EXHAUSTED
+        └── DrainingError         UNAVAILABLE
+
+Anything else that is raised becomes INTERNAL with a fixed text, and a traceback
+in the log only.
+"""
+
+from typing import ClassVar
+
+from grpc import StatusCode
+
+from sluice_protos.sequences_pb2 import Fault
+
+
+class ServiceError(Exception):
+    """Something the client can be told; the message names the fix."""
+
+    status: ClassVar[StatusCode] = StatusCode.INTERNAL
+
+
+class ModelNotFoundError(ServiceError):
+    """No model of that name is served here."""
+
+    status = StatusCode.NOT_FOUND
+
+
+class RequestError(ServiceError):
+    """A message that cannot be read as what the call expects."""
+
+    status = StatusCode.INVALID_ARGUMENT
+
+
+class StoppingError(ServiceError):
+    """The server stops; another may take the call."""
+
+    status = StatusCode.UNAVAILABLE
+
+
+class LaneError(ServiceError):
+    """A fault of one lane. `epoch` is what a CONFLICT tells."""
+
+    reason: ClassVar[Fault.Reason] = Fault.UNSPECIFIED
+
+    def __init__(self, message: str, *, epoch: int = 0) -> None:
+        super().__init__(message)
+        self.epoch = epoch
+
+
+class InvalidInputError(LaneError):
+    """Wrong datatype, shape, name, size or value."""
+
+    status = StatusCode.INVALID_ARGUMENT
+    reason = Fault.INVALID_INPUT
+
+
+class UnknownLaneError(LaneError):
+    """No open has named this lane on this stream."""
+
+    status = StatusCode.NOT_FOUND
+    reason = Fault.UNKNOWN_LANE
+
+
+class LaneInUseError(LaneError):
+    """An open named a lane that has a sequence."""
+
+    status = StatusCode.ALREADY_EXISTS
+    reason = Fault.LANE_IN_USE
+
+
+class GapError(LaneError):
+    """A chunk follows more steps than were applied."""
+
+    status = StatusCode.FAILED_PRECONDITION
+    reason = Fault.GAP
+
+
+class RunFailedError(LaneError):
+    """The model's run failed on this chunk."""
+
+    status = StatusCode.INTERNAL
+    reason = Fault.RUN_FAILED
+
+
+class NonFiniteError(LaneError):
+    """The run gave a state with NaN or infinity."""
+
+    status = StatusCode.INVALID_ARGUMENT
+    reason = Fault.NON_FINITE
+
+
+class ExistsError(LaneError):
+    """START of an id that is alive under another writer."""
+
+    status = StatusCode.ALREADY_EXISTS
+    reason = Fault.ALREADY_EXISTS
+
+
+class NotFoundError(LaneError):
+    """No such sequence."""
+
+    status = StatusCode.NOT_FOUND
+    reason = Fault.NOT_FOUND
+
+
+class SequenceClosedError(LaneError):
+    """This writer's sequence has ended."""
+
+    status = StatusCode.FAILED_PRECONDITION
+    reason = Fault.SEQUENCE_CLOSED
+
+
+class FencedError(LaneError):
+    """Another writer has taken the sequence over."""
+
+    status = StatusCode.FAILED_PRECONDITION
+    reason = Fault.FENCED
+
+
+class StaleError(LaneError):
+    """A later attempt of this writer has come already."""
+
+    status = StatusCode.ABORTED
+    reason = Fault.STALE
+
+
+class ConflictError(LaneError):
+    """Ask again with the epoch this error carries."""
+
+    status = StatusCode.ABORTED
+    reason = Fault.CONFLICT
+
+
+class OutOfRangeError(LaneError):
+    """Outputs the client asks for are no longer held."""
+
+    status = StatusCode.OUT_OF_RANGE
+    reason = Fault.OUT_OF_RANGE
+
+
+class WrongModelError(LaneError):
+    """A state made by another model."""
+
+    status = StatusCode.FAILED_PRECONDITION
+    reason = Fault.WRONG_MODEL
+
+
+class LimitError(LaneError):
+    """A limit of the server is reached."""
+
+    status = StatusCode.RESOURCE_EXHAUSTED
+    reason = Fault.LIMIT
+
+
+class DrainingError(LaneError):
+    """The server stops and opens nothing new."""
+
+    status = StatusCode.UNAVAILABLE
+    reason = Fault.DRAINING

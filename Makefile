@@ -20,7 +20,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH):$(CURDIR)/$(DEBIAN)/usr/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-INSTALL := -m pip install --quiet --constraint constraints.txt --build-constraint constraints.txt
+INSTALL := -m pip install -qq --constraint constraints.txt --build-constraint constraints.txt
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check format protos wheel test-wheel constraints setup tools clean
@@ -63,7 +63,7 @@ test-wheel: wheel tools ## the tests against the built wheel, in a clean environ
 	@rm -rf $(WHEEL_TESTS)/tests/structure $(WHEEL_TESTS)/tests/deploy
 	@echo "Installing the wheel into $(WHEEL_VENV)"
 	@$(BIN)/python -m venv --clear $(WHEEL_VENV)
-	@$(WHEEL_VENV)/bin/python -m pip install --quiet --constraint constraints.txt pip
+	@$(WHEEL_VENV)/bin/python -m pip install -qq --constraint constraints.txt pip
 	@$(WHEEL_VENV)/bin/python $(INSTALL) --group dev "$$(echo dist/*.whl)[service,export]"
 	@cd $(WHEEL_TESTS) && PATH="$(CURDIR)/$(WHEEL_VENV)/bin:$$PATH" \
 		$(CURDIR)/$(WHEEL_VENV)/bin/python -m pytest
@@ -81,7 +81,7 @@ $(READY): pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) (a few minutes the first time)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 		echo "On Debian: apt-get install python3.11-venv" >&2; exit 1; }
-	@$(BIN)/python -m pip install --quiet --constraint constraints.txt pip
+	@$(BIN)/python -m pip install -qq --constraint constraints.txt pip
 	@$(BIN)/python $(INSTALL) --group dev --editable '.[service,export]'
 	@touch $@
 

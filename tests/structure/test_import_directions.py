@@ -1,0 +1,134 @@
+"""Imports point one way: between the folders, inside the service, and at the libraries."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+MAY_IMPORT = {
+    "sluice_protos": set(),
+    "sluice_model": {"sluice_protos"},
+    "sluice_service": {"sluice_protos", "sluice_model"},
+    "sluice_export": {"sluice_protos", "sluice_model"},
+    "sluice_client": {"sluice_protos"},
+    "sluice_cli": {
+        "sluice_protos",
+        "sluice_model",
+        "sluice_service",
+        "sluice_export",
+        "sluice_client",
+    },
+}
+
+# Inside the service a module imports only from the lines above its own.
+SERVICE_LAYERS = (
+    ("errors", "settings", "ragged"),
+    ("arena", "claims"),
+    ("sequences",),
+    ("scheduler",),
+    ("store",),
+    ("host",),
+    ("rpc",),
+    ("metrics",),
+    ("server",),
+)
+
+# The demo's reference: it may call ONNX Runtime because it imports nothing of ours.
+REFERENCE = "sluice_cli.offline"
+
+ONLY_HERE = {
+    "onnxruntime": ("sluice_model", REFERENCE),
+    "prometheus_client": ("sluice_service.metrics",),
+    "torch": ("sluice_export",),
+    "onnxscript": ("sluice_export",),
+    "aiohttp": ("sluice_service",),
+}
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Each dotted name that the file imports, wherever in the file it does."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import; name the package"
+            assert node.module
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def is_within(name: str, package: str) -> bool:
+    return name == package or name.startswith(f"{package}.")
+
+
+def test_every_folder_imports_only_from_the_folders_below_it(modules: dict[str, Path]) -> None:
+    wrong = [
+        f"{module} imports {name}"
+        for module, path in modules.items()
+        for name in imports(path)
+        if (package := name.split(".")[0]).startswith("sluice_")
+        and package != (own := module.split(".")[0])
+        and package not in MAY_IMPORT[own]
+    ]
+    assert wrong == []
+
+
+def test_every_package_has_its_rule(modules: dict[str, Path]) -> None:
+    assert {module.split(".")[0] for module in modules} == set(MAY_IMPORT)
+
+
+def test_imports_inside_the_service_point_one_way(modules: dict[str, Path]) -> None:
+    layer_of = {name: depth for depth, layer in enumerate(SERVICE_LAYERS) for name in layer}
+    wrong = []
+    for module, path in modules.items():
+        if not module.startswith("sluice_service."):
+            continue
+        own = module.split(".")[1]
+        assert own in layer_of, f"{module} has no place in SERVICE_LAYERS"
+        for name in imports(path):
+            if not name.startswith("sluice_service."):
+                continue
+            other = name.split(".")[1]
+            if other != own and layer_of[other] >= layer_of[own]:
+                wrong.append(f"{module} imports {name}")
+    assert wrong == []
+
+
+@pytest.mark.parametrize("library", ONLY_HERE)
+def test_a_library_is_imported_only_where_it_belongs(
+    library: str, modules: dict[str, Path]
+) -> None:
+    importers = {
+        module
+        for module, path in modules.items()
+        if any(is_within(name, library) for name in imports(path))
+    }
+    strangers = {
+        module
+        for module in importers
+        if not any(is_within(module, place) for place in ONLY_HERE[library])
+    }
+    assert strangers == set()
+
+
+def test_the_reference_of_the_demo_imports_nothing_of_ours(modules: dict[str, Path]) -> None:
+    assert not [name for name in imports(modules[REFERENCE]) if name.startswith("sluice_")]
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("sluice_cli.main", {"torch", "onnx", "onnxruntime", "sluice_service", "sluice_export"}),
+        ("sluice_client", {"torch", "onnx", "onnxruntime", "pydantic", "sluice_model"}),
+        ("sluice_service.server", {"torch", "onnxscript", "sluice_client", "sluice_export"}),
+    ],
+)
+def test_what_a_process_does_not_load(module: str, absent: set[str]) -> None:
+    program = f"import sys, {module}; print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True
+    ).stdout.split()
+    assert absent & set(loaded) == set()

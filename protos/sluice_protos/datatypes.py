@@ -4,11 +4,11 @@ Names are those of the Open Inference Protocol, so that one name means one type
 everywhere a user meets it.
 """
 
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
-DTYPES: Final[dict[str, np.dtype]] = {  # type: ignore[type-arg]
+DTYPES: Final[dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype("?"),
     "INT8": np.dtype("i1"),
     "INT16": np.dtype("<i2"),
@@ -23,6 +23,6 @@ DTYPES: Final[dict[str, np.dtype]] = {  # type: ignore[type-arg]
     "FP64": np.dtype("<f8"),
 }
 
-DATATYPES: Final[dict[np.dtype, str]] = {  # type: ignore[type-arg]
+DATATYPES: Final[dict[np.dtype[Any], str]] = {
     dtype: name for name, dtype in DTYPES.items()
 }

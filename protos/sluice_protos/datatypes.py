@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import numpy as np
 
-DTYPES: Final[dict[str, np.dtype[Any]] = {
+DTYPES: Final[dict[str, np.dtype[Any]]] = {
     "BOOL": np.dtype("?"),
     "INT8": np.dtype("i1"),
     "INT16": np.dtype("<i2"),
@@ -23,6 +23,4 @@ DTYPES: Final[dict[str, np.dtype[Any]] = {
     "FP64": np.dtype("<f8"),
 }
 
-DATATYPES: Final[dict[np.dtype[Any], str]] = {
-    dtype: name for name, dtype in DTYPES.items()
-}
+DATATYPES: Final[dict[np.dtype[Any], str]] = {dtype: name for name, dtype in DTYPES.items()}

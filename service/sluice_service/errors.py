@@ -60,7 +60,7 @@ class StoppingError(ServiceError):
 class LaneError(ServiceError):
     """A fault of one lane. `epoch` is what a CONFLICT tells."""
 
-    reason: ClassVar[Fault.Reason] = Fault.UNSPECIFIED
+    reason: ClassVar["Fault.Reason.ValueType"] = Fault.UNSPECIFIED
 
     def __init__(self, message: str, *, epoch: int = 0) -> None:
         super().__init__(message)

@@ -1,0 +1,200 @@
+"""The lifecycle of every sequence of one model: who lives, where, and what comes next.
+
+No I/O and no clock: `now` is an argument, in seconds of the time this process was awake.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from enum import Enum, auto
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sluice_service.arena import Slots
+from sluice_service.claims import Record
+
+NONE = -1
+
+
+class Phase(Enum):
+    """Where a sequence is in its life."""
+
+    PARKED = auto()  # alive, no stream attached
+    ATTACHED = auto()  # alive, on a lane of a stream
+    ENDED = auto()  # its state is gone; a tombstone may remain
+
+
+class Event(Enum):
+    """What can happen to a sequence."""
+
+    ATTACH = auto()  # a lane opens it; a new lane ends the old one
+    DETACH = auto()  # its lane is parked, or its stream ends
+    END = auto()  # closed, expired or fenced
+
+
+LIFECYCLE: dict[tuple[Phase, Event], Phase] = {
+    (Phase.PARKED, Event.ATTACH): Phase.ATTACHED,
+    (Phase.ATTACHED, Event.ATTACH): Phase.ATTACHED,
+    (Phase.ATTACHED, Event.DETACH): Phase.PARKED,
+    (Phase.PARKED, Event.END): Phase.ENDED,
+    (Phase.ATTACHED, Event.END): Phase.ENDED,
+}
+
+
+class IllegalTransitionError(Exception):
+    """An event that the sequence's phase has no place for; nothing has changed."""
+
+
+class Held:
+    """Outputs of a parked sequence that its writer has not acknowledged."""
+
+    __slots__ = ("first", "outputs", "steps")
+
+    def __init__(self, first: int, steps: int, outputs: list[bytes]) -> None:
+        self.first = first
+        self.steps = steps
+        self.outputs = outputs
+
+
+class Sequence:
+    """What is kept of one live sequence beside its row and its columns."""
+
+    __slots__ = ("held", "phase", "record", "sequence_id", "slot")
+
+    def __init__(self, sequence_id: str, slot: int, record: Record) -> None:
+        self.sequence_id = sequence_id
+        self.slot = slot
+        self.record = record
+        self.phase = Phase.PARKED
+        self.held: list[Held] = []
+
+    def move(self, event: Event) -> None:
+        """Go where LIFECYCLE says. Raises IllegalTransitionError, and changes nothing then."""
+        phase = LIFECYCLE.get((self.phase, event))
+        if phase is None:
+            raise IllegalTransitionError(
+                f"{self.sequence_id!r}: {event.name} has no place in {self.phase.name}"
+            )
+        self.phase = phase
+
+    @property
+    def is_anonymous(self) -> bool:
+        """True when its client has no writer: it cannot replay, so nothing is held for it."""
+        return not self.record.writer
+
+
+class Sequences:
+    """All sequences of one model: by id, by slot, and in columns by slot."""
+
+    def __init__(self, slots: int, *, tombstones_max: int, tombstone_seconds: float) -> None:
+        self._by_id: dict[str, Sequence] = {}
+        self._by_slot: dict[int, Sequence] = {}
+        self._tombstones: OrderedDict[str, tuple[float, Record]] = OrderedDict()
+        self._tombstones_max = tombstones_max
+        self._tombstone_seconds = tombstone_seconds
+        self._epoch = 0
+        # Columns: a run reads and writes them for its whole batch at once.
+        self.step = np.zeros(slots, np.int64)  # applied
+        self.sent = np.zeros(slots, np.int64)  # where the lane's next chunk follows, as sent
+        self.received = np.zeros(slots, np.int64)  # acknowledged by the client
+        self.stream = np.full(slots, NONE, np.int64)  # the number of the stream attached
+        self.lane = np.zeros(slots, np.int64)
+        self.active = np.zeros(slots, np.float64)  # when it last did something
+        self.generation = np.zeros(slots, np.int64)  # how often the slot was freed
+        self.is_anonymous = np.zeros(slots, np.bool_)
+        self.is_running = np.zeros(slots, np.bool_)
+        self.is_faulted = np.zeros(slots, np.bool_)  # drops chunks until one is at `step`
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    def __iter__(self) -> Iterator[Sequence]:
+        return iter(self._by_id.values())
+
+    def get(self, sequence_id: str) -> Sequence | None:
+        """The live sequence of that id."""
+        return self._by_id.get(sequence_id)
+
+    def at(self, slot: int) -> Sequence:
+        """The live sequence in that slot."""
+        return self._by_slot[slot]
+
+    def record(self, sequence_id: str) -> Record | None:
+        """What is known of the owner of that id, alive or closed."""
+        sequence = self._by_id.get(sequence_id)
+        if sequence is not None:
+            return sequence.record
+        entry = self._tombstones.get(sequence_id)
+        return entry[1] if entry is not None else None
+
+    def raise_epoch(self) -> int:
+        """An epoch that was never given before."""
+        self._epoch += 1
+        return self._epoch
+
+    def create(
+        self, sequence_id: str, slot: int, record: Record, *, step: int, now: float
+    ) -> Sequence:
+        """A parked sequence at `step` in `slot`."""
+        sequence = Sequence(sequence_id, slot, record)
+        self._tombstones.pop(sequence_id, None)
+        self._by_id[sequence_id] = sequence
+        self._by_slot[slot] = sequence
+        self.rewind(slot, step)
+        self.stream[slot] = NONE
+        self.active[slot] = now
+        self.is_anonymous[slot] = sequence.is_anonymous
+        self.is_running[slot] = False
+        return sequence
+
+    def rewind(self, slot: int, step: int) -> None:
+        """Let a slot stand at `step`, with nothing sent, held or faulted."""
+        self.step[slot] = self.sent[slot] = self.received[slot] = step
+        self.is_faulted[slot] = False
+
+    def attach(self, sequence: Sequence, stream: int, lane: int, now: float) -> None:
+        """Put a sequence on a lane of a stream, from where it stands."""
+        sequence.move(Event.ATTACH)
+        slot = sequence.slot
+        self.stream[slot] = stream
+        self.lane[slot] = lane
+        self.sent[slot] = self.step[slot]
+        self.active[slot] = now
+        self.is_anonymous[slot] = sequence.is_anonymous
+        self.is_faulted[slot] = False
+
+    def detach(self, sequence: Sequence) -> None:
+        """Park a sequence: alive, on no stream."""
+        sequence.move(Event.DETACH)
+        self.stream[sequence.slot] = NONE
+
+    def end(self, sequence: Sequence, ending: str, now: float) -> None:
+        """Take a sequence out; `ending` says why, and a tombstone keeps it."""
+        sequence.move(Event.END)
+        del self._by_id[sequence.sequence_id]
+        del self._by_slot[sequence.slot]
+        self.stream[sequence.slot] = NONE
+        self.generation[sequence.slot] += 1
+        sequence.held.clear()
+        record = sequence.record
+        record.is_alive = False
+        record.ending = ending
+        self._tombstones[sequence.sequence_id] = (now + self._tombstone_seconds, record)
+        if len(self._tombstones) > self._tombstones_max:
+            self._tombstones.popitem(last=False)
+
+    def idle(self, before: float) -> list[Sequence]:
+        """The sequences that did nothing since `before` and are in no run."""
+        slots = np.fromiter(self._by_slot, np.int64, len(self._by_slot))
+        slots = slots[(self.active[slots] < before) & ~self.is_running[slots]]
+        return [self._by_slot[slot] for slot in slots.tolist()]
+
+    def forget_tombstones(self, now: float) -> None:
+        """Drop the tombstones whose time is over."""
+        while self._tombstones and next(iter(self._tombstones.values()))[0] <= now:
+            self._tombstones.popitem(last=False)
+
+    def is_same(self, slots: Slots, generations: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """[n] whether each slot still holds the sequence it held at that generation."""
+        same: NDArray[np.bool_] = self.generation[slots] == generations
+        return same

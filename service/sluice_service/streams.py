@@ -1,0 +1,155 @@
+"""One client's stream: its lanes, what waits to be sent on it, what waits to be acknowledged."""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sluice_protos.sequences_pb2 import Closed, Fault, Limits, Opened
+from sluice_service.arena import Slots
+from sluice_service.errors import LaneError
+from sluice_service.ragged import Integers
+
+LANES_MAX = 1 << 20
+_LANES_START = 64
+_UNKNOWN = -1  # no open has named the lane
+_ENDED = -2  # the server ended it; what the client had already sent is ignored
+
+
+@dataclass(slots=True)
+class Delivery:
+    """Outputs of one run for one stream: chunks of several lanes, rows one after another."""
+
+    slots: Slots
+    generations: NDArray[np.int64]
+    lanes: Integers
+    first: Integers
+    lengths: Integers
+    outputs: list[bytes]
+    # How many responses the stream had sent when the last of this had gone.
+    responses: int = 0
+
+    def chunks(self) -> Iterator[tuple[int, int, int, list[bytes]]]:
+        """Each chunk alone: (index, first, steps, outputs), the bytes copied."""
+        ends = np.cumsum(self.lengths)
+        rows = int(ends[-1])
+        for index, end in enumerate(ends.tolist()):
+            steps = int(self.lengths[index])
+            yield (
+                index,
+                int(self.first[index]),
+                steps,
+                [cut(output, rows, end - steps, end) for output in self.outputs],
+            )
+
+    def split(self, rows_max: int) -> Iterator["Delivery"]:
+        """The same outputs in pieces of at most `rows_max` rows."""
+        ends = np.cumsum(self.lengths)
+        starts = ends - self.lengths
+        rows = int(ends[-1])
+        if rows <= rows_max:
+            yield self
+            return
+        for start in range(0, rows, rows_max):
+            stop = min(start + rows_max, rows)
+            chosen = np.flatnonzero((starts < stop) & (ends > start))
+            skipped = np.maximum(start - starts[chosen], 0)
+            yield replace(
+                self,
+                slots=self.slots[chosen],
+                generations=self.generations[chosen],
+                lanes=self.lanes[chosen],
+                first=self.first[chosen] + skipped,
+                lengths=np.minimum(ends[chosen], stop) - starts[chosen] - skipped,
+                outputs=[cut(output, rows, start, stop) for output in self.outputs],
+            )
+
+
+def cut(output: bytes, rows: int, start: int, stop: int) -> bytes:
+    """Rows `start` to `stop` of an output that has `rows` rows."""
+    row_bytes = len(output) // rows
+    return output[start * row_bytes : stop * row_bytes]
+
+
+Notice = Opened | Fault | Closed | Limits
+
+
+class Stream:
+    """What the host knows of one client's stream. Says when there is something to send."""
+
+    def __init__(self, number: int, *, queue_steps_max: int, on_change: Callable[[], None]) -> None:
+        self.number = number
+        self.outbox: deque[Notice | Delivery] = deque()
+        self.unacknowledged: deque[Delivery] = deque()
+        self.queued_steps = 0
+        # True once the client will send no more: it ends when its queue is done.
+        self.is_half_closed = False
+        self.is_drained = False
+        self._queue_steps_max = queue_steps_max
+        self._on_change = on_change
+        self._slots = np.full(_LANES_START, _UNKNOWN, np.int64)
+
+    @property
+    def is_ahead(self) -> bool:
+        """True while the client has sent more than its credit: nothing more is read then."""
+        return self.queued_steps > self._queue_steps_max
+
+    def send(self, item: Notice | Delivery) -> None:
+        """Put something into the outbox."""
+        self.outbox.append(item)
+        self._on_change()
+
+    def fault(self, lane: int, error: LaneError, *, expected_step: int = 0) -> None:
+        """Tell the client of one lane's fault."""
+        self.send(
+            Fault(
+                lane=lane,
+                reason=error.reason,
+                code=error.status.value[0],
+                message=str(error),
+                expected_step=expected_step,
+                epoch=error.epoch,
+            )
+        )
+
+    def finish_steps(self, steps: int) -> None:
+        """Give back credit for steps that were run or dropped."""
+        self.queued_steps -= steps
+        self._on_change()
+
+    def slots(self, lanes: Integers) -> tuple[Slots, NDArray[np.bool_]]:
+        """The slots of `lanes` [n], negative where there is none, and [n] which were never open."""
+        inside = lanes < len(self._slots)
+        slots: Slots = self._slots[np.where(inside, lanes, 0)]
+        if not inside.all():
+            slots = np.where(inside, slots, _UNKNOWN)
+        return slots, slots == _UNKNOWN
+
+    def slot(self, lane: int) -> int:
+        """The slot of one lane, or a negative number."""
+        return int(self._slots[lane]) if lane < len(self._slots) else _UNKNOWN
+
+    def put_lane(self, lane: int, slot: int) -> None:
+        """Give a lane to a slot."""
+        while lane >= len(self._slots):
+            self._slots = np.concatenate([self._slots, np.full_like(self._slots, _UNKNOWN)])
+        self._slots[lane] = slot
+
+    def end_lane(self, lane: int, reason: "Closed.Reason.ValueType | None") -> None:
+        """Take a lane away and, where there is a reason, tell the client."""
+        self.put_lane(lane, _ENDED)
+        if reason is not None:
+            self.send(Closed(lane=lane, reason=reason))
+
+    def live_slots(self) -> Slots:
+        """The slots of all open lanes."""
+        return self._slots[self._slots >= 0]
+
+    def deliveries(self) -> Iterator[Delivery]:
+        """Everything delivered and not acknowledged, oldest first."""
+        yield from self.unacknowledged
+        for item in self.outbox:
+            if isinstance(item, Delivery):
+                yield item

@@ -15,3 +15,20 @@ from sluice_model.contract import (
 from sluice_model.errors import ContractError, ModelError, NotAModelError, RunError
 from sluice_model.model import Model, example_inputs
 from sluice_model.self_test import SelfTest, run_self_test
+
+__all__ = [
+    "METADATA_KEY",
+    "SCHEMA_VERSION",
+    "ContractError",
+    "Model",
+    "ModelError",
+    "NotAModelError",
+    "RunError",
+    "SelfTest",
+    "compute_digest",
+    "example_inputs",
+    "initial_row",
+    "read_contract",
+    "run_self_test",
+    "write_contract",
+]

@@ -1,0 +1,166 @@
+"""Makes the ONNX graph of a module: dynamic batch and time, lengths, and one packed state."""
+
+import contextlib
+import copy
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+import onnx
+import torch
+from torch import Tensor, nn
+
+from sluice_export.errors import TraceError
+from sluice_export.layers import Carry, find_layers, swap_layers
+from sluice_export.signature import Signature
+
+OPSET: Final = 20
+LENGTHS: Final = "lengths"
+STATE: Final = "state"
+STATE_OUT: Final = "state_out"
+
+# Two sizes that differ, so that no axis is taken for another.
+_BATCH: Final = 3
+_STEPS: Final = 7
+
+
+class PackedModule(nn.Module):
+    """A module as a pure function: (inputs, lengths, state) to (outputs, state_out)."""
+
+    def __init__(self, module: nn.Module, signature: Signature) -> None:
+        """Take a copy of `module` apart; `module` itself stays as it is."""
+        super().__init__()
+        module = copy.deepcopy(module).float()
+        layers = find_layers(module)
+        self._signature = signature
+        self._carry = [Carry()]
+        self._sizes = {part: layer.module.hidden_size for layer in layers for part in layer.parts}
+        self.module = swap_layers(module, layers, self._carry[0])
+
+    def forward(
+        self, inputs: tuple[Tensor, ...], lengths: Tensor, state: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """`inputs` [batch, steps, …] each, `lengths` [batch], `state` [batch, state_size]."""
+        carry = self._carry[0]
+        carry.lengths = lengths
+        if state is not None:
+            parts = torch.split(state, list(self._sizes.values()), dim=1)
+            carry.before = dict(zip(self._sizes, parts, strict=True))
+        results = self._signature.call(self.module, inputs)
+        outputs = self._signature.take_outputs(results)
+        if state is not None:
+            outputs.append(torch.cat([carry.after[part] for part in self._sizes], dim=1))
+        return tuple(outputs)
+
+
+def make_graph(module: nn.Module, signature: Signature, *, state_size: int) -> onnx.ModelProto:
+    """The graph of `module`, with every input and output [batch, steps, …].
+
+    Raises TraceError where PyTorch's exporter fails.
+    """
+    inputs = tuple(signature.random_inputs(_BATCH, _STEPS, seed=3))
+    lengths = torch.tensor([_STEPS, _STEPS - 2, 1], dtype=torch.int32)
+    batch = torch.export.Dim("batch")
+    steps = torch.export.Dim("steps")
+    arguments: list[object] = [inputs, lengths]
+    dimensions: list[object] = [tuple({0: batch, 1: steps} for _ in inputs), {0: batch}]
+    input_names = [*(leaf.name for leaf in signature.inputs), LENGTHS]
+    output_names = [leaf.name for leaf in signature.outputs]
+    if state_size:
+        arguments.append(torch.zeros(_BATCH, state_size))
+        dimensions.append({0: batch})
+        input_names.append(STATE)
+        output_names.append(STATE_OUT)
+    packed = PackedModule(module, signature).eval()
+    with _hushed(), torch.no_grad():
+        # What was compiled before in this process must not freeze an axis now.
+        torch.compiler.reset()
+        try:
+            program = torch.onnx.export(
+                packed,
+                tuple(arguments),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=input_names,
+                output_names=output_names,
+                dynamic_shapes=tuple(dimensions),
+                verbose=False,
+            )
+        except Exception as error:
+            raise TraceError(_explain(error)) from error
+    assert program is not None
+    proto = program.model_proto
+    _check_dimensions(proto, input_names, output_names)
+    return proto
+
+
+def without_traces(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy of `proto` without what the exporter noted about the source: paths, stack traces."""
+    bare = onnx.ModelProto()
+    bare.CopyFrom(proto)
+    bare.doc_string = ""
+    for holder in (
+        bare.graph,
+        *bare.graph.node,
+        *bare.graph.input,
+        *bare.graph.output,
+        *bare.graph.value_info,
+    ):
+        holder.doc_string = ""
+        del holder.metadata_props[:]
+    return bare
+
+
+def _check_dimensions(
+    proto: onnx.ModelProto, input_names: Sequence[str], output_names: Sequence[str]
+) -> None:
+    """Raise TraceError unless batch and time are dynamic wherever they occur."""
+    one_axis = {LENGTHS, STATE, STATE_OUT}
+    for value in (*proto.graph.input, *proto.graph.output):
+        dims = value.type.tensor_type.shape.dim
+        found = [dim.dim_param for dim in dims[: 1 if value.name in one_axis else 2]]
+        if not all(found):
+            raise TraceError(
+                f"PyTorch's exporter froze an axis of {value.name!r} to "
+                f"{[dim.dim_param or dim.dim_value for dim in dims]}: forward makes something of "
+                "a fixed size; take sizes from x.shape, without int()"
+            )
+    names = [value.name for value in proto.graph.input]
+    assert names == list(input_names), names
+    assert [value.name for value in proto.graph.output] == list(output_names)
+
+
+def _explain(error: BaseException) -> str:
+    """What to do about a failure of PyTorch's exporter."""
+    reason: BaseException = error
+    while reason.__cause__ is not None:
+        reason = reason.__cause__
+    lines = [line.strip() for line in str(reason).splitlines() if line.strip()]
+    return (
+        "PyTorch's exporter could not make a graph of the module "
+        f"({type(reason).__name__}: {' '.join(lines[:3])}); forward must be free of branches on "
+        "values and must take sizes from x.shape"
+    )
+
+
+@contextlib.contextmanager
+def _hushed() -> Iterator[None]:
+    """Keep PyTorch's exporter from printing, warning and logging while the block runs."""
+    loggers = [logging.getLogger(name) for name in ("torch", "onnxscript", "onnx_ir")]
+    loggers += [
+        logger
+        for name, logger in logging.Logger.manager.loggerDict.items()
+        if isinstance(logger, logging.Logger) and name.split(".")[0] in {"torch", "onnxscript"}
+    ]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

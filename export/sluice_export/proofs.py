@@ -1,0 +1,225 @@
+"""Tests of an exported graph against the module it came from, and against leaks between rows."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sluice_export.reference import Reference
+from sluice_model import Model, example_inputs
+from sluice_protos.contract_pb2 import Proof
+
+Array = NDArray[Any]
+
+# Rows that end at the full length, within it and after one step; and where the
+# chunked run is cut.
+_LENGTHS: Final = np.array([11, 6, 1, 8], np.int32)
+_STEPS: Final = 11
+_CUT: Final = 6
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run gave: outputs [batch, steps, …] each, and the last state [batch, state_size]."""
+
+    outputs: list[Array]
+    state: Array
+
+
+class Evidence:
+    """An exported model, the module it came from, and what both give for the same sequences."""
+
+    def __init__(self, model: Model, reference: Reference, *, tolerance: float) -> None:
+        """Run the reference; `tolerance` is relative to the largest value of each output."""
+        self.model = model
+        self.reference = reference
+        self.tolerance = tolerance
+        self.batch = len(_LENGTHS)
+        self.inputs = example_inputs(model.contract, self.batch, _STEPS, seed=4)
+        self.initial = np.tile(model.initial_state, (self.batch, 1))
+        self.expected = Result(*reference.run(self.inputs))
+
+    def run_chunks(self, chunk: int) -> Result:
+        """The whole sequences in chunks of at most `chunk` steps, the state carried between."""
+        pieces: list[list[Array]] = []
+        state = self.initial
+        for start in range(0, _STEPS, chunk):
+            rows = [array[:, start : start + chunk] for array in self.inputs]
+            lengths = np.full(self.batch, rows[0].shape[1], np.int32)
+            outputs, state = self.model.run(rows, lengths, state)
+            pieces.append(outputs)
+        return Result([np.concatenate(p, axis=1) for p in zip(*pieces, strict=True)], state)
+
+    def run_ragged(self, inputs: Sequence[Array]) -> Result:
+        """All rows in one run, each of its own length."""
+        return Result(*self.model.run(inputs, _LENGTHS, self.initial))
+
+
+def _prove_whole(evidence: Evidence) -> Proof:
+    return _parity(
+        evidence,
+        "parity.whole",
+        [_pairs(evidence.run_chunks(_STEPS), evidence.expected)],
+        f"{evidence.batch} whole sequences of {_STEPS} steps, against the PyTorch module",
+    )
+
+
+def _prove_stepwise(evidence: Evidence) -> Proof:
+    return _parity(
+        evidence,
+        "parity.stepwise",
+        [_pairs(evidence.run_chunks(1), evidence.expected)],
+        "step by step with carried state, against the PyTorch module on the whole sequence",
+    )
+
+
+def _prove_chunked(evidence: Evidence) -> Proof:
+    return _parity(
+        evidence,
+        "parity.chunked",
+        [_pairs(evidence.run_chunks(_CUT), evidence.expected)],
+        f"in chunks of {_CUT} and {_STEPS - _CUT} steps with carried state, "
+        "against the PyTorch module on the whole sequence",
+    )
+
+
+def _prove_ragged(evidence: Evidence) -> Proof:
+    ragged = evidence.run_ragged(evidence.inputs)
+    pairs = []
+    for row, length in enumerate(_LENGTHS):
+        alone = evidence.reference.run([a[row : row + 1, :length] for a in evidence.inputs])
+        pairs.append(_pairs(_row(ragged, row, length), _row(Result(*alone), 0, length)))
+    return _parity(
+        evidence,
+        "parity.ragged",
+        pairs,
+        f"rows of {', '.join(map(str, _LENGTHS))} steps in one run, "
+        "each against the PyTorch module on that row alone",
+    )
+
+
+def _prove_rows_apart(evidence: Evidence) -> Proof:
+    clean = evidence.run_ragged(evidence.inputs)
+    differing = 0
+    for row, length in enumerate(_LENGTHS):
+        others = np.arange(evidence.batch) != row
+        inputs = [_spoil(array, others) for array in evidence.inputs]
+        state = _spoil(evidence.initial, others)
+        outputs, after = evidence.model.run(inputs, _LENGTHS, state)
+        mine = _row(Result(outputs, after), row, length)
+        differing += _count_differing(mine, _row(clean, row, length))
+    return Proof(
+        name="leak.rows",
+        passed=differing == 0,
+        figure=differing,
+        detail="values of a row that change when all other rows are NaN",
+    )
+
+
+def _prove_padding_ignored(evidence: Evidence) -> Proof:
+    clean = evidence.run_ragged(evidence.inputs)
+    beyond = np.arange(_STEPS) >= _LENGTHS[:, np.newaxis]
+    spoiled = evidence.run_ragged([_spoil(array, beyond) for array in evidence.inputs])
+    differing = sum(
+        _count_differing(_row(spoiled, row, length), _row(clean, row, length))
+        for row, length in enumerate(_LENGTHS)
+    )
+    return Proof(
+        name="leak.padding",
+        passed=differing == 0,
+        figure=differing,
+        detail="values of a row that change when what lies beyond its length is NaN",
+    )
+
+
+def _prove_state_carried(evidence: Evidence) -> Proof:
+    whole = evidence.run_chunks(_STEPS)
+    differing = max(
+        _count_differing(evidence.run_chunks(chunk), whole) for chunk in (1, 2, 5, _CUT)
+    )
+    return Proof(
+        name="bits.chunks",
+        passed=differing == 0,
+        figure=differing,
+        detail="values of whole sequences that change by a bit when they are run in chunks "
+        f"of 1, 2, 5 or {_CUT} steps",
+    )
+
+
+# In the order in which they are best read when one fails.
+PROOFS: Final[tuple[Callable[[Evidence], Proof], ...]] = (
+    _prove_whole,
+    _prove_stepwise,
+    _prove_chunked,
+    _prove_ragged,
+    _prove_rows_apart,
+    _prove_padding_ignored,
+    _prove_state_carried,
+)
+
+
+def is_required(proof: Proof) -> bool:
+    """Whether a file may not be written when `proof` fails."""
+    return not proof.name.startswith("bits.")
+
+
+def _parity(
+    evidence: Evidence, name: str, pairs: Sequence[Sequence[tuple[Array, Array]]], detail: str
+) -> Proof:
+    figure = max(_difference(actual, expected) for group in pairs for actual, expected in group)
+    return Proof(
+        name=name,
+        # Written so that NaN fails.
+        passed=bool(figure <= evidence.tolerance),
+        figure=figure,
+        tolerance=evidence.tolerance,
+        detail=f"largest difference, relative to the largest value: {detail}",
+    )
+
+
+def _pairs(actual: Result, expected: Result) -> list[tuple[Array, Array]]:
+    return list(
+        zip(
+            [*actual.outputs, actual.state],
+            [*expected.outputs, expected.state],
+            strict=True,
+        )
+    )
+
+
+def _row(result: Result, row: int, length: int) -> Result:
+    """What counts of one row: outputs [length, …] each, and the state [state_size]."""
+    return Result([array[row, :length] for array in result.outputs], result.state[row])
+
+
+def _difference(actual: Array, expected: Array) -> float:
+    """The largest difference, relative to the largest finite value expected."""
+    if actual.shape != expected.shape:
+        return float("inf")
+    if expected.dtype.kind not in "fc":
+        return float(np.count_nonzero(actual != expected))
+    with np.errstate(invalid="ignore"):
+        distance = np.abs(actual.astype(np.float64) - expected.astype(np.float64))
+    # Equal infinities and NaN in the same place are no difference.
+    distance[(actual == expected) | (np.isnan(actual) & np.isnan(expected))] = 0
+    largest = np.max(np.abs(expected), initial=0, where=np.isfinite(expected))
+    return float(np.max(distance, initial=0) / (largest or 1.0))
+
+
+def _count_differing(one: Result, two: Result) -> int:
+    """How many values are not the same, bit for bit but for the sign of zero and NaN's payload."""
+    return sum(
+        int(np.count_nonzero((a != b) & ~((a != a) & (b != b)))) for a, b in _pairs(one, two)
+    )
+
+
+def _spoil(array: Array, where: Array) -> Array:
+    """`array` with NaN at the places `where` (integers: with other values of its own)."""
+    spoiled = array.copy()
+    if array.dtype.kind == "f":
+        spoiled[where] = np.nan
+    else:
+        spoiled[where] = array.max() + array.min() - spoiled[where]
+    return spoiled

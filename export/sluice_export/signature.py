@@ -1,0 +1,112 @@
+"""What a module takes and gives, in the batch-first form in which it will be served."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+
+@dataclass(frozen=True)
+class InputLeaf:
+    """An argument with one row for each step of each sequence."""
+
+    index: int  # among the flattened arguments
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]  # of one step
+    valid: tuple[int, int] | None = None  # inclusive, for integers that index a table
+
+
+@dataclass(frozen=True)
+class StateLeaf:
+    """An argument that carries the state: the module is given zeros, Sluice holds the state."""
+
+    index: int
+    shape: tuple[int, ...]
+    batch_axis: int
+    dtype: torch.dtype
+
+    def zeros(self, batch: int) -> Tensor:
+        """The initial state of `batch` sequences, in the module's own shape."""
+        shape = list(self.shape)
+        shape[self.batch_axis] = batch
+        return torch.zeros(shape, dtype=self.dtype)
+
+
+@dataclass(frozen=True)
+class OutputLeaf:
+    """A result with one row for each step of each sequence."""
+
+    index: int  # among the flattened results
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]  # of one step
+    batch_axis: int
+    time_axis: int
+
+
+@dataclass(frozen=True)
+class Signature:
+    """How to call a module with arrays [batch, steps, …], and what to take from its results."""
+
+    structure: pytree.TreeSpec  # of (args, kwargs)
+    constants: dict[int, Any]  # flattened arguments that are no tensors, fixed at export
+    inputs: tuple[InputLeaf, ...]
+    states: tuple[StateLeaf, ...]
+    is_batch_first: bool
+    outputs: tuple[OutputLeaf, ...] = ()
+
+    def call(self, module: nn.Module, inputs: Sequence[Tensor]) -> list[Any]:
+        """The flattened results of one call from the initial state; `inputs` [batch, steps, …]."""
+        leaves: dict[int, Any] = dict(self.constants)
+        for leaf, tensor in zip(self.inputs, inputs, strict=True):
+            leaves[leaf.index] = tensor if self.is_batch_first else tensor.transpose(0, 1)
+        for state in self.states:
+            leaves[state.index] = state.zeros(inputs[0].shape[0])
+        ordered = [leaves[index] for index in range(len(leaves))]
+        args, kwargs = pytree.tree_unflatten(ordered, self.structure)
+        return pytree.tree_leaves(module(*args, **kwargs))
+
+    def take_outputs(self, results: Sequence[Any]) -> list[Tensor]:
+        """The outputs among flattened results, each [batch, steps, …]."""
+        return [
+            torch.movedim(results[leaf.index], (leaf.batch_axis, leaf.time_axis), (0, 1))
+            for leaf in self.outputs
+        ]
+
+    def as_float(self) -> "Signature":
+        """The same with float32 in the place of float64, as the graph has it."""
+
+        def narrow(dtype: torch.dtype) -> torch.dtype:
+            return torch.float32 if dtype == torch.float64 else dtype
+
+        return replace(
+            self,
+            inputs=tuple(replace(leaf, dtype=narrow(leaf.dtype)) for leaf in self.inputs),
+            states=tuple(replace(leaf, dtype=narrow(leaf.dtype)) for leaf in self.states),
+            outputs=tuple(replace(leaf, dtype=narrow(leaf.dtype)) for leaf in self.outputs),
+        )
+
+    def random_inputs(self, batch: int, steps: int, *, seed: int) -> list[Tensor]:
+        """Valid inputs drawn from `seed`, one [batch, steps, …] for each."""
+        generator = torch.Generator().manual_seed(seed)
+        return [
+            draw(leaf.dtype, (batch, steps, *leaf.shape), leaf.valid, generator)
+            for leaf in self.inputs
+        ]
+
+
+def draw(
+    dtype: torch.dtype,
+    shape: Sequence[int],
+    valid: tuple[int, int] | None,
+    generator: torch.Generator,
+) -> Tensor:
+    """Random values a tensor of `dtype` may have: normal, or integers within `valid`."""
+    if dtype.is_floating_point:
+        return torch.randn(shape, dtype=dtype, generator=generator)
+    low, high = valid or (0, 1)
+    return torch.randint(low, high + 1, shape, generator=generator).to(dtype)

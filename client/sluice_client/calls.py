@@ -1,0 +1,121 @@
+"""What a caller waits for: the values that pass between the faces and the core."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from itertools import count
+from secrets import token_bytes
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sluice_client.errors import SluiceError
+from sluice_client.signature import Array
+from sluice_client.tables import Numbers
+from sluice_protos import sequences_pb2 as wire
+
+
+class Mode(Enum):
+    """What opening a sequence means when its id is alive, or has been."""
+
+    # A new sequence; refused when the id is alive.
+    START = wire.START
+    # Whichever fits.
+    START_OR_RESUME = wire.START_OR_RESUME
+    # From the initial state, whatever was there.
+    RESTART = wire.RESTART
+    # Go on with a sequence that is alive, whoever began it.
+    TAKEOVER = wire.TAKEOVER
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceState:
+    """The state of a sequence after `step` steps, as a value: [state_size] float32.
+
+    Portable to every server of the same model: `client.sequence(model, state=…)`
+    goes on from it.
+    """
+
+    model_digest: str
+    step: int
+    row: NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """One sequence as its handle asks for it."""
+
+    sequence_id: str
+    mode: Mode = Mode.START
+    state: SequenceState | None = None
+    # Names the handle: never used by another one.
+    writer: bytes = field(default_factory=lambda: token_bytes(16))
+
+
+class Pending:
+    """Something asked for, for one or several lanes, that is done when all of them are.
+
+    `errors` has what went wrong, by position in `lanes`.
+    """
+
+    __slots__ = ("errors", "is_done", "lanes", "wake")
+
+    def __init__(self, lanes: Numbers) -> None:
+        self.lanes = lanes
+        self.errors: dict[int, SluiceError] = {}
+        self.is_done = False
+        # Called once, when done; set by whoever waits.
+        self.wake: Callable[[], None] = _nobody_waits
+
+    def finish(self) -> None:
+        """Say that it is done, to whoever waits."""
+        self.is_done = True
+        self.wake()
+
+
+class Request(Pending):
+    """An open, a close or a park: done when the answer for each lane has come."""
+
+    __slots__ = ("_left",)
+
+    def __init__(self, lanes: Numbers) -> None:
+        super().__init__(lanes)
+        self._left = len(lanes)
+
+    def settle(self, position: int, error: SluiceError | None = None) -> None:
+        """Note the answer for one lane."""
+        if error is not None:
+            self.errors[position] = error
+        self._left -= 1
+        if not self._left:
+            self.finish()
+
+
+class Call(Pending):
+    """The chunks that one caller gives together: one chunk for each of `lanes`.
+
+    lanes    [chunks], each lane once
+    counts   [chunks], the steps of each chunk
+    inputs   [sum(counts), …] for each input of the model
+    outputs  [sum(counts), …] for each output; rows whose step failed have no meaning
+    """
+
+    __slots__ = ("counts", "first_step", "inputs", "number", "outputs", "rows_left")
+
+    _numbers = count()
+
+    def __init__(
+        self, lanes: Numbers, counts: Numbers, inputs: Sequence[Array], outputs: list[Array]
+    ) -> None:
+        super().__init__(lanes)
+        self.counts = counts
+        self.inputs = inputs
+        self.outputs = outputs
+        self.number = next(self._numbers)
+        self.rows_left = len(inputs[0])
+        # Of the first lane; known once the ledger has admitted the call.
+        self.first_step = -1
+
+
+def _nobody_waits() -> None:
+    pass

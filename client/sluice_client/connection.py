@@ -1,0 +1,461 @@
+"""The client's side of the stream: which message to send next, and what a message that came means.
+
+No I/O, no threads, no clock: a face calls `begin` when it has a stream, sends what
+`next_request` gives, hands what arrives to `receive`, and calls `lose` when the
+stream has ended. The rules it keeps are in docs/protocol.md: every step is applied
+once and every output arrives once, however often the stream is lost.
+
+A lane goes through these, keeping its number over all streams:
+
+    WAITING   its open has to be sent (again)
+    ASKED     its open was sent on this stream
+    ATTACHED  Opened has arrived: chunks flow
+    ENDING    its close or park was sent
+    ENDED     finished, or refused for good
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Final
+
+import numpy as np
+
+from sluice_client import errors
+from sluice_client.calls import Call, Mode, Opening, Request
+from sluice_client.errors import ProtocolViolation, SluiceError
+from sluice_client.ledger import Ledger
+from sluice_client.signature import Array, Signature
+from sluice_client.tables import Numbers
+from sluice_protos.sequences_pb2 import (
+    RESUME,
+    Closed,
+    Fault,
+    InferRequest,
+    InferResponse,
+    Limits,
+    Opened,
+    OpenSequence,
+    SequenceState,
+)
+
+# What a chunk costs on the wire beside its rows: lane, steps and first_step at their largest.
+_CHUNK_BYTES: Final = 5 + 5 + 10
+# What a message costs beside its chunks and opens.
+_MESSAGE_BYTES: Final = 4096
+_UNLIMITED: Final = 2**31 - 1
+
+# A step that one of these refuses is not applied; its lane goes on from there.
+_STEP_FAULTS: Final = {Fault.INVALID_INPUT, Fault.RUN_FAILED, Fault.NON_FINITE, Fault.LIMIT}
+# What a close may meet that means it has been done already.
+_GONE: Final = {Fault.SEQUENCE_CLOSED, Fault.NOT_FOUND, Fault.FENCED, Fault.UNKNOWN_LANE}
+
+
+class Status(Enum):
+    """Where a lane is in its life; the module's docstring says what each means."""
+
+    WAITING = auto()
+    ASKED = auto()
+    ATTACHED = auto()
+    ENDING = auto()
+    ENDED = auto()
+
+
+@dataclass(slots=True)
+class Lane:
+    """What a connection knows of one sequence, beside its steps."""
+
+    number: int
+    opening: Opening
+    asked_by: Request
+    asked_position: int
+    status: Status = Status.WAITING
+    attempt: int = 0
+    expected_epoch: int = 0
+    # The first Opened has arrived: from then on only RESUME is asked.
+    was_opened: bool = False
+    # The server has a sequence on this lane of the present stream.
+    is_occupied: bool = False
+    # The handle has let it go.
+    is_released: bool = False
+    is_parking: bool = False
+    ended_by: Request | None = None
+    ended_position: int = 0
+
+
+class Connection:
+    """All sequences of one model that one client has, over whichever stream it has."""
+
+    def __init__(self, model: str, signature: Signature, *, response_bytes_max: int = 0) -> None:
+        self.model = model
+        self.signature = signature
+        self.ledger = Ledger()
+        self.limits = Limits()
+        self._response_bytes_max = response_bytes_max
+        self._lanes: dict[int, Lane] = {}
+        self._opens: deque[Lane] = deque()
+        self._ends: list[Lane] = []
+        # Lanes given up here that the server still holds.
+        self._abandoned: list[int] = []
+        self._is_streaming = False
+        self._is_first = True
+        self._is_draining = False
+        self._is_acknowledgement_due = False
+        self._responses = 0
+        self._failure: SluiceError | None = None
+
+    # -- what callers ask ---------------------------------------------------------
+
+    @property
+    def wants_stream(self) -> bool:
+        """Some sequence is to be opened, or is open."""
+        return any(lane.status is not Status.ENDED for lane in self._lanes.values())
+
+    @property
+    def is_drained(self) -> bool:
+        """The server is stopping and has let all lanes go: another stream is needed."""
+        attached = {Status.ASKED, Status.ATTACHED, Status.ENDING}
+        return self._is_draining and not any(
+            lane.status in attached for lane in self._lanes.values()
+        )
+
+    def open(self, openings: Sequence[Opening]) -> Request:
+        """Ask for sequences; the lanes are in the request at once, usable when it is done."""
+        request = Request(self.ledger.take(len(openings)))
+        for position, opening in enumerate(openings):
+            number = int(request.lanes[position])
+            lane = Lane(number, opening, request, position)
+            self._lanes[number] = lane
+            if self._failure is not None:
+                self._end(lane, self._failure)
+            else:
+                self._opens.append(lane)
+        return request
+
+    def submit(self, lanes: Numbers, counts: Numbers, inputs: list[Array]) -> Call:
+        """Give each of `lanes` its next steps: [chunks], [chunks], [sum(counts), …] each."""
+        call = Call(lanes, counts, inputs, self.signature.allocate(len(inputs[0])))
+        self.ledger.submit(call)
+        if not self._is_streaming:
+            self.ledger.admit()
+        return call
+
+    def close(self, lanes: Numbers) -> Request:
+        """Drop the sequences once all their outputs have arrived, and let the lanes go."""
+        return self._ask_end(lanes, is_parking=False)
+
+    def park(self, lanes: Numbers) -> Request:
+        """Let the lanes go once all their outputs have arrived; the sequences stay."""
+        return self._ask_end(lanes, is_parking=True)
+
+    def _ask_end(self, numbers: Numbers, *, is_parking: bool) -> Request:
+        request = Request(numbers)
+        for position, number in enumerate(numbers.tolist()):
+            lane = self._lanes[number]
+            lane.is_released = True
+            if lane.status is Status.ENDED:
+                request.settle(position)
+                self._free(lane)
+                continue
+            lane.ended_by, lane.ended_position = request, position
+            lane.is_parking = is_parking
+            self._ends.append(lane)
+        return request
+
+    # -- the stream ---------------------------------------------------------------
+
+    def begin(self, signature: Signature) -> None:
+        """A new stream is there, to a server whose model has this signature."""
+        if signature.digest != self.signature.digest:
+            message = "the server now has another model of this name"
+            for lane in list(self._lanes.values()):
+                if lane.was_opened:
+                    self._end(lane, self._place(errors.WrongModel(message), lane))
+            self.signature = signature
+        self._is_streaming, self._is_first = True, True
+        self._is_draining = self._is_acknowledgement_due = False
+        self._responses = 0
+
+    def lose(self) -> None:
+        """The stream has ended: everything goes on with the next one."""
+        self._is_streaming = False
+        self._opens.clear()
+        self._abandoned.clear()
+        # Every RESUME tells what has arrived.
+        self.ledger.acknowledge()
+        for lane in list(self._lanes.values()):
+            lane.is_occupied = False
+            if lane.status is Status.ENDED:
+                self._free(lane)
+            elif lane.status is Status.ENDING and lane.is_parking:
+                self._end(lane, None)  # a stream that ends parks its lanes
+            else:
+                self._reopen(lane)
+
+    def fail(self, error: SluiceError) -> None:
+        """No stream can be had: end every sequence with `error`."""
+        self.lose()
+        for lane in list(self._lanes.values()):
+            self._end(lane, error)
+
+    def shut(self, error: SluiceError) -> None:
+        """As `fail`, and for everything that is asked from now on."""
+        self._failure = error
+        self.fail(error)
+
+    def next_request(self) -> InferRequest | None:
+        """The next message to send, as full as credit and limits allow; None: nothing to say."""
+        if not self._is_streaming:
+            return None
+        request = InferRequest()
+        open_bytes = self._put_opens(request)
+        self._put_chunks(request, open_bytes)
+        self._put_ends(request)
+        is_needed = request.open or request.lane or request.close or request.park
+        if not is_needed and not self._is_acknowledgement_due:
+            return None
+        if self.ledger.unacknowledged:
+            request.received_responses = self._responses
+            self.ledger.acknowledge()
+        self._is_acknowledgement_due = False
+        if self._is_first:
+            request.model = self.model
+            request.response_bytes_max = self._response_bytes_max
+            self._is_first = False
+        return request
+
+    def _put_opens(self, request: InferRequest) -> int:
+        size, size_max = 0, (self.limits.request_bytes_max or 2**22) // 2
+        while self._opens and not self._is_draining:
+            lane = self._opens.popleft()
+            if lane.status is not Status.WAITING:
+                continue
+            message = self._open_message(lane)
+            size += message.ByteSize() + 8
+            if size > size_max and request.open:
+                self._opens.appendleft(lane)
+                break
+            lane.attempt += 1
+            message.attempt = lane.attempt
+            request.open.append(message)
+            lane.status = Status.ASKED
+        return size
+
+    def _open_message(self, lane: Lane) -> OpenSequence:
+        opening = lane.opening
+        message = OpenSequence(
+            lane=lane.number,
+            sequence_id=opening.sequence_id,
+            writer=opening.writer,
+            expected_epoch=lane.expected_epoch,
+        )
+        if lane.was_opened:
+            message.mode = RESUME
+            message.received = self.ledger.received(lane.number)
+        else:
+            message.mode = opening.mode.value
+            if opening.state is not None:
+                message.state.CopyFrom(
+                    SequenceState(
+                        model_digest=opening.state.model_digest,
+                        step=opening.state.step,
+                        row=opening.state.row.astype("<f4").tobytes(),
+                    )
+                )
+        return message
+
+    def _put_chunks(self, request: InferRequest, open_bytes: int) -> None:
+        limits, step_bytes = self.limits, max(1, self.signature.step_bytes)
+        credit = limits.credit_steps or _UNLIMITED
+        if limits.credit_bytes:
+            credit = min(credit, max(1, limits.credit_bytes // step_bytes))
+        room = (limits.request_bytes_max or 2**22) - _MESSAGE_BYTES - open_bytes
+        rows_max = max(1, room // (step_bytes + _CHUNK_BYTES))
+        frame = self.ledger.pick(
+            min(rows_max, credit - self.ledger.in_flight), limits.chunk_steps_max or _UNLIMITED
+        )
+        if frame is None:
+            return
+        request.lane.extend(frame.lanes.tolist())
+        request.first_step.extend(frame.first_steps.tolist())
+        if len(frame.inputs[0]) != len(frame.lanes):
+            request.steps.extend(frame.counts.tolist())
+        for array in frame.inputs:
+            request.inputs.add(data=array.tobytes())
+
+    def _put_ends(self, request: InferRequest) -> None:
+        request.park.extend(self._abandoned)
+        self._abandoned.clear()
+        if not self._ends:
+            return
+        later: list[Lane] = []
+        for lane in self._ends:
+            if lane.status is Status.ATTACHED and self.ledger.is_idle(lane.number):
+                (request.park if lane.is_parking else request.close).append(lane.number)
+                self.ledger.detach(lane.number)
+                lane.status = Status.ENDING
+            elif lane.status is not Status.ENDED:
+                later.append(lane)
+        self._ends = later
+
+    # -- what arrives -----------------------------------------------------------------
+
+    def receive(self, response: InferResponse) -> None:
+        """Take in one message of the present stream. Raises ProtocolViolation."""
+        self._responses += 1
+        if response.HasField("limits"):
+            self.limits = response.limits
+        for opened in response.opened:
+            self._take_opened(opened)
+        if response.lane:
+            self._take_outputs(response)
+        for fault in response.faults:
+            self._take_fault(fault)
+        for closed in response.closed:
+            self._take_closed(closed)
+
+    def _take_opened(self, opened: Opened) -> None:
+        lane = self._lanes.get(opened.lane)
+        if lane is None or lane.status is not Status.ASKED:
+            return
+        lane.is_occupied = True
+        if not lane.was_opened:
+            lane.was_opened = True
+            # No chunk was sent before: whatever the state holds is where this handle begins.
+            self.ledger.begin(lane.number, opened.applied)
+            lane.asked_by.settle(lane.asked_position)
+        self.ledger.admit()
+        row = self.ledger.lanes.rows[lane.number]
+        if opened.applied < row["received"]:
+            message = f"the server has gone back to step {opened.applied}"
+            self._end(lane, self._place(errors.DataLoss(message, reason="DATA_LOSS"), lane))
+        elif opened.applied > row["end"]:
+            message = f"the server claims {opened.applied} steps, which were never given"
+            self._end(lane, self._place(ProtocolViolation(message), lane))
+        else:
+            lane.status = Status.ATTACHED
+            self.ledger.attach(lane.number, opened.applied)
+
+    def _take_outputs(self, response: InferResponse) -> None:
+        count = len(response.lane)
+        if len(response.first_step) != count or len(response.steps) not in (0, count):
+            raise ProtocolViolation("lane, steps and first_step differ in length")
+        lanes = np.fromiter(response.lane, np.int64, count)
+        first = np.fromiter(response.first_step, np.int64, count)
+        if response.steps:
+            counts = np.fromiter(response.steps, np.int64, count)
+        else:
+            counts = np.ones(count, np.int64)
+        outputs = self.signature.decode(response.outputs, int(counts.sum()))
+        for number in self.ledger.deliver(lanes, first, counts, outputs).tolist():
+            lane = self._lanes[number]
+            message = "an output came that follows none, or answers no input"
+            self._end(lane, self._place(ProtocolViolation(message), lane))
+        steps_max = self.limits.unacknowledged_steps_max or _UNLIMITED
+        credit = self.limits.credit_steps or _UNLIMITED
+        self._is_acknowledgement_due |= (
+            self.ledger.unacknowledged >= credit
+            or self.ledger.is_acknowledgement_due(lanes, steps_max)
+        )
+
+    def _take_fault(self, fault: Fault) -> None:
+        lane = self._lanes.get(fault.lane)
+        if lane is None or lane.status in (Status.WAITING, Status.ENDED):
+            return
+        received = self.ledger.received(lane.number)
+        error = errors.from_fault(fault, sequence_id=lane.opening.sequence_id, step=received)
+        if fault.reason in _GONE:
+            lane.is_occupied = False
+        if lane.status is Status.ASKED:
+            self._take_refusal(lane, fault, error)
+        elif lane.status is Status.ENDING:
+            self._end(lane, None if lane.is_parking or fault.reason in _GONE else error)
+        elif fault.reason in _STEP_FAULTS:
+            sent = int(self.ledger.lanes["sent"][lane.number])
+            if received <= fault.expected_step <= sent:
+                self.ledger.refuse(lane.number, fault.expected_step, error)
+            else:
+                message = f"a fault names step {fault.expected_step}, which is not under way"
+                self._end(lane, self._place(ProtocolViolation(message), lane))
+        else:
+            self._end(lane, error)
+
+    def _take_refusal(self, lane: Lane, fault: Fault, error: SluiceError) -> None:
+        if fault.reason == Fault.UNKNOWN_LANE:
+            return  # a chunk that met the end of what had this lane before
+        if fault.reason == Fault.CONFLICT and fault.epoch != lane.expected_epoch:
+            lane.expected_epoch = fault.epoch
+            self._reopen(lane)
+        elif lane.ended_by is not None and not lane.is_parking and fault.reason in _GONE:
+            self._end(lane, None)
+        elif lane.was_opened:
+            error.message = f"it cannot be resumed after {error.step} steps: {error.message}"
+            self._end(lane, error)
+        else:
+            self._end(lane, error)
+
+    def _take_closed(self, closed: Closed) -> None:
+        lane = self._lanes.get(closed.lane)
+        if lane is None:
+            return
+        lane.is_occupied = False
+        if closed.reason == Closed.DRAINING:
+            self._is_draining = True
+        if lane.status is Status.ENDED:
+            self._free(lane)
+        elif lane.status is Status.ENDING:
+            is_parked = lane.is_parking and closed.reason not in (Closed.IDLE, Closed.EVICTED)
+            if closed.reason == Closed.DRAINING and not lane.is_parking:
+                self._reopen(lane)
+            elif is_parked or not lane.is_parking:
+                self._end(lane, None)
+            else:
+                self._end(lane, self._closed_error(lane, closed))
+        elif lane.status is Status.ATTACHED:
+            if closed.reason in (Closed.FENCED, Closed.DRAINING, Closed.PARKED):
+                self._reopen(lane)  # only a refused RESUME is final
+            else:
+                self._end(lane, self._closed_error(lane, closed))
+
+    def _closed_error(self, lane: Lane, closed: Closed) -> SluiceError:
+        return errors.from_closed(
+            closed.reason,
+            sequence_id=lane.opening.sequence_id,
+            step=self.ledger.received(lane.number),
+        )
+
+    # -- a lane's way -------------------------------------------------------------------
+
+    def _reopen(self, lane: Lane) -> None:
+        self.ledger.detach(lane.number)
+        if lane.status is Status.ENDING:
+            self._ends.append(lane)
+        lane.status = Status.WAITING
+        self._opens.append(lane)
+
+    def _end(self, lane: Lane, error: SluiceError | None) -> None:
+        """End a lane: with an error, or because its handle has wished so."""
+        if lane.status is Status.ENDED:
+            return
+        lane.status = Status.ENDED
+        sequence_id, step = lane.opening.sequence_id, self.ledger.received(lane.number)
+        reason = error or errors.SequenceClosed("its handle was closed")
+        self.ledger.end(lane.number, reason.at(sequence_id, step))
+        if not lane.was_opened:
+            lane.was_opened = True
+            lane.asked_by.settle(lane.asked_position, reason.at(sequence_id, None))
+        if lane.ended_by is not None:
+            lane.ended_by.settle(lane.ended_position, error and error.at(sequence_id, step))
+        if lane.is_occupied:
+            self._abandoned.append(lane.number)
+        self._free(lane)
+
+    def _free(self, lane: Lane) -> None:
+        """Let the lane's number be used again once neither side uses it."""
+        if lane.status is Status.ENDED and lane.is_released and not lane.is_occupied:
+            del self._lanes[lane.number]
+            self.ledger.give(lane.number)
+
+    def _place(self, error: SluiceError, lane: Lane) -> SluiceError:
+        return error.at(lane.opening.sequence_id, self.ledger.received(lane.number))

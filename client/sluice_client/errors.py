@@ -1,0 +1,226 @@
+"""What can go wrong between a caller and a server, as exceptions.
+
+SluiceError
+├── StepFailed              this step was not applied; the sequence goes on from it
+│   ├── InvalidInput        a wrong name, dtype, shape, size or value
+│   ├── RunFailed           the model's run failed
+│   │   └── NonFinite       the run gave NaN or infinity
+│   └── StepDiscarded       an earlier step of the same sequence failed
+├── StepPending             this step may have been applied; `settle()` gives its output
+│   ├── StepTimedOut        no output within the timeout
+│   └── StepUnsettled       an earlier step was cancelled or timed out; settle it first
+├── SequenceError           the sequence is not to be had, or no longer; final for its handle
+│   ├── SequenceNotFound    no such sequence (or none any more) at this server
+│   ├── SequenceExists      START of an id that is alive
+│   ├── SequenceClosed      it has ended, or its handle has been closed
+│   │   └── SequenceExpired it was idle too long, or made room for others
+│   ├── Fenced              another client has taken it over
+│   ├── WrongModel          a state made by another model
+│   └── DataLoss            the server has lost steps it had confirmed
+├── ModelNotFound           the server serves no model of that name
+├── LimitReached            a limit of the server; the message names it
+├── AccessDenied            the server asks for (other) credentials
+├── Unavailable             no server answers
+├── ClientClosed            the client was closed meanwhile
+├── ServerFailed            any other status
+└── ProtocolViolation       the server broke the protocol
+"""
+
+from typing import Any, Self
+
+from sluice_protos.sequences_pb2 import Closed, Fault
+
+
+class SluiceError(Exception):
+    """Something went wrong; the message names the fix.
+
+    `sequence_id` and `step` say where (None: nowhere in particular), `reason` is
+    the server's own word for it: a Fault.Reason, a Closed.Reason or a gRPC status.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        sequence_id: str | None = None,
+        step: int | None = None,
+        reason: str = "",
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.sequence_id = sequence_id
+        self.step = step
+        self.reason = reason
+
+    def __str__(self) -> str:
+        place = [] if self.sequence_id is None else [f"sequence {self.sequence_id!r}"]
+        place += [] if self.step is None else [f"step {self.step}"]
+        return f"{', '.join(place)}: {self.message}" if place else self.message
+
+    def at(self, sequence_id: str | None, step: int | None) -> Self:
+        """The same error at another place: one exception object is raised only once."""
+        return type(self)(self.message, sequence_id=sequence_id, step=step, reason=self.reason)
+
+
+class StepFailed(SluiceError):
+    """A step was not applied: the sequence's state is as before it.
+
+    `outputs` is what the earlier steps of the same chunk gave: those were applied.
+    """
+
+    outputs: Any = None
+
+
+class InvalidInput(StepFailed, ValueError):
+    """An input has a wrong name, dtype, shape, size or value."""
+
+
+class RunFailed(StepFailed):
+    """The model's run failed."""
+
+
+class NonFinite(RunFailed):
+    """The model's run gave NaN or infinity."""
+
+
+class StepDiscarded(StepFailed):
+    """An earlier step of the same sequence failed, so this one was not applied."""
+
+
+class StepPending(SluiceError):
+    """A step may have been applied; `settle()` waits for its output and returns it."""
+
+
+class StepTimedOut(StepPending, TimeoutError):
+    """A step's output did not arrive within the timeout."""
+
+
+class StepUnsettled(StepPending):
+    """An earlier step was cancelled or timed out, and nobody has taken its output."""
+
+
+class SequenceError(SluiceError):
+    """A sequence is not to be had, or no longer. Final for its handle."""
+
+
+class SequenceNotFound(SequenceError, LookupError):
+    """The server has no such sequence."""
+
+
+class SequenceExists(SequenceError):
+    """START of an id that is alive."""
+
+
+class SequenceClosed(SequenceError):
+    """The sequence has ended."""
+
+
+class SequenceExpired(SequenceClosed):
+    """The sequence was idle for longer than the server allows, or made room for others."""
+
+
+class Fenced(SequenceError):
+    """Another client has taken the sequence over."""
+
+
+class WrongModel(SequenceError):
+    """A state was made by another model than the one that should go on from it."""
+
+
+class DataLoss(SequenceError):
+    """The server has lost steps or outputs that it had confirmed."""
+
+
+class ModelNotFound(SluiceError, LookupError):
+    """The server serves no model of that name."""
+
+
+class LimitReached(SluiceError):
+    """A limit of the server is reached."""
+
+
+class AccessDenied(SluiceError):
+    """The server asks for credentials, or for other ones."""
+
+
+class Unavailable(SluiceError, ConnectionError):
+    """No server answers."""
+
+
+class ClientClosed(SluiceError):
+    """The client was closed while, or before, something was asked of it."""
+
+
+class ServerFailed(SluiceError):
+    """The server failed in a way that has no class of its own."""
+
+
+class ProtocolViolation(SluiceError):
+    """The server sent what the protocol does not allow."""
+
+
+_OF_FAULT: dict["Fault.Reason.ValueType", type[SluiceError]] = {
+    Fault.INVALID_INPUT: InvalidInput,
+    Fault.RUN_FAILED: RunFailed,
+    Fault.NON_FINITE: NonFinite,
+    Fault.ALREADY_EXISTS: SequenceExists,
+    Fault.NOT_FOUND: SequenceNotFound,
+    Fault.SEQUENCE_CLOSED: SequenceClosed,
+    Fault.FENCED: Fenced,
+    Fault.LIMIT: LimitReached,
+    Fault.OUT_OF_RANGE: DataLoss,
+    Fault.WRONG_MODEL: WrongModel,
+    Fault.UNKNOWN_LANE: ProtocolViolation,
+    Fault.GAP: ProtocolViolation,
+    Fault.STALE: ProtocolViolation,
+    Fault.CONFLICT: ProtocolViolation,
+    Fault.LANE_IN_USE: ProtocolViolation,
+}
+
+_OF_CLOSED: dict["Closed.Reason.ValueType", tuple[type[SluiceError], str]] = {
+    Closed.CLIENT: (SequenceClosed, "somebody closed it"),
+    Closed.IDLE: (SequenceExpired, "it was idle for longer than the server allows"),
+    Closed.EVICTED: (SequenceExpired, "the server gave its place to others"),
+    Closed.FENCED: (Fenced, "another client has taken it over"),
+}
+
+_OF_STATUS: dict[str, type[SluiceError]] = {
+    "INVALID_ARGUMENT": InvalidInput,
+    "OUT_OF_RANGE": InvalidInput,
+    "NOT_FOUND": ModelNotFound,
+    "ALREADY_EXISTS": SequenceExists,
+    "RESOURCE_EXHAUSTED": LimitReached,
+    "PERMISSION_DENIED": AccessDenied,
+    "UNAUTHENTICATED": AccessDenied,
+    "UNAVAILABLE": Unavailable,
+    "DEADLINE_EXCEEDED": Unavailable,
+    "CANCELLED": Unavailable,
+    "DATA_LOSS": DataLoss,
+}
+
+
+def from_fault(fault: Fault, *, sequence_id: str, step: int) -> SluiceError:
+    """The exception that mirrors a fault."""
+    reason = Fault.Reason.Name(fault.reason)
+    kind = _OF_FAULT.get(fault.reason, ServerFailed)
+    message = fault.message or reason
+    return kind(message, sequence_id=sequence_id, step=step, reason=reason)
+
+
+def from_closed(reason: "Closed.Reason.ValueType", *, sequence_id: str, step: int) -> SluiceError:
+    """The exception that mirrors the end of a sequence that its handle did not ask for."""
+    kind, why = _OF_CLOSED.get(reason, (SequenceClosed, "it has ended"))
+    message = f"{why}; it had {step} steps, and what came after them was not applied"
+    return kind(message, sequence_id=sequence_id, step=step, reason=Closed.Reason.Name(reason))
+
+
+def from_status(
+    code: str,
+    details: str,
+    *,
+    sequence_id: str | None = None,
+    not_found: type[SluiceError] = ModelNotFound,
+) -> SluiceError:
+    """The exception that mirrors a gRPC status; `not_found` is what NOT_FOUND means here."""
+    kind = not_found if code == "NOT_FOUND" else _OF_STATUS.get(code, ServerFailed)
+    return kind(details or code, sequence_id=sequence_id, reason=code)

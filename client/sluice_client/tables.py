@@ -1,0 +1,76 @@
+"""Columns of numbers whose rows are taken and given back: the memory of the ledger."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Numbers = NDArray[np.int64]
+
+
+class Table:
+    """A structured array that grows by doubling; a row is known by its number."""
+
+    def __init__(self, columns: dict[str, Any], size: int = 16) -> None:
+        self.rows = np.zeros(size, np.dtype(list(columns.items())))
+        # A stack of free numbers, the lowest on top.
+        self._free = np.arange(size - 1, -1, -1, dtype=np.int64)
+        self._free_count = size
+
+    def __getitem__(self, column: str) -> NDArray[Any]:
+        return self.rows[column]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(self, count: int) -> Numbers:
+        """`count` numbers that nobody has."""
+        while self._free_count < count:
+            self._grow()
+        self._free_count -= count
+        taken = self._free[self._free_count : self._free_count + count]
+        return taken[::-1].copy()
+
+    def give(self, numbers: Numbers) -> None:
+        """The inverse of `take`."""
+        self._free[self._free_count : self._free_count + len(numbers)] = numbers
+        self._free_count += len(numbers)
+
+    def _grow(self) -> None:
+        size = len(self.rows)
+        rows = np.zeros(2 * size, self.rows.dtype)
+        rows[:size] = self.rows
+        self.rows = rows
+        free = np.empty(2 * size, np.int64)
+        free[:size] = np.arange(2 * size - 1, size - 1, -1)
+        free[size : size + self._free_count] = self._free[: self._free_count]
+        self._free = free
+        self._free_count += size
+
+
+def expand(starts: Numbers, counts: Numbers) -> Numbers:
+    """The numbers start, start + 1, … of each run, one run after another."""
+    total = int(counts.sum())
+    if total == len(starts):
+        return starts
+    before = np.cumsum(counts) - counts
+    return np.repeat(starts - before, counts) + np.arange(total, dtype=np.int64)
+
+
+def first_occurrences(numbers: Numbers) -> Numbers:
+    """Where each number appears for the first time, in order of appearance."""
+    if len(numbers) == 1:
+        return np.zeros(1, np.int64)
+    index = np.unique(numbers, return_index=True)[1]
+    index.sort()
+    return index
+
+
+def groups(numbers: Numbers) -> tuple[Numbers, list[tuple[int, int, int]]]:
+    """An order that brings equal numbers together, and (number, start, stop) of each run in it."""
+    order = np.argsort(numbers, kind="stable")
+    ordered = numbers[order]
+    borders = (np.flatnonzero(ordered[1:] != ordered[:-1]) + 1).tolist()
+    starts = [0, *borders]
+    stops = [*borders, len(numbers)]
+    return order, list(zip(ordered[starts].tolist(), starts, stops, strict=True))

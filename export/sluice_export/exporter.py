@@ -12,16 +12,22 @@ from typing import Final
 import onnx
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
-from sluice_export.errors import ExportNotice, NoRecurrentLayerError, ParityError
+from sluice_export.culprit import explain_failure
+from sluice_export.errors import (
+    ExportNotice,
+    NoRecurrentLayerError,
+    ParityError,
+    UnsupportedModuleError,
+)
 from sluice_export.graph import LENGTHS, STATE, STATE_OUT, make_graph, without_traces
 from sluice_export.layers import RecurrentLayer, find_layers
 from sluice_export.minimums import measure_minimums
 from sluice_export.proofs import PROOFS, Evidence, is_required
 from sluice_export.reference import Reference
 from sluice_export.survey import Survey, take_survey
-from sluice_model import Model, write_contract
+from sluice_model.contract import write_contract
+from sluice_model.model import Model
 from sluice_protos.contract_pb2 import Cell, ModelContract, Proof, StatePart, TensorSpec, ValueRange
 from sluice_protos.datatypes import DATATYPES
 
@@ -73,7 +79,7 @@ def export(
     survey = take_survey(
         original,
         layers,
-        _to_dtype_of(original, example_inputs),
+        example_inputs,
         valid=valid or {},
         output_names=output_names,
     )
@@ -84,7 +90,13 @@ def export(
     write_contract(bare, contract)
     model = Model(bare.SerializeToString(), contract)
     reference = Reference(original, layers, survey.signature)
-    contract.proofs.extend(_prove(model, reference, tolerance, tell))
+    tell("measuring the smallest batch and length", 0.3)
+    contract.batch_min, contract.length_min, sizes = measure_minimums(model)
+    evidence = Evidence(model, reference, tolerance=tolerance)
+    contract.proofs.extend([*_prove(evidence, proto, tell), sizes])
+    for proof in contract.proofs:
+        if not proof.passed:
+            _notice(f"{proof.name} does not hold: {proof.figure:g} {proof.detail}")
     write_contract(bare, contract)
     _write(bare, path)
     tell("done", 1.0)
@@ -94,29 +106,31 @@ def export(
 def _prepare(module: nn.Module) -> nn.Module:
     """A copy of `module` on the CPU in eval mode, in float32 or, where it has any, float64."""
     module = getattr(module, "_orig_mod", module)  # what torch.compile wraps
-    original = copy.deepcopy(module).cpu().eval()
-    dtypes = {tensor.dtype for tensor in (*original.parameters(), *original.buffers())}
-    if torch.float64 in dtypes:
-        warnings.warn(
-            "the module computes in float64; it is exported in float32, and proven within the "
-            "tolerance of that",
-            ExportNotice,
-            stacklevel=3,
+    if module.training and any(map(_differs_in_training, module.modules())):
+        _notice(
+            "the module is in training mode; it is exported as in eval mode: dropout off, also "
+            "between recurrent layers, and batch normalisation by its running statistics"
         )
+    try:
+        original = copy.deepcopy(module).cpu().eval()
+    except (RuntimeError, TypeError) as error:
+        raise UnsupportedModuleError(
+            f"the module cannot be copied ({error}); build it afresh, load its state_dict and "
+            "export that"
+        ) from error
+    tensors = (*original.parameters(), *original.buffers())
+    if any(tensor.dtype == torch.float64 for tensor in tensors):
+        _notice("the module computes in float64; it is exported, and proven, in float32")
         return original.double()
     return original.float()
 
 
-def _to_dtype_of(module: nn.Module, example_inputs: object) -> object:
-    """The example inputs, their floats in the module's own precision."""
-    dtype = next((p.dtype for p in module.parameters()), torch.float32)
-
-    def convert(leaf: object) -> object:
-        if isinstance(leaf, torch.Tensor) and leaf.is_floating_point():
-            return leaf.to(dtype)
-        return leaf
-
-    return pytree.tree_map(convert, example_inputs)
+def _differs_in_training(module: nn.Module) -> bool:
+    """Whether a module does something else in training than in eval mode."""
+    dropout = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout, nn.RNNBase)
+    if isinstance(module, dropout):
+        return bool(getattr(module, "p", 0) or getattr(module, "dropout", 0))
+    return isinstance(module, nn.modules.batchnorm._BatchNorm)
 
 
 def _describe(survey: Survey, layers: Sequence[RecurrentLayer], name: str) -> ModelContract:
@@ -166,26 +180,27 @@ def _tensor_spec(
     )
 
 
-def _prove(model: Model, reference: Reference, tolerance: float, tell: Progress) -> Sequence[Proof]:
-    """Every proof of `model`, which has its smallest batch and length afterwards.
+def _prove(evidence: Evidence, proto: onnx.ModelProto, tell: Progress) -> list[Proof]:
+    """Every proof, in order; `proto` is the graph with the exporter's notes.
 
     Raises ParityError for the first that fails and matters.
     """
-    tell("measuring the smallest batch and length", 0.3)
-    contract = model.contract
-    contract.batch_min, contract.length_min, sizes = measure_minimums(model)
-    evidence = Evidence(model, reference, tolerance=tolerance)
     proofs = []
-    for place, prove in enumerate(PROOFS):
-        tell(prove.__name__.removeprefix("_").replace("_", " "), 0.4 + 0.6 * place / len(PROOFS))
+    for place, (what, prove) in enumerate(PROOFS.items()):
+        tell(what, 0.4 + 0.6 * place / len(PROOFS))
         proof = prove(evidence)
         if not proof.passed and is_required(proof):
             raise ParityError(
-                f"{proof.name} failed with {proof.figure:.3g} (at most {proof.tolerance:.3g}): "
-                f"{proof.detail}"
+                f"{proof.name} failed: {proof.figure:.3g}, at most {proof.tolerance:.3g} is "
+                f"allowed ({proof.detail}). {explain_failure(proto, evidence)}"
             )
         proofs.append(proof)
-    return [*proofs, sizes]
+    return proofs
+
+
+def _notice(message: str) -> None:
+    """Tell the caller of export() something that is not wrong."""
+    warnings.warn(message, ExportNotice, stacklevel=4)
 
 
 def _write(proto: onnx.ModelProto, path: Path) -> None:

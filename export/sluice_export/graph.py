@@ -49,7 +49,7 @@ class PackedModule(nn.Module):
             parts = torch.split(state, list(self._sizes.values()), dim=1)
             carry.before = dict(zip(self._sizes, parts, strict=True))
         results = self._signature.call(self.module, inputs)
-        outputs = self._signature.take_outputs(results)
+        outputs = self._signature.take_outputs(results, inputs)
         if state is not None:
             outputs.append(torch.cat([carry.after[part] for part in self._sizes], dim=1))
         return tuple(outputs)
@@ -101,15 +101,14 @@ def without_traces(proto: onnx.ModelProto) -> onnx.ModelProto:
     bare = onnx.ModelProto()
     bare.CopyFrom(proto)
     bare.doc_string = ""
-    for holder in (
-        bare.graph,
-        *bare.graph.node,
-        *bare.graph.input,
-        *bare.graph.output,
-        *bare.graph.value_info,
-    ):
-        holder.doc_string = ""
-        del holder.metadata_props[:]
+    bare.graph.doc_string = ""
+    del bare.graph.metadata_props[:]
+    for node in bare.graph.node:
+        node.doc_string = ""
+        del node.metadata_props[:]
+    for value in (*bare.graph.input, *bare.graph.output, *bare.graph.value_info):
+        value.doc_string = ""
+        del value.metadata_props[:]
     return bare
 
 

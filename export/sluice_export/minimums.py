@@ -5,7 +5,7 @@ from typing import Final
 
 import numpy as np
 
-from sluice_model import Model, example_inputs
+from sluice_model.model import Model, example_inputs
 from sluice_protos.contract_pb2 import Proof
 
 _BATCHES: Final = (1, 2, 3, 4, 5, 8, 16, 33, 64)

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from sluice_export.layers import RecurrentLayer
+from sluice_export.observation import observe
 from sluice_export.signature import Signature
-from sluice_export.survey import observe
 
 Array = NDArray[Any]
 
@@ -37,7 +37,7 @@ class Reference:
             for array, leaf in zip(inputs, self._signature.inputs, strict=True)
         ]
         seen = observe(self._signature, self._module, self._layers, tensors)
-        outputs = [tensor.numpy() for tensor in self._signature.take_outputs(seen.results)]
+        outputs = [tensor.numpy() for tensor in self._signature.take_outputs(seen.results, tensors)]
         states = {id(call.layer): call.after for call in seen.layers}
         rows = [
             states[id(layer)][place][depth].float().numpy()

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+
+from sluice_export.arguments import Arguments
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,11 @@ class StateLeaf:
 
 @dataclass(frozen=True)
 class OutputLeaf:
-    """A result with one row for each step of each sequence."""
+    """A result with one row for each step of each sequence.
+
+    Where batch and time are merged into one axis, [batch × steps, …], both axes
+    are that one.
+    """
 
     index: int  # among the flattened results
     name: str
@@ -47,13 +52,16 @@ class OutputLeaf:
     batch_axis: int
     time_axis: int
 
+    def named(self, name: str) -> "OutputLeaf":
+        """The same under another name."""
+        return replace(self, name=name)
+
 
 @dataclass(frozen=True)
 class Signature:
     """How to call a module with arrays [batch, steps, …], and what to take from its results."""
 
-    structure: pytree.TreeSpec  # of (args, kwargs)
-    constants: dict[int, Any]  # flattened arguments that are no tensors, fixed at export
+    arguments: Arguments
     inputs: tuple[InputLeaf, ...]
     states: tuple[StateLeaf, ...]
     is_batch_first: bool
@@ -61,21 +69,27 @@ class Signature:
 
     def call(self, module: nn.Module, inputs: Sequence[Tensor]) -> list[Any]:
         """The flattened results of one call from the initial state; `inputs` [batch, steps, …]."""
-        leaves: dict[int, Any] = dict(self.constants)
-        for leaf, tensor in zip(self.inputs, inputs, strict=True):
-            leaves[leaf.index] = tensor if self.is_batch_first else tensor.transpose(0, 1)
-        for state in self.states:
-            leaves[state.index] = state.zeros(inputs[0].shape[0])
-        ordered = [leaves[index] for index in range(len(leaves))]
-        args, kwargs = pytree.tree_unflatten(ordered, self.structure)
-        return pytree.tree_leaves(module(*args, **kwargs))
+        tensors = {
+            leaf.index: tensor if self.is_batch_first else tensor.transpose(0, 1)
+            for leaf, tensor in zip(self.inputs, inputs, strict=True)
+        }
+        tensors |= {state.index: state.zeros(inputs[0].shape[0]) for state in self.states}
+        return self.arguments.call(module, tensors)
 
-    def take_outputs(self, results: Sequence[Any]) -> list[Tensor]:
-        """The outputs among flattened results, each [batch, steps, …]."""
-        return [
-            torch.movedim(results[leaf.index], (leaf.batch_axis, leaf.time_axis), (0, 1))
-            for leaf in self.outputs
-        ]
+    def take_outputs(self, results: Sequence[Any], inputs: Sequence[Tensor]) -> list[Tensor]:
+        """The outputs, each [batch, steps, …], among the flattened results of call(`inputs`)."""
+        batch, steps = inputs[0].shape[:2]
+        sizes = (batch, steps) if self.is_batch_first else (steps, batch)
+        outputs = []
+        for leaf in self.outputs:
+            tensor = results[leaf.index]
+            axes = (leaf.batch_axis, leaf.time_axis)
+            if leaf.batch_axis == leaf.time_axis:
+                first = leaf.batch_axis
+                tensor = tensor.unflatten(first, sizes)
+                axes = (first, first + 1) if self.is_batch_first else (first + 1, first)
+            outputs.append(torch.movedim(tensor, axes, (0, 1)))
+        return outputs
 
     def as_float(self) -> "Signature":
         """The same with float32 in the place of float64, as the graph has it."""

@@ -1,0 +1,85 @@
+"""Finds the outputs among what a module returns: those with a row for every step."""
+
+from collections.abc import Sequence
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from sluice_export.errors import OutputError
+from sluice_export.observation import Observation
+from sluice_export.signature import OutputLeaf
+
+# Batch and steps of two calls. All that can follow from them differ, so that
+# an axis which follows one of them shows it.
+SMALL: Final = (3, 7)
+LARGE: Final = (5, 11)
+
+_BATCH: Final = (SMALL[0], LARGE[0])
+_STEPS: Final = (SMALL[1], LARGE[1])
+_MERGED: Final = (SMALL[0] * SMALL[1], LARGE[0] * LARGE[1])
+
+
+def find_outputs(
+    small: Observation, large: Observation, names: Sequence[str] | None
+) -> tuple[OutputLeaf, ...]:
+    """The results with a batch and a time axis, named; those that are a layer's state are left out.
+
+    `small` and `large` are calls with SMALL and LARGE (batch, steps). Raises
+    OutputError for anything else.
+    """
+    states = [tensor.flatten() for call in large.layers for tensor in call.after]
+    found: list[OutputLeaf] = []
+    for index, (one, two) in enumerate(zip(small.results, large.results, strict=True)):
+        if one is None:
+            continue
+        if not isinstance(one, Tensor):
+            raise OutputError(f"forward returns a {type(one).__name__}; return tensors only")
+        axes = _find_axes(one, two, index)
+        if _STEPS not in axes and torch.isin(two, torch.cat(states)).all():
+            continue
+        found.append(_output(index, one, axes))
+    if not found:
+        raise OutputError("forward returns no tensor with a row for every step; return one")
+    names = list(names or (["y"] if len(found) == 1 else [f"y_{n}" for n in range(len(found))]))
+    if len(names) != len(found):
+        raise OutputError(
+            f"forward returns {len(found)} outputs that are no state, but output_names has "
+            f"{len(names)}: {', '.join(names)}"
+        )
+    return tuple(leaf.named(name) for leaf, name in zip(found, names, strict=True))
+
+
+def _find_axes(one: Tensor, two: Tensor, index: int) -> dict[tuple[int, int], int]:
+    """Which axes of a result follow the batch, the steps, or both merged: (small, large) sizes."""
+    axes: dict[tuple[int, int], int] = {}
+    for axis, sizes in enumerate(zip(one.shape, two.shape, strict=True)):
+        if sizes[0] == sizes[1]:
+            continue
+        if sizes in axes or sizes not in (_BATCH, _STEPS, _MERGED):
+            raise OutputError(
+                f"result {index} of forward has shape {list(one.shape)} for {SMALL[0]} sequences "
+                f"of {SMALL[1]} steps and {list(two.shape)} for {LARGE[0]} of {LARGE[1]}; "
+                "return [batch, steps, …] (or [steps, batch, …]): one row for every step of "
+                "every sequence"
+            )
+        axes[sizes] = axis
+    return axes
+
+
+def _output(index: int, tensor: Tensor, axes: dict[tuple[int, int], int]) -> OutputLeaf:
+    shape = tuple(size for axis, size in enumerate(tensor.shape) if axis not in axes.values())
+    if axes.keys() == {_BATCH, _STEPS}:
+        return OutputLeaf(index, "", tensor.dtype, shape, axes[_BATCH], axes[_STEPS])
+    if axes.keys() == {_MERGED}:
+        return OutputLeaf(index, "", tensor.dtype, shape, axes[_MERGED], axes[_MERGED])
+    if _BATCH not in axes:
+        raise OutputError(
+            f"result {index} of forward, {list(tensor.shape)}, has no batch axis; "
+            "return one row for every step of every sequence"
+        )
+    raise OutputError(
+        f"result {index} of forward, {list(tensor.shape)}, has no time axis: it is one value for "
+        "a whole sequence (such as y[:, -1], or h of the last step). A stream gives an output at "
+        "every step: apply the head to all of them, head(y) rather than head(y[:, -1])"
+    )

@@ -2,6 +2,8 @@
 
 import typer
 
+from sluice_cli import serve
+
 app = typer.Typer(
     name="sluice",
     help="Serve recurrent models: export LSTM, GRU and RNN models from PyTorch to ONNX, "
@@ -11,6 +13,14 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
+
+
+@app.callback()
+def _name_the_group() -> None:
+    """Keep `serve` a word of its own, however few commands there are."""
+
+
+serve.add_to(app)
 
 
 def main() -> None:

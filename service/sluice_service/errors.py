@@ -66,6 +66,11 @@ class LaneError(ServiceError):
         super().__init__(message)
         self.epoch = epoch
 
+    @classmethod
+    def reason_name(cls) -> str:
+        """The reason in lower case, as metrics have it."""
+        return Fault.Reason.Name(cls.reason).lower()
+
 
 class InvalidInputError(LaneError):
     """Wrong datatype, shape, name, size or value."""

@@ -71,12 +71,13 @@ class Scheduler:
         *,
         run_sequences_max: int,
         run_steps_max: int,
+        run_cells_max: int,
         unacknowledged_steps_max: int,
     ) -> None:
-        self.run_cells_max = run_sequences_max * run_steps_max  # steps of one run, all rows
         self._sequences = sequences
         self._run_sequences_max = run_sequences_max
         self._run_steps_max = run_steps_max
+        self._run_cells_max = run_cells_max  # sequences × steps
         self._unacknowledged_steps_max = unacknowledged_steps_max
         # By slot.
         self._head = np.full(slots, NONE, np.int64)
@@ -118,11 +119,12 @@ class Scheduler:
         self,
         slots: Slots,
         steps: Integers,
+        starts: Integers,
         first: Integers | None,
         frame: Frame,
         errors: dict[int, LaneError],
     ) -> None:
-        """Queue one chunk for each of `slots` [chunks], rows lying in `frame` one after another.
+        """Queue chunks: of `slots` [chunks], `steps` each, their rows from `starts` in `frame`.
 
         `first` [chunks] is what the client named, or None; `errors` are chunks,
         by index, that must be refused when their turn comes.
@@ -138,7 +140,7 @@ class Scheduler:
             self._errors[int(nodes[index])] = error
         self._slot[nodes] = slots
         self._frame[nodes] = number
-        self._row[nodes] = np.cumsum(steps) - steps
+        self._row[nodes] = starts
         self._steps[nodes] = steps
         self._is_named[nodes] = first is not None
         for chosen in self._rounds(slots):
@@ -161,6 +163,10 @@ class Scheduler:
             waiting = np.unique(waiting)
             self._is_stalled[waiting] = False
             self._make_ready(waiting)
+
+    def is_stuck(self, slots: Slots) -> bool:
+        """True when every queue of `slots` is empty or waits for acknowledgements."""
+        return bool(((self._head[slots] == NONE) | self._is_stalled[slots]).all())
 
     def drop(self, slot: int) -> None:
         """Forget everything queued for a slot."""
@@ -309,7 +315,7 @@ class Scheduler:
         step = sequences.step[slots]
         room = sequences.received[slots] + self._unacknowledged_steps_max - step
         lengths = np.minimum(self._steps[nodes], room)
-        steps_max = min(self._run_steps_max, max(1, self.run_cells_max // len(slots)))
+        steps_max = min(self._run_steps_max, max(1, self._run_cells_max // len(slots)))
         lengths = np.minimum(lengths, steps_max)
         steps = choose_steps(lengths)
         lengths = np.minimum(lengths, steps)

@@ -100,13 +100,19 @@ class Sequences:
         self.stream = np.full(slots, NONE, np.int64)  # the number of the stream attached
         self.lane = np.zeros(slots, np.int64)
         self.active = np.zeros(slots, np.float64)  # when it last did something
-        self.generation = np.zeros(slots, np.int64)  # how often the slot was freed
+        self.generation = np.zeros(slots, np.int64)  # how often the slot changed hands
         self.is_anonymous = np.zeros(slots, np.bool_)
         self.is_running = np.zeros(slots, np.bool_)
         self.is_faulted = np.zeros(slots, np.bool_)  # drops chunks until one is at `step`
 
     def __len__(self) -> int:
         return len(self._by_id)
+
+    @property
+    def parked(self) -> int:
+        """How many are on no stream."""
+        slots = np.fromiter(self._by_slot, np.int64, len(self._by_slot))
+        return int((self.stream[slots] == NONE).sum())
 
     def __iter__(self) -> Iterator[Sequence]:
         return iter(self._by_id.values())
@@ -160,6 +166,8 @@ class Sequences:
         self.lane[slot] = lane
         self.sent[slot] = self.step[slot]
         self.active[slot] = now
+        # What was delivered on an earlier lane can be acknowledged no more.
+        self.generation[slot] += 1
         self.is_anonymous[slot] = sequence.is_anonymous
         self.is_faulted[slot] = False
 
@@ -189,12 +197,21 @@ class Sequences:
         slots = slots[(self.active[slots] < before) & ~self.is_running[slots]]
         return [self._by_slot[slot] for slot in slots.tolist()]
 
+    def is_idle(self, sequence: Sequence, before: float) -> bool:
+        """Whether a sequence still lives and still did nothing since `before`."""
+        slot = sequence.slot
+        return (
+            self._by_slot.get(slot) is sequence
+            and not self.is_running[slot]
+            and bool(self.active[slot] < before)
+        )
+
     def forget_tombstones(self, now: float) -> None:
         """Drop the tombstones whose time is over."""
         while self._tombstones and next(iter(self._tombstones.values()))[0] <= now:
             self._tombstones.popitem(last=False)
 
     def is_same(self, slots: Slots, generations: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """[n] whether each slot still holds the sequence it held at that generation."""
+        """[n] whether each slot is still in the hands it was in at that generation."""
         same: NDArray[np.bool_] = self.generation[slots] == generations
         return same

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, FilePath, field_validator
 from pydantic_settings import (
     BaseSettings,
+    NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     YamlConfigSettingsSource,
@@ -31,11 +32,11 @@ class Settings(BaseSettings):
         title="What is served",
         description="A YAML file of settings, by the names of these flags with underscores.",
     )
-    model: dict[str, Path] = Field(
+    model: Annotated[dict[str, Path], NoDecode] = Field(
         default={},
         title="What is served",
         description="A model to serve, as NAME=PATH; may be given again for more. "
-        'In the environment: SLUICE_MODEL=\'{"NAME": "PATH"}\'.',
+        "In the environment: SLUICE_MODEL=NAME=PATH,NAME=PATH.",
     )
     listen: str = Field(
         default="127.0.0.1:8001",
@@ -128,6 +129,8 @@ class Settings(BaseSettings):
     @classmethod
     def _pairs(cls, value: Any) -> Any:
         """Accept `NAME=PATH` strings beside a mapping."""
+        if isinstance(value, str):
+            value = value.split(",")
         if isinstance(value, list | tuple):
             pairs = dict[str, str]()
             for item in value:

@@ -86,6 +86,8 @@ class Stream:
         self.queued_steps = 0
         # True once the client will send no more: it ends when its queue is done.
         self.is_half_closed = False
+        # True while nothing more is read, and once every lane has been told.
+        self.is_draining = False
         self.is_drained = False
         self._queue_steps_max = queue_steps_max
         self._on_change = on_change
@@ -93,8 +95,12 @@ class Stream:
 
     @property
     def is_ahead(self) -> bool:
-        """True while the client has sent more than its credit: nothing more is read then."""
-        return self.queued_steps > self._queue_steps_max
+        """True while nothing more is read: the client is beyond its credit, or the server stops."""
+        return self.is_draining or self.queued_steps > self._queue_steps_max
+
+    def wake(self) -> None:
+        """Have whoever serves this stream look at it."""
+        self._on_change()
 
     def send(self, item: Notice | Delivery) -> None:
         """Put something into the outbox."""
@@ -130,6 +136,10 @@ class Stream:
     def slot(self, lane: int) -> int:
         """The slot of one lane, or a negative number."""
         return int(self._slots[lane]) if lane < len(self._slots) else _UNKNOWN
+
+    def is_unknown(self, lane: int) -> bool:
+        """True when no open has named the lane."""
+        return self.slot(lane) == _UNKNOWN
 
     def put_lane(self, lane: int, slot: int) -> None:
         """Give a lane to a slot."""

@@ -1,0 +1,114 @@
+"""`sluice serve`: the server, its flags made from its settings."""
+
+import asyncio
+import inspect
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
+
+import typer
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
+HELP = """Serve models over gRPC until SIGTERM.
+
+Settings come from flags, from the environment (SLUICE_…) and from a YAML file, in that order of
+strength.
+
+    sluice serve --model lstm=models/lstm.onnx
+
+    sluice serve --model lstm=lstm.onnx --model gru=gru.onnx --listen 0.0.0.0:8001
+
+    SLUICE_SEQUENCES_MAX=5000 sluice serve --config sluice.yaml
+"""
+
+
+_ANY_ARGUMENTS = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+def serve(**flags: Any) -> None:
+    """Serve models over gRPC until SIGTERM."""
+    from pydantic import ValidationError
+
+    from sluice_model import ModelError
+    from sluice_service.logs import set_up_logs
+    from sluice_service.server import serve as serve_until_stopped
+    from sluice_service.settings import Settings
+
+    given = {name: value for name, value in flags.items() if value not in (None, [])}
+    try:
+        settings = Settings(**given)
+    except ValidationError as error:
+        _fail(_explain(error))
+    if not settings.model:
+        _fail("there is no model to serve; name one with --model NAME=PATH")
+    set_up_logs(settings)
+    try:
+        asyncio.run(serve_until_stopped(settings))
+    except (ModelError, OSError) as error:
+        _fail(str(error))
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the command, with one flag for each setting."""
+    try:
+        parameters = _parameters()
+    except ModuleNotFoundError:
+        app.command(help=HELP, context_settings=_ANY_ARGUMENTS)(say_what_is_missing)
+        return
+    vars(serve)["__signature__"] = inspect.Signature(parameters)
+    app.command(help=HELP)(serve)
+
+
+def say_what_is_missing() -> None:
+    """Name the install that has a server."""
+    _fail("the server is not installed; install it with: pip install 'sluice-serving[service]'")
+
+
+def _parameters() -> list[inspect.Parameter]:
+    """A flag for each field of the settings: its help, default and variable."""
+    from sluice_service.settings import Settings
+
+    parameters = []
+    for name, field in Settings.model_fields.items():
+        default = "" if field.default in (None, {}) else f" [default: {field.default}]"
+        option = typer.Option(
+            f"--{name.replace('_', '-')}",
+            help=f"{field.description}{default} [env: SLUICE_{name.upper()}]",
+            metavar=_metavar(name, field.annotation),
+            rich_help_panel=field.title,
+            show_default=False,
+        )
+        kind: Any = {"model": list[str], "config": Path}.get(name, str)
+        parameters.append(
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=None,
+                annotation=Annotated[kind | None, option],
+            )
+        )
+    return parameters
+
+
+def _metavar(name: str, annotation: Any) -> str:
+    """What a value looks like."""
+    named = {"model": "NAME=PATH", "config": "FILE", "listen": "HOST:PORT", "http": "HOST:PORT"}
+    if get_origin(annotation) is Literal:
+        return "|".join(get_args(annotation))
+    return named.get(name, "SECONDS" if annotation is float else "N")
+
+
+def _explain(error: "ValidationError") -> str:
+    """Each wrong setting on a line, by the name of its flag."""
+    lines = []
+    for problem in error.errors():
+        flag = "--" + str(problem["loc"][0]).replace("_", "-") if problem["loc"] else "settings"
+        lines.append(f"{flag}: {problem['msg'].removeprefix('Value error, ')}")
+    return "\n".join(lines)
+
+
+def _fail(message: str) -> None:
+    print(message, file=sys.stderr)
+    raise typer.Exit(2)

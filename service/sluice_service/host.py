@@ -1,0 +1,315 @@
+"""One model and every live sequence of it: open, submit, acknowledge, close, drain.
+
+All methods run on one event loop; only the model's own run may be in another
+thread, and what could disturb it waits until it has been applied.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor
+
+import numpy as np
+import structlog
+
+from sluice_model import Model, SelfTest
+from sluice_protos.sequences_pb2 import (
+    Closed,
+    Limits,
+    ModelInfo,
+    OpenSequence,
+    SequenceInfo,
+    SequenceState,
+)
+from sluice_service.arena import Arena
+from sluice_service.clock import AwakeClock
+from sluice_service.engine import Engine
+from sluice_service.errors import InvalidInputError, LaneError, NotFoundError
+from sluice_service.inputs import InputRules
+from sluice_service.lanes import Lanes
+from sluice_service.metrics import ModelMetrics
+from sluice_service.ragged import Array, Frame, Integers
+from sluice_service.runs import RunLoop
+from sluice_service.scheduler import Kind, Scheduler
+from sluice_service.sequences import Phase, Sequence, Sequences
+from sluice_service.settings import Settings
+from sluice_service.streams import Stream
+
+log = structlog.get_logger()
+
+_TICK_SECONDS = 1.0
+# Between so many expired sequences the event loop gets its turn.
+_EXPIRED_AT_ONCE_MAX = 500
+
+
+class Host:
+    """A model being served."""
+
+    def __init__(
+        self,
+        name: str,
+        model: Model,
+        self_test: SelfTest,
+        settings: Settings,
+        metrics: ModelMetrics,
+        executor: Executor,
+    ) -> None:
+        """Reserve the arena and warm the model up; takes as long as a few dozen runs."""
+        slots = settings.sequences_max
+        refuses_non_finite = settings.non_finite == "refuse"
+        self.name = name
+        self.contract = model.contract
+        self._self_test = self_test
+        self._settings = settings
+        self._metrics = metrics
+        self._clock = AwakeClock(gap_max=2 * _TICK_SECONDS)
+        self.inputs = InputRules(
+            model.contract,
+            chunk_steps_max=settings.chunk_steps_max,
+            refuses_non_finite=refuses_non_finite,
+        )
+        self.limits = _limits(settings, self.inputs)
+        self._arena = Arena(slots, model.initial_state)
+        self._sequences = Sequences(
+            slots, tombstones_max=slots, tombstone_seconds=settings.tombstone_seconds
+        )
+        engine = Engine(model, self._arena, refuses_non_finite=refuses_non_finite)
+        self._scheduler = Scheduler(
+            self._sequences,
+            slots,
+            run_sequences_max=settings.run_sequences_max,
+            run_steps_max=settings.run_steps_max,
+            run_cells_max=engine.cells_within(settings.run_seconds_max),
+            unacknowledged_steps_max=self.limits.unacknowledged_steps_max,
+        )
+        self._lanes = Lanes(
+            self._arena,
+            self._sequences,
+            self._scheduler,
+            self.inputs,
+            self.limits,
+            self._clock,
+            metrics,
+        )
+        self._runs = RunLoop(
+            self._arena,
+            self._sequences,
+            self._scheduler,
+            self._lanes,
+            engine,
+            self._clock,
+            metrics,
+            executor,
+        )
+        self._follow()
+
+    def _follow(self) -> None:
+        """Let the gauges read from here."""
+        metrics = self._metrics.all
+        metrics.follow(
+            self.name,
+            {
+                metrics.sequences_live: lambda: len(self._sequences),
+                metrics.sequences_parked: lambda: self._sequences.parked,
+                metrics.sequences_max: lambda: self._settings.sequences_max,
+                metrics.state_bytes: lambda: len(self._sequences) * self._arena.row_bytes,
+                metrics.streams: lambda: len(self._lanes),
+                metrics.is_bit_exact: lambda: self._self_test.is_bit_exact,
+            },
+        )
+
+    # What is here.
+
+    def info(self) -> ModelInfo:
+        """What a client may know without asking for the contract."""
+        return ModelInfo(
+            name=self.name,
+            digest=self.contract.digest,
+            is_ready=not self._lanes.is_draining,
+            sequences_live=len(self._sequences),
+            is_bit_exact=self._self_test.is_bit_exact,
+            arithmetic=self._self_test.arithmetic,
+        )
+
+    def list_sequences(self) -> Iterator[SequenceInfo]:
+        """Every live sequence, as it stands now."""
+        now, table = self._clock.now(), self._sequences
+        for sequence in list(table):
+            slot = sequence.slot
+            yield SequenceInfo(
+                model=self.name,
+                sequence_id=sequence.sequence_id,
+                step=int(table.step[slot]),
+                epoch=sequence.record.epoch,
+                is_parked=sequence.phase is Phase.PARKED,
+                idle_seconds=now - float(table.active[slot]),
+                held_steps=int(table.step[slot] - table.received[slot]),
+            )
+
+    def state(self, sequence_id: str) -> SequenceState:
+        """The state after the last applied step. Raises NotFoundError."""
+        slot = self._find(sequence_id).slot
+        return SequenceState(
+            model_digest=self.contract.digest,
+            step=int(self._sequences.step[slot]),
+            row=self._arena.take(np.array([slot])).tobytes(),
+        )
+
+    def _find(self, sequence_id: str) -> Sequence:
+        sequence = self._sequences.get(sequence_id)
+        if sequence is None:
+            raise NotFoundError(
+                f"model {self.name!r} has no live sequence {sequence_id!r}; "
+                "ListSequences tells those it has"
+            )
+        return sequence
+
+    # What a stream does.
+
+    def attach(self, on_change: Callable[[], None]) -> Stream:
+        """A new stream; `on_change` is called when it has something to send or may be read on."""
+        return self._lanes.attach(on_change)
+
+    def detach(self, stream: Stream) -> None:
+        """Park every lane of a stream that has ended."""
+        self._lanes.detach(stream)
+        self._runs.settle()
+
+    async def open(self, stream: Stream, requests: Iterable[OpenSequence]) -> None:
+        """Give each request its lane and its sequence, or tell its fault."""
+        await self._runs.between_runs(lambda: self._lanes.open(stream, requests))
+        self._runs.settle()
+
+    def submit(
+        self,
+        stream: Stream,
+        lanes: Integers,
+        steps: Integers,
+        first: Integers | None,
+        inputs: list[Array] | InvalidInputError,
+    ) -> None:
+        """Queue chunks: `lanes`, `steps` and `first` are [chunks], `inputs` [sum(steps), …] each.
+
+        An InvalidInputError in place of the inputs faults every lane with a chunk here.
+        """
+        self._metrics.chunks_received(len(lanes))
+        slots, is_unknown = stream.slots(lanes)
+        if is_unknown.any():
+            for lane in np.unique(lanes[is_unknown]).tolist():
+                self._lanes.tell_unknown(stream, lane)
+        starts = np.cumsum(steps) - steps
+        is_open = slots >= 0
+        if not is_open.all():
+            slots, steps, starts = slots[is_open], steps[is_open], starts[is_open]
+            first = None if first is None else first[is_open]
+        if not len(slots):
+            return
+        errors: dict[int, LaneError]
+        if isinstance(inputs, InvalidInputError):
+            errors = dict.fromkeys(range(len(slots)), inputs)
+            frame = Frame([], time.monotonic())
+        else:
+            errors = self.inputs.judge(inputs, starts, steps)
+            frame = Frame(inputs, time.monotonic())
+        stream.queued_steps += int(steps.sum())
+        self._scheduler.push(slots, steps, starts, first, frame, errors)
+        self._runs.wake()
+
+    def end_after(self, stream: Stream, lanes: Iterable[int], kind: Kind) -> None:
+        """Close or park lanes behind the chunks they have sent."""
+        for lane in lanes:
+            slot = stream.slot(lane)
+            if slot >= 0:
+                self._scheduler.push_ending(slot, kind)
+                self._runs.wake()
+            elif stream.is_unknown(lane):
+                self._lanes.tell_unknown(stream, lane)
+
+    def acknowledge(self, stream: Stream, lanes: Integers, received: Integers) -> None:
+        """The client has the outputs of `lanes` [n] up to `received` [n]."""
+        self._lanes.acknowledge(stream, lanes, received)
+        self._wake_if_ready()
+
+    def acknowledge_responses(self, stream: Stream, responses: int) -> None:
+        """The client has read that many responses of the stream."""
+        self._lanes.acknowledge_responses(stream, responses)
+        self._wake_if_ready()
+
+    @property
+    def lanes(self) -> Lanes:
+        """Where a stream's sender reports what has gone out."""
+        return self._lanes
+
+    def is_finished(self, stream: Stream) -> bool:
+        """True when nothing more will come of a stream whose client sends no more."""
+        return self._scheduler.is_stuck(stream.live_slots())
+
+    def note_sent(self) -> None:
+        """Outputs have gone out: sequences that waited for that may go on."""
+        self._wake_if_ready()
+
+    def _wake_if_ready(self) -> None:
+        if self._scheduler.has_ready:
+            self._runs.wake()
+
+    # The life of the sequences.
+
+    async def close_sequence(self, sequence_id: str) -> int:
+        """Drop a live sequence, whoever holds it; its steps. Raises NotFoundError."""
+
+        def close() -> int:
+            sequence = self._find(sequence_id)
+            step = int(self._sequences.step[sequence.slot])
+            self._lanes.end(sequence, Closed.CLIENT, "CloseSequence closed it")
+            return step
+
+        step = await self._runs.between_runs(close)
+        self._runs.settle()
+        return step
+
+    async def live(self) -> None:
+        """Expire what is idle, forget what is over; until cancelled."""
+        while True:
+            await asyncio.sleep(_TICK_SECONDS)
+            await self.expire()
+
+    async def expire(self) -> None:
+        """Close the sequences that were idle for too long and tell their clients."""
+        now = self._clock.now()
+        self._sequences.forget_tombstones(now)
+        idle_max = self._settings.sequence_idle_seconds_max
+        idle = self._sequences.idle(before=now - idle_max)
+        for start in range(0, len(idle), _EXPIRED_AT_ONCE_MAX):
+            for sequence in idle[start : start + _EXPIRED_AT_ONCE_MAX]:
+                if self._sequences.is_idle(sequence, before=now - idle_max):
+                    ending = f"it had no step for {idle_max:g} seconds"
+                    self._lanes.end(sequence, Closed.IDLE, ending)
+            self._runs.settle()
+            await asyncio.sleep(0)
+        if idle:
+            log.info("sequences_expired", model=self.name, sequences=len(idle))
+
+    async def drain(self) -> None:
+        """Open nothing new, finish what is queued, then tell every lane that the server stops."""
+        self._lanes.stop_reading()
+        await self._runs.idle()
+        self._lanes.drain()
+
+
+def _limits(settings: Settings, inputs: InputRules) -> Limits:
+    """What a client must keep to, with bytes turned into steps of this model."""
+    credit = min(
+        settings.stream_queue_steps_max,
+        settings.stream_queue_bytes_max // max(1, inputs.step_bytes),
+    )
+    unacknowledged = min(
+        settings.unacknowledged_steps_max,
+        settings.unacknowledged_bytes_max // max(1, inputs.output_step_bytes),
+    )
+    return Limits(
+        request_bytes_max=settings.request_bytes_max,
+        chunk_steps_max=settings.chunk_steps_max,
+        credit_steps=max(1, credit),
+        credit_bytes=max(1, credit) * inputs.step_bytes,
+        unacknowledged_steps_max=max(1, unacknowledged),
+    )

@@ -1,0 +1,133 @@
+"""Judges what clients send against the contract: datatype, shape, size and value."""
+
+import numpy as np
+
+from sluice_protos.contract_pb2 import ModelContract, TensorSpec
+from sluice_protos.datatypes import DTYPES
+from sluice_protos.sequences_pb2 import SequenceState, Tensor
+from sluice_service.errors import InvalidInputError, LaneError, LimitError, WrongModelError
+from sluice_service.ragged import Array, Integers
+
+
+class InputRules:
+    """What one model's inputs must be."""
+
+    def __init__(
+        self, contract: ModelContract, *, chunk_steps_max: int, refuses_non_finite: bool
+    ) -> None:
+        self._contract = contract
+        self._chunk_steps_max = chunk_steps_max
+        self._refuses_non_finite = refuses_non_finite
+        self._names = [spec.name for spec in contract.inputs]
+        self._dtypes = [DTYPES[spec.datatype] for spec in contract.inputs]
+        self.step_bytes = sum(map(_row_bytes, contract.inputs))
+        self.output_step_bytes = sum(map(_row_bytes, contract.outputs))
+
+    def decode(self, tensors: "list[Tensor]", rows: int) -> list[Array]:
+        """One [rows, …] for each input, in the contract's order, without a copy.
+
+        Raises InvalidInputError, which names what was expected.
+        """
+        by_name = {tensor.name or self._name(index): tensor for index, tensor in enumerate(tensors)}
+        if len(by_name) != len(self._names) or by_name.keys() != set(self._names):
+            raise InvalidInputError(
+                f"inputs {sorted(by_name)} were sent; the model takes {sorted(self._names)}"
+            )
+        arrays: list[Array] = []
+        for spec, dtype in zip(self._contract.inputs, self._dtypes, strict=True):
+            tensor = by_name[spec.name]
+            if tensor.datatype and tensor.datatype != spec.datatype:
+                raise InvalidInputError(
+                    f"input {spec.name!r} is {tensor.datatype}; the model takes {spec.datatype}"
+                )
+            if tensor.shape and list(tensor.shape) != list(spec.shape):
+                raise InvalidInputError(
+                    f"a row of input {spec.name!r} has shape {list(tensor.shape)}; "
+                    f"the model takes {list(spec.shape)}"
+                )
+            data = tensor.data
+            expected = rows * _row_bytes(spec)
+            if len(data) != expected:
+                raise InvalidInputError(
+                    f"input {spec.name!r} has {len(data)} bytes; {rows} rows of {spec.datatype} "
+                    f"{list(spec.shape)} are {expected}"
+                )
+            arrays.append(np.frombuffer(data, dtype).reshape(rows, *spec.shape))
+        return arrays
+
+    def judge(self, arrays: list[Array], starts: Integers, steps: Integers) -> dict[int, LaneError]:
+        """The errors of single chunks, by index: wrong lengths, values the model cannot take.
+
+        `starts` and `steps` [chunks] say where each lies in `arrays` [rows, …].
+        """
+        errors: dict[int, LaneError] = {}
+        if int(steps.min()) < 1 or int(steps.max()) > self._chunk_steps_max:
+            for index in np.flatnonzero(steps < 1).tolist():
+                errors[index] = InvalidInputError("a chunk of 0 steps; send at least one")
+            for index in np.flatnonzero(steps > self._chunk_steps_max).tolist():
+                errors[index] = LimitError(
+                    f"a chunk of {int(steps[index])} steps; chunk_steps_max is "
+                    f"{self._chunk_steps_max}: send it in pieces"
+                )
+        for spec, array in zip(self._contract.inputs, arrays, strict=True):
+            is_bad = self._bad_rows(spec, array)
+            if is_bad is None:
+                continue
+            for row in np.flatnonzero(is_bad).tolist():
+                index = int(np.flatnonzero((starts <= row) & (row < starts + steps))[:1].sum())
+                within = row - int(starts[index])
+                if 0 <= within < int(steps[index]):
+                    errors.setdefault(index, _bad_value(spec, within))
+        return errors
+
+    def state_row(self, state: SequenceState) -> Array:
+        """The row [state_size] of a state a client brings.
+
+        Raises WrongModelError or InvalidInputError.
+        """
+        if state.model_digest != self._contract.digest:
+            raise WrongModelError(
+                f"the state is of model {state.model_digest[:12]}, this is "
+                f"{self._contract.digest[:12]}; a state fits only the model that made it"
+            )
+        expected = 4 * self._contract.state_size
+        if len(state.row) != expected:
+            raise InvalidInputError(f"the state has {len(state.row)} bytes, not {expected}")
+        row = np.frombuffer(state.row, "<f4")
+        if self._refuses_non_finite and not np.isfinite(row).all():
+            raise InvalidInputError("the state has NaN or infinity")
+        return row
+
+    def _name(self, index: int) -> str:
+        return self._names[index] if index < len(self._names) else f"number {index}"
+
+    def _bad_rows(self, spec: TensorSpec, array: Array) -> Array | None:
+        """[rows] which rows have a value the model cannot take, or None where none has."""
+        if spec.HasField("valid"):
+            if not array.size or (array.min() >= spec.valid.min and array.max() <= spec.valid.max):
+                return None
+            is_bad = (array < spec.valid.min) | (array > spec.valid.max)
+        elif self._refuses_non_finite and array.dtype.kind == "f":
+            # A sum is finite unless some value is not, or the values are absurd.
+            if np.isfinite(array.sum(dtype=np.float64)):
+                return None
+            is_bad = ~np.isfinite(array)
+        else:
+            return None
+        return np.asarray(is_bad.reshape(len(array), -1).any(axis=1))
+
+
+def _row_bytes(spec: TensorSpec) -> int:
+    return int(np.prod(spec.shape, dtype=np.int64)) * DTYPES[spec.datatype].itemsize
+
+
+def _bad_value(spec: TensorSpec, step: int) -> InvalidInputError:
+    if spec.HasField("valid"):
+        return InvalidInputError(
+            f"input {spec.name!r} has a value outside {spec.valid.min} to {spec.valid.max} "
+            f"in step {step} of the chunk"
+        )
+    return InvalidInputError(
+        f"input {spec.name!r} has NaN or infinity in step {step} of the chunk; "
+        "clean the data, or serve with --non-finite allow"
+    )

@@ -1,0 +1,320 @@
+"""Which sequence is on which lane: opening, parting, and the outputs held in between."""
+
+import uuid
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+from sluice_protos.sequences_pb2 import Closed, Limits, Opened, OpenSequence
+from sluice_service.arena import Arena
+from sluice_service.claims import Claim, Record, decide
+from sluice_service.clock import AwakeClock
+from sluice_service.errors import (
+    DrainingError,
+    InvalidInputError,
+    LaneError,
+    LaneInUseError,
+    LimitError,
+    OutOfRangeError,
+    UnknownLaneError,
+)
+from sluice_service.inputs import InputRules
+from sluice_service.metrics import ModelMetrics
+from sluice_service.ragged import Integers
+from sluice_service.scheduler import Scheduler
+from sluice_service.sequences import NONE, Held, Phase, Sequence, Sequences
+from sluice_service.streams import LANES_MAX, Delivery, Stream, cut
+
+Reason = Closed.Reason
+
+
+class Lanes:
+    """The streams of one model and the sequences on their lanes."""
+
+    def __init__(
+        self,
+        arena: Arena,
+        sequences: Sequences,
+        scheduler: Scheduler,
+        inputs: InputRules,
+        limits: Limits,
+        clock: AwakeClock,
+        metrics: ModelMetrics,
+    ) -> None:
+        self.is_draining = False
+        self._arena = arena
+        self._sequences = sequences
+        self._scheduler = scheduler
+        self._inputs = inputs
+        self._limits = limits
+        self._clock = clock
+        self._metrics = metrics
+        self._streams: dict[int, Stream] = {}
+        self._stream_number = 0
+
+    def __len__(self) -> int:
+        return len(self._streams)
+
+    def stream(self, number: int) -> Stream | None:
+        """The stream of that number, if it is still there."""
+        return self._streams.get(number)
+
+    # Streams.
+
+    def attach(self, on_change: Callable[[], None]) -> Stream:
+        """A new stream; its first word to the client is the limits."""
+        self._stream_number += 1
+        stream = Stream(
+            self._stream_number,
+            queue_steps_max=self._limits.credit_steps,
+            on_change=on_change,
+        )
+        self._streams[stream.number] = stream
+        stream.send(self._limits)
+        return stream
+
+    def detach(self, stream: Stream) -> None:
+        """Park every lane of a stream that ends: what runs finishes, what is queued is dropped."""
+        if self._streams.pop(stream.number, None) is None:
+            return
+        for slot in stream.live_slots().tolist():
+            self._scheduler.drop(slot)
+            self._sequences.detach(self._sequences.at(slot))
+        for delivery in stream.deliveries():
+            self._hold(delivery)
+
+    def stop_reading(self) -> None:
+        """Open nothing new, and read no further from any stream."""
+        self.is_draining = True
+        for stream in self._streams.values():
+            stream.is_draining = True
+
+    def drain(self) -> None:
+        """Tell every lane that the server stops; its sequence stays as it is."""
+        for stream in list(self._streams.values()):
+            for slot in stream.live_slots().tolist():
+                self.part(self._sequences.at(slot), Closed.DRAINING)
+            stream.is_drained = True
+            stream.wake()
+
+    # Opening.
+
+    def open(self, stream: Stream, requests: Iterable[OpenSequence]) -> None:
+        """Give each request its lane and its sequence, or tell its fault. Between runs only."""
+        for request in requests:
+            try:
+                self._open(stream, request)
+            except LaneError as error:
+                if request.lane < LANES_MAX and stream.slot(request.lane) < 0:
+                    # Chunks that were sent with the open are not worth a fault each.
+                    stream.end_lane(request.lane, None)
+                self.tell(stream, request.lane, error)
+
+    def _open(self, stream: Stream, request: OpenSequence) -> None:
+        if self.is_draining:
+            raise DrainingError("this server is stopping; open the sequence at another")
+        if request.lane >= LANES_MAX:
+            raise InvalidInputError(f"lanes are numbers below {LANES_MAX}, not {request.lane}")
+        if stream.slot(request.lane) >= 0:
+            raise LaneInUseError(
+                f"lane {request.lane} has a sequence; take another lane or wait for its Closed"
+            )
+        if not request.sequence_id:
+            request.sequence_id = uuid.uuid4().hex
+        claim = decide(self._sequences.record(request.sequence_id), request)
+        found = self._sequences.get(request.sequence_id)
+        if found is None:
+            sequence = self._create(request)
+        else:
+            sequence = found
+            self._claim(sequence, request, claim)
+        table, slot = self._sequences, sequence.slot
+        table.attach(sequence, stream.number, request.lane, self._clock.now())
+        stream.put_lane(request.lane, slot)
+        stream.send(
+            Opened(
+                lane=request.lane,
+                sequence_id=sequence.sequence_id,
+                epoch=sequence.record.epoch,
+                applied=int(table.step[slot]),
+                held_from=int(table.received[slot]),
+            )
+        )
+        self._resend(stream, sequence, request.lane)
+        self._metrics.opened(claim.name.lower())
+
+    def _create(self, request: OpenSequence) -> Sequence:
+        has_state = request.HasField("state")
+        row = self._inputs.state_row(request.state) if has_state else None
+        if self._arena.is_full:
+            raise LimitError(
+                f"{len(self._sequences)} sequences are alive, as many as sequences_max allows; "
+                "close some, or serve with a higher --sequences-max"
+            )
+        record = Record(
+            request.writer, request.attempt, self._sequences.raise_epoch(), is_alive=True
+        )
+        return self._sequences.create(
+            request.sequence_id,
+            self._arena.allocate(row),
+            record,
+            step=request.state.step if has_state else 0,
+            now=self._clock.now(),
+        )
+
+    def _claim(self, sequence: Sequence, request: OpenSequence, claim: Claim) -> None:
+        """Take a live sequence from its lane, and from its writer where the claim says so."""
+        table, slot = self._sequences, sequence.slot
+        received, step = int(table.received[slot]), int(table.step[slot])
+        if request.HasField("received") and claim is not Claim.WIPE:
+            if not received <= request.received <= step:
+                raise OutOfRangeError(
+                    f"sequence {request.sequence_id!r} holds outputs {received} to {step}, "
+                    f"not from {request.received}; resume with received {received} or more"
+                )
+            received = request.received
+        elif claim is Claim.TAKE or sequence.is_anonymous:
+            received = step  # outputs of another handle are not this one's
+        self.part(sequence, Closed.FENCED)
+        table.received[slot] = received
+        if claim is Claim.WIPE:
+            self._arena.reset(slot)
+            table.rewind(slot, 0)
+            sequence.held.clear()
+        if claim is not Claim.RESUME:
+            sequence.record.writer = request.writer
+            sequence.record.epoch = table.raise_epoch()
+        sequence.record.attempt = request.attempt
+
+    # Parting.
+
+    def part(self, sequence: Sequence, reason: "Reason.ValueType") -> None:
+        """Take a sequence from its lane, if it has one; unacknowledged outputs stay with it."""
+        if sequence.phase is not Phase.ATTACHED:
+            return
+        slot = sequence.slot
+        self._scheduler.drop(slot)
+        stream = self._streams[int(self._sequences.stream[slot])]
+        for delivery in stream.deliveries():
+            self._hold(delivery, only=slot)
+        self._sequences.detach(sequence)
+        stream.end_lane(int(self._sequences.lane[slot]), reason)
+        self._metrics.closed(Reason.Name(reason).lower())
+
+    def end(self, sequence: Sequence, reason: "Reason.ValueType", ending: str) -> None:
+        """Drop a sequence, state and all; `ending` is what a late open of it is told."""
+        if sequence.phase is Phase.ATTACHED:
+            self.part(sequence, reason)
+        else:
+            self._metrics.closed(Reason.Name(reason).lower())
+        self._sequences.end(sequence, ending, self._clock.now())
+        self._arena.free(sequence.slot)
+
+    # Faults.
+
+    def tell(self, stream: Stream, lane: int, error: LaneError, *, expected_step: int = 0) -> None:
+        """Tell a client of one lane's fault, and count it."""
+        stream.fault(lane, error, expected_step=expected_step)
+        self._metrics.fault(error.status.name, type(error).reason_name())
+
+    def tell_unknown(self, stream: Stream, lane: int) -> None:
+        """Tell a client that it named a lane it has not opened."""
+        self.tell(
+            stream,
+            lane,
+            UnknownLaneError(f"lane {lane} is not open on this stream; open it first"),
+        )
+
+    def fault(self, slot: int, error: LaneError) -> None:
+        """Stop a sequence's lane at the step it stands: nothing of the chunk was applied."""
+        table = self._sequences
+        table.is_faulted[slot] = True
+        stream = self._streams.get(int(table.stream[slot]))
+        if stream is not None:
+            self.tell(stream, int(table.lane[slot]), error, expected_step=int(table.step[slot]))
+
+    # Outputs.
+
+    def sending(self, stream: Stream, delivery: Delivery, responses: int) -> None:
+        """A delivery is about to go out, the last of it as response number `responses`."""
+        delivery.responses = responses
+        if stream.number in self._streams and self._is_due(delivery, is_sent=True):
+            stream.unacknowledged.append(delivery)
+
+    def sent(self, delivery: Delivery) -> None:
+        """A delivery has gone out: for callers that cannot ask again, it has arrived."""
+        table = self._sequences
+        done = table.is_anonymous[delivery.slots]
+        done &= table.is_same(delivery.slots, delivery.generations)
+        if done.any():
+            self._acknowledge(delivery.slots[done], (delivery.first + delivery.lengths)[done])
+
+    def acknowledge(self, stream: Stream, lanes: Integers, received: Integers) -> None:
+        """The client has the outputs of `lanes` [n] up to `received` [n]."""
+        slots, _ = stream.slots(lanes)
+        is_open = slots >= 0
+        self._acknowledge(slots[is_open], received[is_open])
+        due = [delivery for delivery in stream.unacknowledged if self._is_due(delivery)]
+        stream.unacknowledged.clear()
+        stream.unacknowledged.extend(due)
+
+    def acknowledge_responses(self, stream: Stream, responses: int) -> None:
+        """The client has read that many responses of the stream."""
+        waiting = stream.unacknowledged
+        while waiting and waiting[0].responses <= responses:
+            delivery = waiting.popleft()
+            same = self._sequences.is_same(delivery.slots, delivery.generations)
+            self._acknowledge(delivery.slots[same], (delivery.first + delivery.lengths)[same])
+
+    def _acknowledge(self, slots: Integers, received: Integers) -> None:
+        table = self._sequences
+        # A client cannot have more than was applied, whatever it says.
+        np.maximum.at(table.received, slots, np.minimum(received, table.step[slots]))
+        self._scheduler.acknowledged(slots)
+
+    def _is_due(self, delivery: Delivery, *, is_sent: bool = False) -> bool:
+        """True while some output of a delivery may be asked for again."""
+        table = self._sequences
+        due = table.received[delivery.slots] < delivery.first + delivery.lengths
+        due &= table.is_same(delivery.slots, delivery.generations)
+        if is_sent:
+            due &= ~table.is_anonymous[delivery.slots]
+        return bool(due.any())
+
+    def hold(self, delivery: Delivery) -> None:
+        """Keep outputs whose stream went away while they were computed."""
+        self._hold(delivery)
+        self.sent(delivery)
+
+    def _hold(self, delivery: Delivery, *, only: int = NONE) -> None:
+        """Give a delivery's outputs to their sequences; to that in slot `only`, where given."""
+        table = self._sequences
+        wanted = table.is_same(delivery.slots, delivery.generations)
+        wanted &= table.received[delivery.slots] < delivery.first + delivery.lengths
+        wanted &= ~table.is_anonymous[delivery.slots]
+        if only != NONE:
+            wanted &= delivery.slots == only
+        if wanted.any():
+            for index, first, steps, outputs in delivery.chunks():
+                if wanted[index]:
+                    sequence = table.at(int(delivery.slots[index]))
+                    sequence.held.append(Held(first, steps, outputs))
+
+    def _resend(self, stream: Stream, sequence: Sequence, lane: int) -> None:
+        """Send what is held from `received` on, once, on the new lane."""
+        table, slot = self._sequences, sequence.slot
+        received = int(table.received[slot])
+        for held in sequence.held:
+            skipped = max(received - held.first, 0)
+            if skipped < held.steps:
+                stream.send(
+                    Delivery(
+                        np.array([slot]),
+                        table.generation[slot : slot + 1].copy(),
+                        np.array([lane]),
+                        np.array([held.first + skipped]),
+                        np.array([held.steps - skipped]),
+                        [cut(output, held.steps, skipped, held.steps) for output in held.outputs],
+                    )
+                )
+        sequence.held.clear()

@@ -1,0 +1,28 @@
+"""Log lines: one JSON object each, or text for eyes, on standard error."""
+
+import logging
+import sys
+
+import structlog
+
+from sluice_service.settings import Settings
+
+
+def set_up_logs(settings: Settings) -> None:
+    """Send structlog's lines where and how the settings say."""
+    level = logging.getLevelNamesMapping()[settings.log_level.upper()]
+    renderer: structlog.typing.Processor = (
+        structlog.processors.JSONRenderer()
+        if settings.log_format == "json"
+        else structlog.dev.ConsoleRenderer()
+    )
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
+    )

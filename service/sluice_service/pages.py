@@ -1,0 +1,29 @@
+"""The HTTP side: /metrics for Prometheus, /healthz and /readyz for whoever keeps it running."""
+
+from collections.abc import Callable
+
+from aiohttp import web
+
+from sluice_service.metrics import Metrics
+
+
+def make_app(metrics: Metrics, is_ready: Callable[[], bool]) -> web.Application:
+    """The pages, reading live from `metrics` and `is_ready`."""
+
+    async def show_metrics(request: web.Request) -> web.Response:
+        body, content_type = metrics.expose(request.headers.get("Accept", ""))
+        return web.Response(body=body, headers={"Content-Type": content_type})
+
+    async def show_health(_: web.Request) -> web.Response:
+        return web.Response(text="alive\n")
+
+    async def show_readiness(_: web.Request) -> web.Response:
+        if is_ready():
+            return web.Response(text="ready\n")
+        return web.Response(text="not ready: loading or stopping\n", status=503)
+
+    app = web.Application()
+    app.router.add_get("/metrics", show_metrics)
+    app.router.add_get("/healthz", show_health)
+    app.router.add_get("/readyz", show_readiness)
+    return app

@@ -1,0 +1,1 @@
+"""The gRPC services: decode, call the host, encode, turn errors into statuses."""

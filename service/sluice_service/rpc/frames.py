@@ -1,0 +1,113 @@
+"""The messages of a stream: requests into arrays, deliveries and notices into responses."""
+
+from collections import deque
+from collections.abc import Iterator
+
+import numpy as np
+from google.protobuf.message import DecodeError
+
+from sluice_protos.sequences_pb2 import (
+    Closed,
+    Fault,
+    InferRequest,
+    InferResponse,
+    Limits,
+    Opened,
+    Tensor,
+)
+from sluice_service.errors import InvalidInputError, RequestError
+from sluice_service.inputs import InputRules
+from sluice_service.ragged import Array, Integers
+from sluice_service.streams import Delivery, Notice
+
+# What a response has beside the rows, at the most, for each chunk in it.
+_CHUNK_BYTES = 24
+_RESPONSE_BYTES = 1024
+_RANK = {Limits: 0, Opened: 0, Fault: 1, Closed: 2}
+RESPONSE_BYTES_DEFAULT = 4 * 2**20
+
+
+def parse(data: bytes) -> InferRequest:
+    """A request from its bytes. Raises RequestError: such bytes end the stream."""
+    try:
+        return InferRequest.FromString(data)
+    except DecodeError as error:
+        raise RequestError(
+            "a message that is not a sluice.v1.InferRequest (truncated, or of another service)"
+        ) from error
+
+
+class Chunks:
+    """The chunks of one request, as arrays [chunks], with their inputs [sum(steps), …]."""
+
+    __slots__ = ("first", "inputs", "lanes", "steps")
+
+    def __init__(self, request: InferRequest, rules: InputRules) -> None:
+        """Decode; an error in the shared arrays takes the place of the inputs."""
+        self.lanes: Integers = np.array(request.lane, np.int64)
+        count = len(self.lanes)
+        self.steps: Integers = np.ones(count, np.int64)
+        self.first: Integers | None = None
+        self.inputs: list[Array] | InvalidInputError
+        try:
+            if request.steps:
+                self.steps = _parallel("steps", np.array(request.steps, np.int64), count)
+            if request.first_step:
+                named = np.array(request.first_step, np.uint64).astype(np.int64)
+                self.first = _parallel("first_step", named, count)
+            self.inputs = rules.decode(list(request.inputs), int(self.steps.sum()))
+        except InvalidInputError as error:
+            self.inputs = error
+
+
+def _parallel(name: str, values: Integers, count: int) -> Integers:
+    if len(values) != count:
+        raise InvalidInputError(
+            f"{len(values)} values in {name} for {count} chunks in lane; give one for each chunk"
+        )
+    return values
+
+
+class Encoder:
+    """Packs what waits in an outbox into as few responses as order and size allow."""
+
+    def __init__(self, rules: InputRules, *, response_bytes_max: int) -> None:
+        budget = (response_bytes_max or RESPONSE_BYTES_DEFAULT) - _RESPONSE_BYTES
+        self._bytes_max = budget
+        self._rows_max = max(1, budget // (rules.output_step_bytes + _CHUNK_BYTES))
+
+    def notices(self, outbox: "deque[Notice | Delivery]") -> InferResponse:
+        """One response with the notices that stand first in the outbox, taken out of it.
+
+        A client reads a response's opens before its faults before its ends; what
+        happened in another order goes into another response.
+        """
+        response = InferResponse()
+        rank, size = 0, 0
+        while outbox and size < self._bytes_max:
+            notice = outbox[0]
+            if isinstance(notice, Delivery) or _RANK[type(notice)] < rank:
+                break
+            outbox.popleft()
+            rank = _RANK[type(notice)]
+            size += notice.ByteSize() + _CHUNK_BYTES
+            match notice:
+                case Opened():
+                    response.opened.append(notice)
+                case Fault():
+                    response.faults.append(notice)
+                case Closed():
+                    response.closed.append(notice)
+                case Limits():
+                    response.limits.CopyFrom(notice)
+        return response
+
+    def frames(self, delivery: Delivery) -> Iterator[InferResponse]:
+        """The responses that carry one delivery's outputs."""
+        for part in delivery.split(self._rows_max):
+            yield InferResponse(
+                lane=part.lanes.tolist(),
+                steps=part.lengths.tolist(),
+                first_step=part.first.tolist(),
+                outputs=[Tensor(data=output) for output in part.outputs],
+            )

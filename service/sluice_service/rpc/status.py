@@ -1,0 +1,35 @@
+"""Turns errors into gRPC statuses: the one place where that happens."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+import structlog
+
+from sluice_model import ModelError
+from sluice_service.errors import ServiceError
+
+log = structlog.get_logger()
+
+
+@asynccontextmanager
+async def as_status(context: "grpc.aio.ServicerContext[Any, Any]") -> AsyncIterator[None]:
+    """End the call with the status of whatever the body raises.
+
+    An error of ours is told as it is; anything else is INTERNAL with a fixed
+    text, and its traceback goes to the log only.
+    """
+    try:
+        yield
+    except ServiceError as error:
+        await context.abort(error.status, str(error))
+    except ModelError as error:
+        await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+    except grpc.aio.AbortError:
+        raise
+    except Exception:
+        log.exception("call_broke")
+        await context.abort(
+            grpc.StatusCode.INTERNAL, "an error inside the server; its log has the traceback"
+        )

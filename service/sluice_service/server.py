@@ -1,0 +1,163 @@
+"""Assembles a server, serves, and stops in good order."""
+
+import asyncio
+import contextlib
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+
+import grpc
+import structlog
+from aiohttp import web
+from grpc_reflection.v1alpha import reflection
+
+from sluice_model import Model, run_self_test
+from sluice_protos import sequences_pb2
+from sluice_protos.sequences_pb2_grpc import add_ModelsServicer_to_server
+from sluice_service.host import Host
+from sluice_service.metrics import Metrics, as_info
+from sluice_service.pages import make_app
+from sluice_service.rpc.health import Health
+from sluice_service.rpc.models import ModelsService
+from sluice_service.rpc.sequences import SequencesService
+from sluice_service.settings import Settings
+
+log = structlog.get_logger()
+
+# What is left of a stop after the drain: calls that do not end by themselves.
+_GRACE_SECONDS = 2.0
+_KEEPALIVE_SECONDS = 30
+_PING_SECONDS_MIN = 10
+
+
+class Server:
+    """A server from its settings. `await start()`, then `await stop()`."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Load every model, test it and warm it up; takes seconds.
+
+        Raises ModelError when a file cannot be served.
+        """
+        self.settings = settings
+        self.metrics = Metrics()
+        self.grpc_port = 0
+        self.http_port = 0
+        self._is_ready = False
+        self._executor = ThreadPoolExecutor(
+            max_workers=max(1, len(settings.model)), thread_name_prefix="run"
+        )
+        self._hosts = {name: self._load(name) for name in settings.model}
+        self._health = Health(self._hosts)
+        self._tasks: list[asyncio.Task[None]] = []
+        packages = ("sluice-serving", "onnxruntime", "grpcio", "numpy")
+        self.metrics.build.info(as_info({package: version(package) for package in packages}))
+
+    def _load(self, name: str) -> Host:
+        started = time.monotonic()
+        path = self.settings.model[name]
+        model = Model.load(path, threads=self.settings.run_threads)
+        self_test = run_self_test(model)
+        metrics = self.metrics.model(name)
+        host = Host(name, model, self_test, self.settings, metrics, self._executor)
+        seconds = time.monotonic() - started
+        self.metrics.load_seconds.labels(name).set(seconds)
+        log.info(
+            "model_loaded",
+            model=name,
+            path=str(path),
+            digest=model.contract.digest[:12],
+            is_bit_exact=self_test.is_bit_exact,
+            arithmetic=self_test.arithmetic[:12],
+            seconds=round(seconds, 3),
+        )
+        return host
+
+    async def start(self) -> None:
+        """Listen, and say ready once both ports are open. Raises OSError when one is taken."""
+        self._http = web.AppRunner(
+            make_app(self.metrics, lambda: self._is_ready), access_log=None, handle_signals=False
+        )
+        await self._http.setup()
+        host, _, port = self.settings.http.rpartition(":")
+        site = web.TCPSite(self._http, host.strip("[]"), int(port))
+        await site.start()
+        self.http_port = self._http.addresses[0][1]
+
+        self._grpc = grpc.aio.server(options=self._options())
+        self._grpc.add_generic_rpc_handlers((SequencesService(self._hosts).handler(),))
+        add_ModelsServicer_to_server(ModelsService(self._hosts), self._grpc)
+        self._health.register(self._grpc)
+        services = sequences_pb2.DESCRIPTOR.services_by_name.values()
+        names = [service.full_name for service in services]
+        reflection.enable_server_reflection(
+            [*names, "grpc.health.v1.Health", reflection.SERVICE_NAME], self._grpc
+        )
+        try:
+            self.grpc_port = self._grpc.add_insecure_port(self.settings.listen)
+        except RuntimeError as error:
+            await self._http.cleanup()
+            raise OSError(
+                f"cannot listen on {self.settings.listen}; is another server there? "
+                "Choose another address with --listen"
+            ) from error
+        await self._grpc.start()
+        self._tasks = [asyncio.create_task(host.live()) for host in self._hosts.values()]
+        await self._say(is_ready=True)
+        log.info(
+            "ready",
+            listen=f"{self.settings.listen.rpartition(':')[0]}:{self.grpc_port}",
+            http=f"{host}:{self.http_port}",
+            models=sorted(self._hosts),
+        )
+
+    async def stop(self) -> None:
+        """Not ready → open nothing new → finish what is queued → tell every lane → close."""
+        await self._say(is_ready=False)
+        log.info("draining")
+        drains = asyncio.gather(*(host.drain() for host in self._hosts.values()))
+        try:
+            await asyncio.wait_for(drains, self.settings.drain_seconds_max)
+        except TimeoutError:
+            log.warning("drain_cut_off", seconds=self.settings.drain_seconds_max)
+        for task in self._tasks:
+            task.cancel()
+        await self._grpc.stop(_GRACE_SECONDS)
+        await self._http.cleanup()
+        self._executor.shutdown(wait=False)
+        log.info("stopped")
+
+    async def _say(self, *, is_ready: bool) -> None:
+        self._is_ready = is_ready
+        self.metrics.is_ready.set(is_ready)
+        await self._health.say(is_serving=is_ready)
+
+    def _options(self) -> list[tuple[str, int]]:
+        return [
+            ("grpc.max_receive_message_length", self.settings.request_bytes_max),
+            # Responses are cut to what each client says it takes.
+            ("grpc.max_send_message_length", -1),
+            # Two servers on one port would each get some of a client's calls.
+            ("grpc.so_reuseport", 0),
+            ("grpc.keepalive_time_ms", _KEEPALIVE_SECONDS * 1000),
+            ("grpc.keepalive_timeout_ms", 10_000),
+            ("grpc.keepalive_permit_without_calls", 1),
+            ("grpc.http2.min_ping_interval_without_data_ms", _PING_SECONDS_MIN * 1000),
+            ("grpc.http2.max_ping_strikes", 5),
+        ]
+
+
+async def serve(settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT, then stop in good order.
+
+    Raises ModelError or OSError when the server cannot start.
+    """
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    server = Server(settings)
+    await server.start()
+    await stopping.wait()
+    with contextlib.suppress(asyncio.CancelledError):
+        await server.stop()

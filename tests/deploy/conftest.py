@@ -11,10 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import torch
 
-from sluice_export import export
 from tests.deploy.dockerfile import Image, build
+from tests.models import ExportedModel
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,11 +29,8 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Image:
 
 
 @pytest.fixture(scope="session")
-def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("models") / "lstm.onnx"
-    torch.manual_seed(1)
-    export(torch.nn.LSTM(3, 4, batch_first=True), torch.zeros(2, 5, 3), path, name="lstm")
-    return path
+def model_file(lstm_file: ExportedModel) -> Path:
+    return lstm_file.path
 
 
 @pytest.fixture

@@ -61,7 +61,8 @@ def test_the_image_serves_and_its_health_check_tells(
     def is_healthy() -> bool:
         program, *arguments = image.health_check
         command = [str(image.root / "opt/sluice/bin" / program), *arguments]
-        return subprocess.run(command, env=environment, stderr=subprocess.DEVNULL).returncode == 0
+        shown = subprocess.run(command, env=environment, check=False, capture_output=True)
+        return shown.returncode == 0
 
     assert not is_healthy()
     command = [str(image.root / "opt/sluice/bin" / image.entrypoint[0]), *image.entrypoint[1:]]

@@ -23,7 +23,7 @@ from typing import Final
 import numpy as np
 
 from sluice_client import errors
-from sluice_client.calls import Call, Mode, Opening, Request
+from sluice_client.calls import Call, Opening, Request
 from sluice_client.errors import ProtocolViolation, SluiceError
 from sluice_client.ledger import Ledger
 from sluice_client.signature import Array, Signature
@@ -45,6 +45,7 @@ _CHUNK_BYTES: Final = 5 + 5 + 10
 # What a message costs beside its chunks and opens.
 _MESSAGE_BYTES: Final = 4096
 _UNLIMITED: Final = 2**31 - 1
+_UNAVAILABLE: Final = 14  # of google.rpc.Code
 
 # A step that one of these refuses is not applied; its lane goes on from there.
 _STEP_FAULTS: Final = {Fault.INVALID_INPUT, Fault.RUN_FAILED, Fault.NON_FINITE, Fault.LIMIT}
@@ -384,7 +385,10 @@ class Connection:
     def _take_refusal(self, lane: Lane, fault: Fault, error: SluiceError) -> None:
         if fault.reason == Fault.UNKNOWN_LANE:
             return  # a chunk that met the end of what had this lane before
-        if fault.reason == Fault.CONFLICT and fault.epoch != lane.expected_epoch:
+        if fault.code == _UNAVAILABLE:
+            self._is_draining = True  # another stream, perhaps to another server, will do
+            self._reopen(lane)
+        elif fault.reason == Fault.CONFLICT and fault.epoch != lane.expected_epoch:
             lane.expected_epoch = fault.epoch
             self._reopen(lane)
         elif lane.ended_by is not None and not lane.is_parking and fault.reason in _GONE:

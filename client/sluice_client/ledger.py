@@ -164,7 +164,8 @@ class Ledger:
         ended = table["has_ended"][lanes]
         if ended.any():
             for index in np.flatnonzero(ended).tolist():
-                error = self._ends[int(lanes[index])].at(None, None)
+                error = self._ends[int(lanes[index])]
+                error = error.at(error.sequence_id, error.step)
                 self._fail(int(calls[index]), int(positions[index]), int(counts[index]), error)
             alive = ~ended
             lanes, counts, first = lanes[alive], counts[alive], first[alive]
@@ -350,9 +351,12 @@ class Ledger:
 
     def refuse(self, lane: int, step: int, error: SluiceError) -> None:
         """Step `step` was refused: what follows it is discarded, and the lane rewound to it."""
-        self._cut(
-            lane, step, error, StepDiscarded(f"step {step} failed before it: {error.message}")
+        later = StepDiscarded(
+            f"step {step} failed before it: {error.message}",
+            sequence_id=error.sequence_id,
+            reason=error.reason,
         )
+        self._cut(lane, step, error, later)
 
     def end(self, lane: int, error: SluiceError) -> None:
         """No more outputs will come: fail all that is under way, and all that is given later."""

@@ -85,8 +85,8 @@ class Signature:
         return {field.name: array for field, array in zip(self.outputs, arrays, strict=True)}
 
     def allocate(self, rows: int) -> list[Array]:
-        """Room for the outputs of `rows` steps."""
-        return [np.empty((rows, *field.shape), field.dtype) for field in self.outputs]
+        """Room for the outputs of `rows` steps: zero where none arrives."""
+        return [np.zeros((rows, *field.shape), field.dtype) for field in self.outputs]
 
     def decode(self, tensors: Sequence[Tensor], rows: int) -> list[Array]:
         """The outputs in a message: [rows, …] each. Raises ProtocolViolation."""

@@ -1,0 +1,198 @@
+"""Keeps the Infer stream of one model alive in an event loop, and asks its server questions."""
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+import grpc
+import grpc.aio
+
+from sluice_client.calls import Pending
+from sluice_client.connection import Connection
+from sluice_client.errors import (
+    ModelNotFound,
+    ProtocolViolation,
+    SluiceError,
+    from_status,
+)
+from sluice_client.reach import QUESTION_SECONDS_MAX, RESPONSE_BYTES_MAX, Loss, Patience
+from sluice_client.signature import Signature
+from sluice_protos.contract_pb2 import ModelContract
+from sluice_protos.sequences_pb2 import GetModelRequest, InferRequest, InferResponse
+from sluice_protos.sequences_pb2_grpc import ModelsStub, SequencesStub
+
+T = TypeVar("T")
+Infer = grpc.aio.StreamStreamCall[InferRequest, InferResponse]
+
+
+class AsyncRoute:
+    """The channels to a client's servers; the present one is kept while it answers."""
+
+    def __init__(self, channels: Sequence[grpc.aio.Channel]) -> None:
+        self._channels = channels
+        self._present = 0
+
+    @property
+    def channel(self) -> grpc.aio.Channel:
+        """The channel to the present server."""
+        return self._channels[self._present]
+
+    def turn(self) -> None:
+        """Go on with the next server."""
+        self._present = (self._present + 1) % len(self._channels)
+
+    async def ask(
+        self,
+        question: Callable[[grpc.aio.Channel], Awaitable[T]],
+        *,
+        not_found: type[SluiceError] = ModelNotFound,
+        sequence_id: str | None = None,
+    ) -> T:
+        """The answer of the first server that gives one. Raises its status as SluiceError."""
+        for attempt in range(len(self._channels)):
+            try:
+                return await question(self.channel)
+            except grpc.aio.AioRpcError as error:
+                is_last = attempt == len(self._channels) - 1
+                if is_last or error.code() is not grpc.StatusCode.UNAVAILABLE:
+                    raise from_status(
+                        error.code().name,
+                        error.details() or "",
+                        sequence_id=sequence_id,
+                        not_found=not_found,
+                    ) from None
+                self.turn()
+        raise AssertionError  # the last attempt has returned or raised
+
+    async def contract(self, model: str) -> ModelContract:
+        """What a model takes and gives. Raises ModelNotFound."""
+        request = GetModelRequest(name=model)
+        return await self.ask(
+            lambda channel: ModelsStub(channel).GetModel(request, timeout=QUESTION_SECONDS_MAX)
+        )
+
+
+class AsyncStream:
+    """All sequences of one model that one AsyncClient has share this."""
+
+    def __init__(self, model: str, route: AsyncRoute, reconnect_seconds_max: float) -> None:
+        self.lock = contextlib.nullcontext()
+        self.route = route
+        self._model = model
+        self._patience = Patience(reconnect_seconds_max)
+        self._connection: Connection | None = None
+        self._meeting = asyncio.Lock()
+        self._has_work = asyncio.Event()
+        self._is_needed = asyncio.Event()
+        self._runner: asyncio.Task[None] | None = None
+
+    @property
+    def connection(self) -> Connection:
+        """The stream's logic, after `meet`."""
+        assert self._connection is not None
+        return self._connection
+
+    async def meet(self) -> Connection:
+        """Learn the model's contract, once. Raises ModelNotFound, Unavailable."""
+        async with self._meeting:
+            if self._connection is None:
+                signature = Signature(await self.route.contract(self._model))
+                self._connection = Connection(
+                    self._model, signature, response_bytes_max=RESPONSE_BYTES_MAX
+                )
+                self._runner = asyncio.create_task(self._run(), name=f"sluice {self._model}")
+        return self._connection
+
+    def flush(self) -> None:
+        """Have what was asked sent, together with what else is asked in this turn of the loop."""
+        self._has_work.set()
+        self._is_needed.set()
+
+    async def wait(self, pending: Pending, timeout: float | None = None) -> None:  # noqa: ASYNC109
+        """Wait until something asked is done. Raises TimeoutError."""
+        if pending.is_done:
+            return
+        future = asyncio.get_running_loop().create_future()
+        pending.wake = partial(_resolve, future)
+        if timeout is None:
+            await future
+        else:
+            async with asyncio.timeout(timeout):
+                await future
+
+    async def close(self, error: SluiceError) -> None:
+        """End the stream; sequences on it are parked by that. Who still waits gets `error`."""
+        if self._runner is not None:
+            self._runner.cancel()
+            await asyncio.gather(self._runner, return_exceptions=True)
+            self.connection.shut(error)
+
+    async def _run(self) -> None:
+        """One stream after another, for as long as somebody needs one."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await self._is_needed.wait()
+            self._is_needed.clear()
+            while self.connection.wants_stream:
+                try:
+                    loss = await self._serve()
+                except ProtocolViolation as violation:
+                    self.connection.fail(violation)
+                    continue
+                if not self.connection.wants_stream:
+                    break
+                if loss.code is grpc.StatusCode.UNAVAILABLE and not loss.was_answered:
+                    self.route.turn()
+                verdict = self._patience.after(loss, loop.time())
+                if isinstance(verdict, SluiceError):
+                    self.connection.fail(verdict)
+                else:
+                    await asyncio.sleep(verdict)
+
+    async def _serve(self) -> Loss:
+        """One stream from its begin to its end. Raises ProtocolViolation."""
+        channel, connection = self.route.channel, self.connection
+        rows = connection.ledger.rows_received
+        was_answered = False
+        call: Infer | None = None
+        writer: asyncio.Task[None] | None = None
+        try:
+            contract = await ModelsStub(channel).GetModel(
+                GetModelRequest(name=self._model), timeout=QUESTION_SECONDS_MAX
+            )
+            call = SequencesStub(channel).Infer(None)
+            connection.begin(Signature(contract))
+            self._has_work.set()
+            writer = asyncio.create_task(self._write(call))
+            async for response in call:
+                was_answered = True
+                connection.receive(response)
+                self._has_work.set()
+                if connection.is_drained:
+                    break
+            code, details = grpc.StatusCode.OK, "the server has ended the stream"
+        except grpc.aio.AioRpcError as error:
+            code, details = error.code(), error.details() or ""
+        finally:
+            connection.lose()
+            if call is not None:
+                call.cancel()
+            if writer is not None:
+                writer.cancel()
+                await asyncio.gather(writer, return_exceptions=True)
+        return Loss(code, details, was_answered, connection.ledger.rows_received > rows)
+
+    async def _write(self, call: "Infer") -> None:
+        """Send what there is; while one message is being taken, the next one gathers."""
+        while True:
+            await self._has_work.wait()
+            self._has_work.clear()
+            while (request := self.connection.next_request()) is not None:
+                await call.write(request)
+
+
+def _resolve(future: "asyncio.Future[Any]") -> None:
+    if not future.done():
+        future.set_result(None)

@@ -2,7 +2,7 @@
 #
 #   docker build --tag sluice .
 #   docker run --rm -p 8001:8001 -p 8002:8002 -v "$PWD/demo-output:/models:ro" \
-#     -e SLUICE_MODEL='{"lstm": "/models/lstm.onnx"}' sluice
+#     -e SLUICE_MODEL=lstm=/models/lstm.onnx sluice
 
 FROM python:3.11-slim AS build
 WORKDIR /source

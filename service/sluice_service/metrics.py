@@ -1,4 +1,4 @@
-"""Every metric of the server, declared once. None is labelled by sequence id."""
+"""Every metric of the server, declared once, and none of them labelled by sequence id."""
 
 from collections.abc import Callable, Iterable
 from typing import Any

@@ -57,7 +57,7 @@ class Image:
 
 
 def build(dockerfile: Path, root: Path) -> Image:
-    """Carry out every stage. Raises CalledProcessError where a step fails."""
+    """Carry out every stage. Fails with a step's output where it fails."""
     image = Image(root)
     base = root / "base"  # the interpreter that the base image would bring
     subprocess.run([sys.executable, "-m", "venv", base], check=True)
@@ -79,9 +79,7 @@ def build(dockerfile: Path, root: Path) -> Image:
         elif step.word == "COPY":
             _copy(dockerfile.parent, step.arguments[:-1], folder / step.arguments[-1])
         elif step.word == "RUN":
-            subprocess.run(
-                image.inside(step.text), shell=True, check=True, cwd=folder, env=environment
-            )
+            _run(image.inside(step.text), folder, environment)
         elif step.word == "ENV":
             pairs = (pair.split("=", maxsplit=1) for pair in shlex.split(step.text))
             image.environment.update((name, value) for name, value in pairs)
@@ -92,6 +90,19 @@ def build(dockerfile: Path, root: Path) -> Image:
         elif step.word == "HEALTHCHECK":
             image.health_check = step.arguments
     return image
+
+
+def _run(command: str, folder: Path, environment: dict[str, str]) -> None:
+    done = subprocess.run(
+        command,
+        shell=True,
+        check=False,
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
 
 
 def _copy(context: Path, names: list[str], target: Path) -> None:

@@ -55,7 +55,7 @@ def test_the_image_serves_and_its_health_check_tells(
     environment = image.process_environment(
         SLUICE_LISTEN="127.0.0.1:0",
         SLUICE_HTTP=f"127.0.0.1:{port}",
-        SLUICE_MODEL=f'{{"lstm": "{model_file}"}}',
+        SLUICE_MODEL=f"lstm={model_file}",
     )
 
     def is_healthy() -> bool:

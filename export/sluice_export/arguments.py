@@ -30,13 +30,13 @@ class Arguments:
     constants: dict[int, Any]  # flattened arguments that are no tensors
     tensors: tuple[Argument, ...]
 
-    def call(self, module: nn.Module, tensors: Mapping[int, Tensor]) -> list[Any]:
-        """The flattened results of `module` with `tensors` in the place of the examples."""
+    def call(self, module: nn.Module, tensors: Mapping[int, Tensor]) -> Any:
+        """What `module` returns with `tensors` in the place of the examples, by their index."""
         leaves = {**self.constants, **tensors}
         args, kwargs = pytree.tree_unflatten(
             [leaves[i] for i in range(len(leaves))], self.structure
         )
-        return pytree.tree_leaves(module(*args, **kwargs))
+        return module(*args, **kwargs)
 
 
 def flatten_arguments(module: nn.Module, example_inputs: object) -> Arguments:

@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from sluice_export.graph import is_of_user
 from sluice_export.proofs import LENGTHS, Evidence, measure_difference
 from sluice_model.model import Model
 from sluice_protos.contract_pb2 import ModelContract, TensorSpec
@@ -17,7 +18,6 @@ Array = NDArray[Any]
 
 # A frame of the exporter's notes on where in the source a node comes from.
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in [^\n]*\n\s*(?P<code>[^\n]+)')
-_OF_LIBRARIES = ("site-packages", "sluice_export")
 
 
 def explain_failure(proto: onnx.ModelProto, evidence: Evidence) -> str:
@@ -148,7 +148,7 @@ def _locate(node: onnx.NodeProto) -> str:
     frames = [
         frame
         for frame in _FRAME.finditer(notes.get("pkg.torch.onnx.stack_trace", ""))
-        if not any(part in frame["file"] for part in _OF_LIBRARIES)
+        if is_of_user(frame["file"])
     ]
     if not frames:
         return f"{node.op_type} (node {node.name or node.output[0]})"

@@ -20,11 +20,12 @@ from sluice_export.errors import (
     ParityError,
     UnsupportedModuleError,
 )
-from sluice_export.graph import LENGTHS, STATE, STATE_OUT, make_graph, without_traces
+from sluice_export.graph import make_graph, without_traces
 from sluice_export.layers import RecurrentLayer, find_layers
 from sluice_export.minimums import measure_minimums
 from sluice_export.proofs import PROOFS, Evidence, is_required
 from sluice_export.reference import Reference
+from sluice_export.signature import LENGTHS, STATE, STATE_OUT
 from sluice_export.survey import Survey, take_survey
 from sluice_model.contract import write_contract
 from sluice_model.model import Model

@@ -4,8 +4,10 @@ import contextlib
 import copy
 import io
 import logging
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Final
 
 import onnx
@@ -14,12 +16,9 @@ from torch import Tensor, nn
 
 from sluice_export.errors import TraceError
 from sluice_export.layers import Carry, find_layers, swap_layers
-from sluice_export.signature import Signature
+from sluice_export.signature import LENGTHS, STATE, STATE_OUT, Signature
 
 OPSET: Final = 20
-LENGTHS: Final = "lengths"
-STATE: Final = "state"
-STATE_OUT: Final = "state_out"
 
 # Two sizes that differ, so that no axis is taken for another.
 _BATCH: Final = 3
@@ -48,8 +47,8 @@ class PackedModule(nn.Module):
         if state is not None:
             parts = torch.split(state, list(self._sizes.values()), dim=1)
             carry.before = dict(zip(self._sizes, parts, strict=True))
-        results = self._signature.call(self.module, inputs)
-        outputs = self._signature.take_outputs(results, inputs)
+        result = self._signature.call(self.module, inputs)
+        outputs = self._signature.take_outputs(result, inputs)
         if state is not None:
             outputs.append(torch.cat([carry.after[part] for part in self._sizes], dim=1))
         return tuple(outputs)
@@ -137,29 +136,41 @@ def _explain(error: BaseException) -> str:
     while reason.__cause__ is not None:
         reason = reason.__cause__
     lines = [line.strip() for line in str(reason).splitlines() if line.strip()]
+    frames = [
+        frame
+        for frame in traceback.extract_tb(reason.__traceback__)
+        if is_of_user(frame.filename) and frame.line
+    ]
+    place = f" at {Path(frames[-1].filename).name}, line {frames[-1].lineno}" if frames else ""
+    code = f" ({frames[-1].line})" if frames else ""
     return (
-        "PyTorch's exporter could not make a graph of the module "
-        f"({type(reason).__name__}: {' '.join(lines[:3])}); forward must be free of branches on "
-        "values and must take sizes from x.shape"
+        f"PyTorch's exporter could not make a graph of the module{place}{code}: "
+        f"{type(reason).__name__}: {' '.join(lines[:1])} "
+        "-- forward must not branch on values, and must take sizes from x.shape"
+    )
+
+
+def is_of_user(filename: str) -> bool:
+    """Whether a source file is the user's own, no library's."""
+    parts = Path(filename).parts
+    return not {"site-packages", "dist-packages", "sluice_export"} & set(parts) and not (
+        filename.startswith("<")
     )
 
 
 @contextlib.contextmanager
 def _hushed() -> Iterator[None]:
     """Keep PyTorch's exporter from printing, warning and logging while the block runs."""
-    loggers = [logging.getLogger(name) for name in ("torch", "onnxscript", "onnx_ir")]
-    loggers += [
-        logger
-        for name, logger in logging.Logger.manager.loggerDict.items()
-        if isinstance(logger, logging.Logger) and name.split(".")[0] in {"torch", "onnxscript"}
-    ]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
+    # Every logger at once: some are made only while the exporter runs.
+    level = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(level)

@@ -35,7 +35,7 @@ class LayerCall:
 class Observation:
     """What happened inside a module during one call."""
 
-    results: list[Any] = field(default_factory=list)
+    result: Any = None
     layers: list[LayerCall] = field(default_factory=list)
     lookups: list[tuple[nn.Embedding, Tensor]] = field(default_factory=list)
 
@@ -48,7 +48,7 @@ def observe(
 ) -> Observation:
     """Call `module` once on inputs [batch, steps, …] and tell what happened inside."""
     with watch(module, layers) as seen:
-        seen.results = signature.call(module, inputs)
+        seen.result = signature.call(module, inputs)
     return seen
 
 

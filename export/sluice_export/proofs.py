@@ -127,7 +127,7 @@ def _prove_rows_apart(evidence: Evidence) -> Proof:
         name="leak.rows",
         passed=differing == 0,
         figure=differing,
-        detail="values of a row that change when all other rows are NaN",
+        detail="values of a row that change where all other rows are NaN",
     )
 
 
@@ -143,7 +143,7 @@ def _prove_padding_ignored(evidence: Evidence) -> Proof:
         name="leak.padding",
         passed=differing == 0,
         figure=differing,
-        detail="values of a row that change when what lies beyond its length is NaN",
+        detail="values of a row that change where NaN lies beyond its length",
     )
 
 
@@ -189,13 +189,12 @@ def _parity(
     # NaN counts as the largest of all; of equals the earliest is named.
     figure, where = max(figures, key=lambda item: (math.isnan(item[0]), item[0]))
     passed = figure <= evidence.tolerance
-    place = "" if passed else f", in {where}"
     return Proof(
         name=name,
         passed=passed,
         figure=figure,
         tolerance=evidence.tolerance,
-        detail=f"largest difference, relative to the largest value{place}: {detail}",
+        detail=detail if passed else f"{detail}; largest in {where}",
     )
 
 

@@ -37,7 +37,7 @@ class Reference:
             for array, leaf in zip(inputs, self._signature.inputs, strict=True)
         ]
         seen = observe(self._signature, self._module, self._layers, tensors)
-        outputs = [tensor.numpy() for tensor in self._signature.take_outputs(seen.results, tensors)]
+        outputs = [tensor.numpy() for tensor in self._signature.take_outputs(seen.result, tensors)]
         states = {id(call.layer): call.after for call in seen.layers}
         rows = [
             states[id(layer)][place][depth].float().numpy()

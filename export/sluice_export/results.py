@@ -1,10 +1,12 @@
 """Finds the outputs among what a module returns: those with a row for every step."""
 
 from collections.abc import Sequence
-from typing import Final
+from dataclasses import replace
+from typing import Any, Final
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from sluice_export.errors import OutputError
 from sluice_export.observation import Observation
@@ -29,8 +31,11 @@ def find_outputs(
     OutputError for anything else.
     """
     states = [tensor.flatten() for call in large.layers for tensor in call.after]
+    paths, _ = pytree.tree_flatten_with_path(small.result)
     found: list[OutputLeaf] = []
-    for index, (one, two) in enumerate(zip(small.results, large.results, strict=True)):
+    for index, ((path, one), two) in enumerate(
+        zip(paths, pytree.tree_leaves(large.result), strict=True)
+    ):
         if one is None:
             continue
         if not isinstance(one, Tensor):
@@ -38,16 +43,29 @@ def find_outputs(
         axes = _find_axes(one, two, index)
         if _STEPS not in axes and torch.isin(two, torch.cat(states)).all():
             continue
-        found.append(_output(index, one, axes))
+        found.append(_output(index, _key(path), one, axes))
     if not found:
         raise OutputError("forward returns no tensor with a row for every step; return one")
-    names = list(names or (["y"] if len(found) == 1 else [f"y_{n}" for n in range(len(found))]))
+    return _name(found, names)
+
+
+def _key(path: Sequence[Any]) -> str:
+    """The name that a result has already: its key in a dict or its field of a named tuple."""
+    keys = [getattr(step, "key", getattr(step, "name", None)) for step in path]
+    return "_".join(str(key) for key in keys if key is not None)
+
+
+def _name(found: Sequence[OutputLeaf], names: Sequence[str] | None) -> tuple[OutputLeaf, ...]:
+    """Outputs under `names`; where there are none, under their own or "y"."""
+    if names is None:
+        numbered = ["y"] if len(found) == 1 else [f"y_{place}" for place in range(len(found))]
+        names = [leaf.name or number for leaf, number in zip(found, numbered, strict=True)]
     if len(names) != len(found):
         raise OutputError(
             f"forward returns {len(found)} outputs that are no state, but output_names has "
             f"{len(names)}: {', '.join(names)}"
         )
-    return tuple(leaf.named(name) for leaf, name in zip(found, names, strict=True))
+    return tuple(replace(leaf, name=name) for leaf, name in zip(found, names, strict=True))
 
 
 def _find_axes(one: Tensor, two: Tensor, index: int) -> dict[tuple[int, int], int]:
@@ -67,12 +85,12 @@ def _find_axes(one: Tensor, two: Tensor, index: int) -> dict[tuple[int, int], in
     return axes
 
 
-def _output(index: int, tensor: Tensor, axes: dict[tuple[int, int], int]) -> OutputLeaf:
+def _output(index: int, name: str, tensor: Tensor, axes: dict[tuple[int, int], int]) -> OutputLeaf:
     shape = tuple(size for axis, size in enumerate(tensor.shape) if axis not in axes.values())
     if axes.keys() == {_BATCH, _STEPS}:
-        return OutputLeaf(index, "", tensor.dtype, shape, axes[_BATCH], axes[_STEPS])
+        return OutputLeaf(index, name, tensor.dtype, shape, axes[_BATCH], axes[_STEPS])
     if axes.keys() == {_MERGED}:
-        return OutputLeaf(index, "", tensor.dtype, shape, axes[_MERGED], axes[_MERGED])
+        return OutputLeaf(index, name, tensor.dtype, shape, axes[_MERGED], axes[_MERGED])
     if _BATCH not in axes:
         raise OutputError(
             f"result {index} of forward, {list(tensor.shape)}, has no batch axis; "

@@ -2,12 +2,19 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from sluice_export.arguments import Arguments
+
+# What the graph calls the tensors that every exported model has.
+LENGTHS: Final = "lengths"
+STATE: Final = "state"
+STATE_OUT: Final = "state_out"
+RESERVED_NAMES: Final = frozenset({LENGTHS, STATE, STATE_OUT})
 
 
 @dataclass(frozen=True)
@@ -45,16 +52,12 @@ class OutputLeaf:
     are that one.
     """
 
-    index: int  # among the flattened results
+    index: int  # among the flattened parts of what the module returns
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]  # of one step
     batch_axis: int
     time_axis: int
-
-    def named(self, name: str) -> "OutputLeaf":
-        """The same under another name."""
-        return replace(self, name=name)
 
 
 @dataclass(frozen=True)
@@ -67,8 +70,8 @@ class Signature:
     is_batch_first: bool
     outputs: tuple[OutputLeaf, ...] = ()
 
-    def call(self, module: nn.Module, inputs: Sequence[Tensor]) -> list[Any]:
-        """The flattened results of one call from the initial state; `inputs` [batch, steps, …]."""
+    def call(self, module: nn.Module, inputs: Sequence[Tensor]) -> Any:
+        """What `module` returns from the initial state; `inputs` [batch, steps, …] each."""
         tensors = {
             leaf.index: tensor if self.is_batch_first else tensor.transpose(0, 1)
             for leaf, tensor in zip(self.inputs, inputs, strict=True)
@@ -76,13 +79,14 @@ class Signature:
         tensors |= {state.index: state.zeros(inputs[0].shape[0]) for state in self.states}
         return self.arguments.call(module, tensors)
 
-    def take_outputs(self, results: Sequence[Any], inputs: Sequence[Tensor]) -> list[Tensor]:
-        """The outputs, each [batch, steps, …], among the flattened results of call(`inputs`)."""
+    def take_outputs(self, result: Any, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """The outputs, each [batch, steps, …], within what call(`inputs`) returned."""
+        leaves = pytree.tree_leaves(result)
         batch, steps = inputs[0].shape[:2]
         sizes = (batch, steps) if self.is_batch_first else (steps, batch)
         outputs = []
         for leaf in self.outputs:
-            tensor = results[leaf.index]
+            tensor = leaves[leaf.index]
             axes = (leaf.batch_axis, leaf.time_axis)
             if leaf.batch_axis == leaf.time_axis:
                 first = leaf.batch_axis

@@ -6,13 +6,14 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from sluice_export.arguments import Argument, Arguments, flatten_arguments
 from sluice_export.errors import InputError, LayerError, UnsupportedModuleError
 from sluice_export.layers import RecurrentLayer, part_name
 from sluice_export.observation import Observation, observe, watch
 from sluice_export.results import LARGE, SMALL, find_outputs
-from sluice_export.signature import InputLeaf, Signature, StateLeaf, draw
+from sluice_export.signature import RESERVED_NAMES, InputLeaf, Signature, StateLeaf, draw
 
 # What a forward may raise when it is given shapes or values that it does not take.
 _REFUSALS = (RuntimeError, ValueError, IndexError, TypeError, AssertionError)
@@ -59,8 +60,9 @@ def take_survey(
     signature, small = _find_layout(module, layers, arguments, roles)
     large = observe(signature, module, layers, signature.random_inputs(*LARGE, seed=2))
     _check_repeats(signature, module, small)
-    outputs = find_outputs(small, large, output_names)
-    return Survey(replace(signature, outputs=outputs), _find_initial(small, large))
+    signature = replace(signature, outputs=find_outputs(small, large, output_names))
+    _check_names(signature)
+    return Survey(signature, _find_initial(small, large))
 
 
 def _find_roles(
@@ -202,11 +204,24 @@ def _range(argument: Argument, roles: _Roles) -> tuple[int, int] | None:
     )
 
 
+def _check_names(signature: Signature) -> None:
+    """Raise InputError unless every tensor of the graph has a name of its own."""
+    names = [leaf.name for leaf in signature.inputs] + [leaf.name for leaf in signature.outputs]
+    for place, name in enumerate(names):
+        if name in RESERVED_NAMES or name in names[:place] or not name:
+            taken = "is Sluice's own" if name in RESERVED_NAMES else "is taken twice, or empty"
+            raise InputError(
+                f"the name {name!r} {taken}; rename the argument of forward, or name the outputs "
+                "with output_names"
+            )
+
+
 def _check_repeats(signature: Signature, module: nn.Module, first: Observation) -> None:
     """Raise UnsupportedModuleError when a second call on the same inputs gives something else."""
     with torch.no_grad():
         again = signature.call(module, signature.random_inputs(*SMALL, seed=1))
-    for before, after in zip(first.results, again, strict=True):
+    pairs = zip(pytree.tree_leaves(first.result), pytree.tree_leaves(again), strict=True)
+    for before, after in pairs:
         if isinstance(before, Tensor) and not torch.allclose(
             before.double(), after.double(), rtol=1e-4, atol=1e-6, equal_nan=True
         ):

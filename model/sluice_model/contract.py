@@ -138,6 +138,16 @@ def initial_row(contract: ModelContract) -> NDArray[np.float32]:
     return row
 
 
+def count_parameters(proto: onnx.ModelProto) -> int:
+    """The floats of a graph's weights."""
+    floats = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE}
+    return sum(
+        int(np.prod(tensor.dims, dtype=np.int64))
+        for tensor in proto.graph.initializer
+        if tensor.data_type in floats
+    )
+
+
 def part_size(part: StatePart) -> int:
     """The floats of one state part."""
     return int(np.prod(part.shape, dtype=np.int64))

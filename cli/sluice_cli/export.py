@@ -106,7 +106,7 @@ def export(
         from sluice_export.factory import guess_inputs, load_checkpoint, make_module
     except ModuleNotFoundError as error:
         fail(f"export needs {error.name}: pip install 'sluice-serving[export]'")
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False, highlight=False)
     examples: Any = dict(_parse_input(text) for text in described or [])
     options: dict[str, Any] = {
         "name": name,
@@ -139,8 +139,8 @@ def export(
         console.print("note: no --checkpoint was given; the weights are as the factory makes them")
     for notice in notices:
         if issubclass(notice.category, sluice_export.ExportNotice):
-            console.print(f"note: {notice.message}", highlight=False, markup=False)
-    _show_summary(Console(), contract, output)
+            console.print(f"note: {notice.message}")
+    _show_summary(Console(markup=False, highlight=False), contract, output)
 
 
 def add_to(app: typer.Typer) -> None:
@@ -177,8 +177,6 @@ def _show_summary(console: Console, contract: "ModelContract", output: Path) -> 
     console.print(
         f"See it:   sluice inspect {output}\nServe it: sluice serve --model "
         f"{contract.name}={output}",
-        highlight=False,
-        markup=False,
         soft_wrap=True,
     )
 

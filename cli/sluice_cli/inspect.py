@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from sluice_cli.export import fail
 
@@ -55,7 +56,12 @@ def inspect(
             )
         )
         return
-    show(Console(), contract, parameters=count_parameters(proto), size=model.stat().st_size)
+    show(
+        Console(markup=False, highlight=False),
+        contract,
+        parameters=count_parameters(proto),
+        size=model.stat().st_size,
+    )
 
 
 def add_to(app: typer.Typer) -> None:
@@ -66,14 +72,14 @@ def add_to(app: typer.Typer) -> None:
 def show(console: Console, contract: "ModelContract", *, parameters: int, size: int) -> None:
     """Print a contract as a person would want to read it; `size` in bytes."""
     facts = Table.grid(padding=(0, 2))
-    facts.add_row("name", f"[bold]{contract.name}[/bold]")
+    facts.add_row("name", Text(contract.name, style="bold"))
     facts.add_row("digest", contract.digest)
     facts.add_row("size", f"{size / 1e6:,.2f} MB, {parameters:,} parameters")
     floats = contract.state_size
     facts.add_row("state", f"{floats:,} floats ({4 * floats:,} bytes) for each live sequence")
     facts.add_row(
-        "bit-exact from",
-        f"batch {contract.batch_min}, length {contract.length_min} (runs are padded)",
+        "exact from",
+        f"batch {contract.batch_min}, length {contract.length_min}; smaller runs are padded",
     )
     facts.add_row("made with", ", ".join(f"{k} {v}" for k, v in sorted(contract.made_with.items())))
     console.print(facts)
@@ -132,13 +138,17 @@ def _state(contract: "ModelContract") -> Table:
 
 
 def _proofs(contract: "ModelContract") -> Table:
-    table = _table(
-        "Proofs", "proof", "", "figure", "at most", "what", numbers=("figure", "at most")
+    numbers = ("figure", "at most")
+    table = _table("Proofs", "proof", "", *numbers, "what was compared", numbers=numbers)
+    table.caption_justify = "left"
+    table.caption = (
+        "Figures: parity is the largest difference relative to the largest value; "
+        "leak and bits count values that differ at all."
     )
     for proof in contract.proofs:
         table.add_row(
             proof.name,
-            "holds" if proof.passed else "[red]does not hold[/red]",
+            Text("holds") if proof.passed else Text("does not hold", style="red"),
             f"{proof.figure:.2g}",
             f"{proof.tolerance:.2g}",
             proof.detail,

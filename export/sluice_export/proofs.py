@@ -161,6 +161,24 @@ def _prove_state_carried(evidence: Evidence) -> Proof:
     )
 
 
+def _prove_rows_alone(evidence: Evidence) -> Proof:
+    ragged = evidence.run_ragged(evidence.inputs)
+    differing = 0
+    for row, length in enumerate(LENGTHS):
+        alone = evidence.model.run(
+            [array[row : row + 1, :length] for array in evidence.inputs],
+            LENGTHS[row : row + 1],
+            evidence.initial[:1],
+        )
+        differing += _count_differing(_row(Result(*alone), 0, length), _row(ragged, row, length))
+    return Proof(
+        name="bits.ragged",
+        passed=differing == 0,
+        figure=differing,
+        detail="values of a row of a ragged batch that change by a bit when it runs alone",
+    )
+
+
 # What people see while each runs, in the order in which failures are best read.
 PROOFS: Final[dict[str, Callable[[Evidence], Proof]]] = {
     "whole sequences against PyTorch": _prove_whole,
@@ -170,6 +188,7 @@ PROOFS: Final[dict[str, Callable[[Evidence], Proof]]] = {
     "no leak from row to row": _prove_rows_apart,
     "no leak from the padding": _prove_padding_ignored,
     "the same bits in any chunks": _prove_state_carried,
+    "the same bits in any company": _prove_rows_alone,
 }
 
 

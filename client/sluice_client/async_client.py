@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable
 from contextlib import aclosing
 from types import TracebackType
 from typing import Self
@@ -33,7 +33,7 @@ class AsyncClient:
 
     def __init__(
         self,
-        address: str | Sequence[str] = "127.0.0.1:8001",
+        address: str | Iterable[str] = "127.0.0.1:8001",
         *,
         credentials: grpc.ChannelCredentials | None = None,
         reconnect_seconds_max: float = 60.0,
@@ -95,7 +95,7 @@ class AsyncClient:
         return AsyncSequence(self._stream(model), model, opening)
 
     def group(
-        self, model: str, sequence_ids: Sequence[str], *, mode: Mode = Mode.START
+        self, model: str, sequence_ids: Iterable[str], *, mode: Mode = Mode.START
     ) -> "AsyncGroup":
         """Sequences that step together, opened by `async with`: all of them or none."""
         openings = [Opening(sequence_id, mode) for sequence_id in sequence_ids]

@@ -1,7 +1,7 @@
 """How a client reaches its servers: addresses, channel options, and how long it keeps trying."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
@@ -61,7 +61,7 @@ class Loss:
         return from_status(self.code.name, self.details)
 
 
-def read_addresses(address: str | Sequence[str]) -> list[str]:
+def read_addresses(address: str | Iterable[str]) -> list[str]:
     """The addresses of a client, each a gRPC target such as `host:port` or `dns:///name:port`."""
     addresses = [address] if isinstance(address, str) else list(address)
     if not addresses or not all(addresses):

@@ -1,0 +1,208 @@
+"""Keeps the Infer stream of one model alive with threads, and asks its server questions.
+
+On the blocking gRPC API, not on an event loop of its own: two loops of grpc.aio in
+one process disturb each other.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol, TypeVar
+
+import grpc
+
+from sluice_client.calls import Pending
+from sluice_client.connection import Connection
+from sluice_client.errors import ModelNotFound, ProtocolViolation, SluiceError, from_status
+from sluice_client.reach import QUESTION_SECONDS_MAX, RESPONSE_BYTES_MAX, Loss, Patience
+from sluice_client.signature import Signature
+from sluice_protos.contract_pb2 import ModelContract
+from sluice_protos.sequences_pb2 import GetModelRequest, InferRequest
+from sluice_protos.sequences_pb2_grpc import ModelsStub, SequencesStub
+
+T = TypeVar("T")
+
+
+class _Cancellable(Protocol):
+    def cancel(self) -> object: ...
+
+
+class Route:
+    """The channels to a client's servers; the present one is kept while it answers."""
+
+    def __init__(self, channels: Sequence[grpc.Channel]) -> None:
+        self._channels = channels
+        self._present = 0
+
+    @property
+    def channel(self) -> grpc.Channel:
+        """The channel to the present server."""
+        return self._channels[self._present]
+
+    def turn(self) -> None:
+        """Go on with the next server."""
+        self._present = (self._present + 1) % len(self._channels)
+
+    def ask(
+        self,
+        question: Callable[[grpc.Channel], T],
+        *,
+        not_found: type[SluiceError] = ModelNotFound,
+        sequence_id: str | None = None,
+    ) -> T:
+        """The answer of the first server that gives one. Raises its status as SluiceError."""
+        for attempt in range(len(self._channels)):
+            try:
+                return question(self.channel)
+            except grpc.RpcError as error:
+                is_last = attempt == len(self._channels) - 1
+                if is_last or error.code() is not grpc.StatusCode.UNAVAILABLE:
+                    raise from_status(
+                        error.code().name,
+                        error.details() or "",
+                        sequence_id=sequence_id,
+                        not_found=not_found,
+                    ) from None
+                self.turn()
+        raise AssertionError  # the last attempt has returned or raised
+
+    def contract(self, model: str) -> ModelContract:
+        """What a model takes and gives. Raises ModelNotFound."""
+        request = GetModelRequest(name=model)
+        return self.ask(
+            lambda channel: ModelsStub(channel).GetModel(request, timeout=QUESTION_SECONDS_MAX)
+        )
+
+
+class ThreadStream:
+    """All sequences of one model that one Client has share this."""
+
+    def __init__(self, model: str, route: Route, reconnect_seconds_max: float) -> None:
+        # Guards the connection; told of every change that could give something to send.
+        self.lock = threading.Condition()
+        self.route = route
+        self._model = model
+        self._patience = Patience(reconnect_seconds_max)
+        self._connection: Connection | None = None
+        self._meeting = threading.Lock()
+        self._is_closed = threading.Event()
+        self._call: _Cancellable | None = None
+        self._runner = threading.Thread(target=self._run, name=f"sluice {self._model}", daemon=True)
+
+    @property
+    def connection(self) -> Connection:
+        """The stream's logic, after `meet`."""
+        assert self._connection is not None
+        return self._connection
+
+    def meet(self) -> Connection:
+        """Learn the model's contract, once. Raises ModelNotFound, Unavailable."""
+        with self._meeting:
+            if self._connection is None:
+                signature = Signature(self.route.contract(self._model))
+                self._connection = Connection(
+                    self._model, signature, response_bytes_max=RESPONSE_BYTES_MAX
+                )
+                self._runner.start()
+        return self._connection
+
+    def flush(self) -> None:
+        """Have what was asked sent; the lock is held."""
+        self.lock.notify_all()
+
+    def wait(self, pending: Pending, timeout: float | None = None) -> None:
+        """Wait until something asked is done. Raises TimeoutError."""
+        done = threading.Event()
+        with self.lock:
+            if pending.is_done:
+                return
+            pending.wake = done.set
+        if not done.wait(timeout):
+            raise TimeoutError
+
+    def close(self, error: SluiceError) -> None:
+        """End the stream; sequences on it are parked by that. Who still waits gets `error`."""
+        with self._meeting:
+            if self._connection is None:
+                return
+        with self.lock:
+            self._is_closed.set()
+            self.connection.shut(error)
+            self.lock.notify_all()
+            call = self._call
+        if call is not None:
+            call.cancel()
+        self._runner.join()
+
+    def _run(self) -> None:
+        """One stream after another, for as long as somebody needs one."""
+        while True:
+            with self.lock:
+                self.lock.wait_for(lambda: self._is_closed.is_set() or self.connection.wants_stream)
+            if self._is_closed.is_set():
+                return
+            try:
+                loss = self._serve()
+            except ProtocolViolation as violation:
+                self._fail(violation)
+                continue
+            if loss.code is grpc.StatusCode.UNAVAILABLE and not loss.was_answered:
+                self.route.turn()
+            verdict = self._patience.after(loss, time.monotonic())
+            if isinstance(verdict, SluiceError):
+                self._fail(verdict)
+            else:
+                self._is_closed.wait(verdict)
+
+    def _fail(self, error: SluiceError) -> None:
+        with self.lock:
+            self.connection.fail(error)
+
+    def _serve(self) -> Loss:
+        """One stream from its begin to its end. Raises ProtocolViolation."""
+        channel, connection = self.route.channel, self.connection
+        is_over = threading.Event()
+        rows = connection.ledger.rows_received
+        was_answered = False
+        try:
+            contract = ModelsStub(channel).GetModel(
+                GetModelRequest(name=self._model), timeout=QUESTION_SECONDS_MAX
+            )
+            with self.lock:
+                connection.begin(Signature(contract))
+                call = SequencesStub(channel).Infer(self._requests(is_over))
+                self._call = call
+                is_closed = self._is_closed.is_set()
+            for response in () if is_closed else call:
+                was_answered = True
+                with self.lock:
+                    connection.receive(response)
+                    self.lock.notify_all()
+                    if connection.is_drained:
+                        break
+            code, details = grpc.StatusCode.OK, "the server has ended the stream"
+        except grpc.RpcError as error:
+            code, details = error.code(), error.details() or ""
+        finally:
+            with self.lock:
+                is_over.set()
+                if self._call is not None:
+                    self._call.cancel()
+                    self._call = None
+                connection.lose()
+                self.lock.notify_all()
+        return Loss(code, details, was_answered, connection.ledger.rows_received > rows)
+
+    def _requests(self, is_over: threading.Event) -> Iterator[InferRequest]:
+        """What to send; gRPC's own thread asks for the next when the last one has been taken."""
+        while True:
+            with self.lock:
+                request: InferRequest | None = None
+                while not is_over.is_set():
+                    request = self.connection.next_request()
+                    if request is not None:
+                        break
+                    self.lock.wait()
+            if request is None:
+                return
+            yield request

@@ -2,7 +2,7 @@
 
 import typer
 
-from sluice_cli import export, inspect, serve
+from sluice_cli import demo, export, inspect, serve
 
 app = typer.Typer(
     name="sluice",
@@ -20,6 +20,7 @@ def _name_the_group() -> None:
     """Keep `serve` a word of its own, however few commands there are."""
 
 
+demo.add_to(app)
 export.add_to(app)
 inspect.add_to(app)
 serve.add_to(app)

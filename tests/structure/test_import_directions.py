@@ -37,7 +37,7 @@ SERVICE_LAYERS = (
 )
 
 # The demo's reference: it may call ONNX Runtime because it imports nothing of ours.
-REFERENCE = "sluice_cli.offline"
+REFERENCE = "sluice_cli.demo.offline"
 
 ONLY_HERE = {
     "onnxruntime": ("sluice_model", REFERENCE),

@@ -30,7 +30,8 @@ from sluice_service.lanes import Lanes
 from sluice_service.metrics import ModelMetrics
 from sluice_service.ragged import Array, Frame, Integers
 from sluice_service.runs import RunLoop
-from sluice_service.scheduler import Kind, Scheduler
+from sluice_service.queues import Kind
+from sluice_service.scheduler import Scheduler
 from sluice_service.sequences import Phase, Sequence, Sequences
 from sluice_service.settings import Settings
 from sluice_service.streams import Stream

@@ -22,7 +22,7 @@ from sluice_service.errors import ModelNotFoundError, RequestError
 from sluice_service.host import Host
 from sluice_service.rpc.frames import Chunks, Encoder, parse
 from sluice_service.rpc.status import as_status
-from sluice_service.scheduler import Kind
+from sluice_service.queues import Kind
 from sluice_service.streams import Delivery
 
 log = structlog.get_logger()

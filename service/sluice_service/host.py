@@ -28,9 +28,9 @@ from sluice_service.errors import InvalidInputError, LaneError, NotFoundError
 from sluice_service.inputs import InputRules
 from sluice_service.lanes import Lanes
 from sluice_service.metrics import ModelMetrics
+from sluice_service.queues import Kind
 from sluice_service.ragged import Array, Frame, Integers
 from sluice_service.runs import RunLoop
-from sluice_service.queues import Kind
 from sluice_service.scheduler import Scheduler
 from sluice_service.sequences import Phase, Sequence, Sequences
 from sluice_service.settings import Settings

@@ -291,6 +291,5 @@ class Scheduler:
 
 def _gap(first: int, step: int) -> GapError:
     return GapError(
-        f"the chunk follows {first} steps but {step} are applied; "
-        f"send again from first_step {step}"
+        f"the chunk follows {first} steps but {step} are applied; send again from first_step {step}"
     )

@@ -20,9 +20,9 @@ from sluice_protos.sequences_pb2 import (
 )
 from sluice_service.errors import ModelNotFoundError, RequestError
 from sluice_service.host import Host
+from sluice_service.queues import Kind
 from sluice_service.rpc.frames import Chunks, Encoder, parse
 from sluice_service.rpc.status import as_status
-from sluice_service.queues import Kind
 from sluice_service.streams import Delivery
 
 log = structlog.get_logger()

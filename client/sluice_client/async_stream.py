@@ -83,7 +83,7 @@ class AsyncStream:
         self._model = model
         self._patience = Patience(reconnect_seconds_max)
         self._connection: Connection | None = None
-        self._meeting = asyncio.Lock()
+        self._meeting: asyncio.Task[None] | None = None
         self._has_work = asyncio.Event()
         self._is_needed = asyncio.Event()
         self._runner: asyncio.Task[None] | None = None
@@ -96,14 +96,17 @@ class AsyncStream:
 
     async def meet(self) -> Connection:
         """Learn the model's contract, once. Raises ModelNotFound, Unavailable."""
-        async with self._meeting:
-            if self._connection is None:
-                signature = Signature(await self.route.contract(self._model))
-                self._connection = Connection(
-                    self._model, signature, response_bytes_max=RESPONSE_BYTES_MAX
-                )
-                self._runner = asyncio.create_task(self._run(), name=f"sluice {self._model}")
-        return self._connection
+        if self._connection is None:
+            if self._meeting is None or self._meeting.done():
+                self._meeting = asyncio.create_task(self._meet())
+            # All who wait go on in the same turn of the loop, so that their opens leave together.
+            await asyncio.shield(self._meeting)
+        return self.connection
+
+    async def _meet(self) -> None:
+        signature = Signature(await self.route.contract(self._model))
+        self._connection = Connection(self._model, signature, response_bytes_max=RESPONSE_BYTES_MAX)
+        self._runner = asyncio.create_task(self._run(), name=f"sluice {self._model}")
 
     def flush(self) -> None:
         """Have what was asked sent, together with what else is asked in this turn of the loop."""

@@ -7,7 +7,7 @@ one process disturb each other.
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, cast
 
 import grpc
 
@@ -171,7 +171,7 @@ class ThreadStream:
             with self.lock:
                 connection.begin(Signature(contract))
                 call = SequencesStub(channel).Infer(self._requests(is_over))
-                self._call = call
+                self._call = cast(_Cancellable, call)
                 is_closed = self._is_closed.is_set()
             for response in () if is_closed else call:
                 was_answered = True

@@ -77,7 +77,7 @@ class ModelServer:
 class Stream:
     """One Infer stream at the server: give it requests, take its responses."""
 
-    def __init__(self, server: ModelServer) -> None:
+    def __init__(self, server: ModelServer, *, merges_notices: bool = False) -> None:
         self.server = server
         self.lanes: dict[int, ServerLane] = {}
         self.outbox: list[InferResponse] = []
@@ -87,6 +87,7 @@ class Stream:
         self.responses_acknowledged = 0
         self.in_flight: dict[int, int] = {}
         self.is_over = False
+        self.merges_notices = merges_notices
 
     # -- requests
 
@@ -120,12 +121,14 @@ class Stream:
         assert max(steps) <= self.server.limits.chunk_steps_max
         at = 0
         for number, count, first in zip(request.lane, steps, request.first_step, strict=True):
-            self.in_flight[number] = self.in_flight.get(number, 0) + count
             lane = self.lanes.get(number)
             if lane is None:
                 self.fault(number, Fault.UNKNOWN_LANE)
-            else:
+            elif not (lane.is_skipping and first != lane.as_sent):
+                # What a fault drops had its credit given back by that fault.
+                self.in_flight[number] = self.in_flight.get(number, 0) + count
                 lane.queue += [(first + k, rows[at + k]) for k in range(count)]
+                lane.as_sent = first + count
             at += count
         assert sum(self.in_flight.values()) <= self.server.limits.credit_steps
 
@@ -143,9 +146,7 @@ class Stream:
         if sequence is not None and sequence.lane is not None:
             old = sequence.lane
             old.stream.lanes.pop(old.number, None)
-            old.stream.send(
-                InferResponse(closed=[Closed(lane=old.number, reason=Closed.FENCED)])
-            )
+            old.stream.send(InferResponse(closed=[Closed(lane=old.number, reason=Closed.FENCED)]))
         if sequence is None or sequence.is_closed or (opening.mode == RESTART and not same_writer):
             sequence = Sequence(opening.writer, opening.attempt, self.server.next_epoch())
             if opening.HasField("state"):
@@ -250,11 +251,7 @@ class Stream:
                         faults.append((lane, Fault.GAP))
                     continue
                 if (row == POISON).any():
-                    if not lane.is_skipping:
-                        lane.is_skipping = True
-                        faults.append((lane, Fault.INVALID_INPUT))
-                        break
-                    # Named the expected step after a fault: refused once more.
+                    lane.is_skipping = True
                     faults.append((lane, Fault.INVALID_INPUT))
                     break
                 lane.is_skipping = False
@@ -267,6 +264,7 @@ class Stream:
         if answers:
             self.send_outputs(answers)
         for lane, reason in faults:
+            lane.as_sent = lane.sequence.applied
             self.fault(lane.number, reason, expected=lane.sequence.applied)
 
     # -- responses
@@ -288,13 +286,16 @@ class Stream:
 
     def fault(self, number: int, reason: int, *, expected: int = 0, epoch: int = 0) -> None:
         self.in_flight[number] = 0
-        fault = Fault(
-            lane=number, reason=reason, message="no", expected_step=expected, epoch=epoch
-        )
+        fault = Fault(lane=number, reason=reason, message="no", expected_step=expected, epoch=epoch)
         self.send(InferResponse(faults=[fault]))
 
     def send(self, response: InferResponse, log: list | None = None) -> None:
-        if not self.is_over:
+        if self.is_over:
+            return
+        last = self.outbox[-1] if self.outbox and self.merges_notices else None
+        if last is not None and not last.outputs and not response.outputs:
+            last.MergeFrom(response)
+        else:
             self.outbox.append(response)
             self.sent_log.append(log or [])
 

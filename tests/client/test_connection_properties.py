@@ -12,7 +12,7 @@ from hypothesis.stateful import (
 )
 
 from sluice_client import errors
-from sluice_client.calls import Mode, Opening
+from sluice_client.calls import Opening
 from sluice_client.connection import Connection
 from sluice_client.signature import Signature
 from sluice_protos.sequences_pb2 import InferRequest, InferResponse, Limits

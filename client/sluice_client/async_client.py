@@ -151,7 +151,10 @@ class _AsyncHandle(Handle):
         except asyncio.CancelledError:
             self._let_go()
             raise
-        self._check_open(request)
+        if request.errors:
+            # What was opened beside it must be gone before the caller tries again.
+            await self._end(self._let_go())
+            raise request.errors[min(request.errors)]
 
     async def close(self) -> None:
         """Drop the state at the server, once all outputs have arrived. May be called again."""

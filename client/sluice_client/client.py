@@ -138,7 +138,10 @@ class _SyncHandle(Handle):
         except BaseException:
             self._let_go()
             raise
-        self._check_open(request)
+        if request.errors:
+            # What was opened beside it must be gone before the caller tries again.
+            self._end(self._let_go())
+            raise request.errors[min(request.errors)]
 
     def close(self) -> None:
         """Drop the state at the server, once all outputs have arrived. May be called again."""

@@ -91,16 +91,10 @@ class Handle:
             self._link.flush()
         return request
 
-    def _check_open(self, request: Request) -> None:
-        """Raise the first refusal; what was opened beside it is let go."""
-        if request.errors:
-            self._let_go()
-            raise request.errors[min(request.errors)]
-
-    def _let_go(self) -> None:
-        """Leave without waiting: what this handle has made is closed, the rest is parked."""
+    def _let_go(self) -> Request | None:
+        """Leave: what this handle has made is closed, the rest is parked."""
         mode = self._openings[0].mode
-        self._ask_end(is_parking=mode in (Mode.TAKEOVER, Mode.START_OR_RESUME))
+        return self._ask_end(is_parking=mode in (Mode.TAKEOVER, Mode.START_OR_RESUME))
 
     def _ask_end(self, *, is_parking: bool) -> Request | None:
         """Close or park, once; None where there is nothing (more) to end."""

@@ -74,7 +74,8 @@ class CharacterModel(nn.Module):
 def encode(text: str) -> NDArray[np.int64]:
     """The codes of a text's characters: [characters]. What has no code becomes "?"."""
     codes = np.frombuffer(text.encode("ascii", "replace"), np.uint8).astype(np.int64) - 31
-    return np.where(codes == ord("\n") - 31, 0, np.where(codes > 0, codes, ord("?") - 31))
+    is_printable = (codes > 0) & (codes < len(CHARACTERS))
+    return np.where(codes == ord("\n") - 31, 0, np.where(is_printable, codes, ord("?") - 31))
 
 
 def decode(codes: NDArray[np.int64]) -> str:
@@ -102,11 +103,13 @@ def train(
     dropout: float = 0.0,
     seed: int = 0,
     on_progress: Callable[[Progress], None] | None = None,
+    now: Callable[[], float] = time.monotonic,
 ) -> CharacterModel:
     """A character model of `text`, trained for `seconds` by truncated backpropagation through time.
 
     The text is read as a few long streams side by side, and the state goes on from
-    window to window, as it will when the model is served.
+    window to window, as it will when the model is served. Raises ValueError when the
+    text is too short for that.
     """
     torch.manual_seed(seed)
     model = CharacterModel(kind, units, dropout=dropout)
@@ -114,9 +117,9 @@ def train(
     criterion = nn.CrossEntropyLoss()
     state: State | None = None
     characters = 0
-    start = time.monotonic()
+    start = now()
     for x, y in _windows(encode(text)):
-        share = min((time.monotonic() - start) / seconds, 1.0)
+        share = min((now() - start) / seconds, 1.0)
         if share == 1.0:
             break
         for group in optimizer.param_groups:

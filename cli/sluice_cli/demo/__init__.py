@@ -35,7 +35,7 @@ def demo(
             characters=characters,
         )
     except DemoError as error:
-        console.print(f"[red]{error}[/red]")
+        console.print(str(error), style="red", markup=False, soft_wrap=True)
         raise typer.Exit(1) from None
 
 

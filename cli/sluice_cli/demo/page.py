@@ -10,15 +10,15 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from rich.columns import Columns
-from rich.console import Group, RenderableType
+from rich.console import RenderableType
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
 CHARACTERS = "⏎" + "".join(map(chr, range(32, 127)))
-PLOT_WIDTH, PLOT_HEIGHT = 30, 10
-# Of the passage that is shown: by then the state has built up.
-SAMPLE = slice(100, 260)
+PLOT_WIDTH, PLOT_HEIGHT = 24, 10
+# The end of the first passage: by then the state has built up.
+SAMPLE, SAMPLE_WIDTH = slice(-180, None), 60
 
 
 @dataclass(frozen=True)
@@ -81,23 +81,17 @@ def findings(results: list[Result]) -> Iterator[RenderableType]:
     yield _summary(results)
 
 
-def ending(command: str, output: Path, seconds: float) -> RenderableType:
+def ending(command: str, output: Path, seconds: float) -> Text:
     """Where things are, and what to try next."""
     lstm, gru = output / "lstm.onnx", output / "gru.onnx"
-    return Group(
-        "",
-        f"Done in {seconds:.0f} seconds; the server has stopped. The models are in {output}/. "
-        "To go on:",
-        "",
-        Text(
-            f"  {command} inspect {lstm}\n"
-            f"  {command} serve --model lstm={lstm} --model gru={gru}\n"
-            f"  {command} stream lstm < {output / 'text.csv'}      (in another terminal)\n"
-            "  curl --silent 127.0.0.1:8002/metrics | grep sluice_",
-            style="bold",
-            no_wrap=True,
-        ),
+    commands = (
+        f"{command} inspect {lstm}",
+        f"{command} serve --model lstm={lstm} --model gru={gru}",
+        f"{command} stream lstm < {output / 'text.csv'}    # in another terminal",
+        "curl --silent 127.0.0.1:8002/metrics | grep sluice_",
     )
+    words = f"\nDone in {seconds:.0f} seconds; the server has stopped. What to try next:\n\n"
+    return Text(words).append("".join(f"  {line}\n" for line in commands), "bold")
 
 
 def _plot(result: Result) -> RenderableType:
@@ -105,47 +99,50 @@ def _plot(result: Result) -> RenderableType:
     steps = result.bits.shape[1]
     edges = np.unique(np.geomspace(1, steps + 1, PLOT_WIDTH + 1).astype(int))
     curves = [
-        [curve[start - 1 : stop - 1].mean() for start, stop in pairwise(edges)]
+        np.array([curve[start - 1 : stop - 1].mean() for start, stop in pairwise(edges)])
         for curve in (result.bits.mean(axis=0), result.stateless_bits.mean(axis=0))
     ]
-    top = float(np.ceil(max(map(max, curves))))
+    low, high = np.floor(np.min(curves)), np.ceil(np.max(curves))
     grid = [[" "] * len(curves[0]) for _ in range(PLOT_HEIGHT)]
     for curve, mark in zip(reversed(curves), ("[red]·[/red]", "[green]●[/green]"), strict=True):
-        for column, value in enumerate(curve):
-            line = min(int((1 - value / top) * PLOT_HEIGHT), PLOT_HEIGHT - 1)
+        heights = ((high - curve) / (high - low) * PLOT_HEIGHT).astype(int)
+        for column, line in enumerate(np.clip(heights, 0, PLOT_HEIGHT - 1)):
             grid[line][column] = mark
     lines = [
-        f"{top * (1 - row / PLOT_HEIGHT):4.1f} ┤{''.join(cells)}" for row, cells in enumerate(grid)
+        f"{high - (high - low) * row / PLOT_HEIGHT:4.1f} ┤{''.join(cells)}"
+        for row, cells in enumerate(grid)
     ]
     width = len(curves[0])
-    axis = f" 0.0 └{'─' * width}\n      1{f'{steps} characters read':>{width - 1}}"
-    legend = "[green]●[/green] with its state   [red]·[/red] state dropped at each step"
+    axis = f"{low:4.1f} └{'─' * width}\n      1{f'{steps}':>{width - 1}}\n      characters read"
+    legend = "[green]●[/green] with state   [red]·[/red] without"
     return Panel(
         "\n".join([*lines, axis, "", legend]),
         title=f"{result.name.upper()}: bits per character",
-        padding=(1, 1),
+        width=PLOT_WIDTH + 15,
     )
 
 
 def _sample(result: Result) -> RenderableType:
-    """One passage, and the characters of it that were predicted right."""
+    """A passage, and the characters of it that were foretold."""
     text = result.codes[0, 1:][SAMPLE]
-    table = Table(
-        title=f"What the {result.name.upper()} foretold (· where it was wrong)", show_lines=True
-    )
-    table.add_column("right")
-    table.add_column("next characters", width=80)
-    table.add_row("the text", Text("".join(CHARACTERS[code] for code in text)))
+    rows = {"the text": ("", np.ones(len(text), bool))}
     for name, logits, colour in (
         ("with state", result.logits, "green"),
         ("without", result.stateless, "red"),
     ):
-        guesses = logits[0, SAMPLE].argmax(axis=-1)
-        marks = [
-            CHARACTERS[c] if c == guess else "·" for c, guess in zip(text, guesses, strict=True)
-        ]
-        table.add_row(f"{name}\n{(guesses == text).mean():.0%}", Text("".join(marks), style=colour))
-    return table
+        is_right = logits[0, SAMPLE].argmax(axis=-1) == text
+        rows[f"{name}, {is_right.mean():.0%}"] = (colour, is_right)
+    shown = Text()
+    for start in range(0, len(text), SAMPLE_WIDTH):
+        line = slice(start, start + SAMPLE_WIDTH)
+        for name, (colour, is_right) in rows.items():
+            pairs = zip(text[line], is_right[line], strict=True)
+            marks = "".join(CHARACTERS[code] if right else "·" for code, right in pairs)
+            shown.append(f"{name:<16}", "dim").append(f"{marks}\n", colour)
+        shown.append("\n")
+    shown.rstrip()
+    title = f"Characters of one passage that the {result.name.upper()} foretold (· wrong)"
+    return Panel(shown, title=title, width=SAMPLE_WIDTH + 20)
 
 
 def _metrics_table(results: list[Result]) -> RenderableType:
@@ -206,7 +203,7 @@ def _summary(results: list[Result]) -> RenderableType:
         "time of a step, 99 of 100": [
             f"{np.quantile(result.latencies, 0.99) * 1e3:.1f} ms" for result in results
         ],
-        "equal to the offline run, bit for bit": [_verdict(result) for result in results],
+        "equal to the offline run": [_verdict(result) for result in results],
     }
     for name, values in rows.items():
         table.add_row(name, *values)

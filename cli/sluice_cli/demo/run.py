@@ -89,7 +89,8 @@ async def _demo(console: Console, output: Path, codes: Codes, train_seconds: flo
         console.print(part)
     if not all(result.is_bit_exact for result in results):
         raise DemoError("what was streamed is not what the offline run gave, bit for bit")
-    console.print(page.ending(_own_command(), output, time.monotonic() - start))
+    ending = page.ending(_own_command(), output, time.monotonic() - start)
+    console.print(ending, soft_wrap=True)
 
 
 def _bars(console: Console) -> Progress:

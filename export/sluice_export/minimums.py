@@ -25,6 +25,10 @@ def measure_minimums(model: Model) -> tuple[int, int, Proof]:
     small size does, both are 1 and the proof has not passed.
     """
     batches = _affordable_batches(model)
+    if any(cell.kind.startswith("RNN") for cell in model.contract.cells):
+        # ONNX Runtime multiplies a lone row of an RNN in another order: never exact,
+        # even where a small sample happens to agree.
+        batches.remove(1)
     differing = dict(_count_differing(model, batches))
     for length_min in filter(lambda length: length <= _LENGTH_MIN_MAX, _LENGTHS):
         for batch_min in filter(lambda batch: batch <= _BATCH_MIN_MAX, batches):
@@ -49,19 +53,30 @@ def _count_differing(model: Model, batches: Sequence[int]) -> Iterator[tuple[tup
     inputs = example_inputs(model.contract, batches[-1], _LENGTHS[-1], seed=5)
     initial = np.tile(model.initial_state, (batches[-1], 1))
 
-    def run(batch: int, length: int) -> tuple[list[Array], Array]:
-        rows = [array[:batch, :length] for array in inputs]
-        return model.run(rows, np.full(batch, length, np.int32), initial[:batch])
+    def run(rows: slice, length: int) -> tuple[list[Array], Array]:
+        state = initial[rows]
+        lengths = np.full(len(state), length, np.int32)
+        return model.run([array[rows, :length] for array in inputs], lengths, state)
 
-    outputs, _ = run(batches[-1], _LENGTHS[-1])
+    everything = slice(None)
+    outputs, _ = run(everything, _LENGTHS[-1])
     for length in _LENGTHS:
-        _, state = run(batches[-1], length)
+        _, state = run(everything, length)
         for batch in batches:
-            small, after = run(batch, length)
-            count = np.count_nonzero(after != state[:batch])
-            for one, whole in zip(small, outputs, strict=True):
-                count += np.count_nonzero(one != whole[:batch, :length])
-            yield (batch, length), int(count)
+            count = 0
+            # A kernel of its own for one row may differ in one value of a hundred.
+            for start in range(0, batches[-1] - batch + 1, batch)[: _samples(batch)]:
+                rows = slice(start, start + batch)
+                small, after = run(rows, length)
+                count += int(np.count_nonzero(after != state[rows]))
+                for one, whole in zip(small, outputs, strict=True):
+                    count += int(np.count_nonzero(one != whole[rows, :length]))
+            yield (batch, length), count
+
+
+def _samples(batch: int) -> int:
+    """How many runs of `batch` rows to compare: more of those likeliest to differ."""
+    return 16 if batch <= 2 else 3
 
 
 def _proof(differing: int, batches: tuple[int, int], length_min: int) -> Proof:

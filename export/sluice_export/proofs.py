@@ -243,10 +243,12 @@ def _count_differing(one: Result, two: Result) -> int:
 
 
 def _spoil(array: Array, where: Array) -> Array:
-    """`array` with NaN at the places `where` (integers: with other values of its own)."""
+    """`array` with NaN at the places `where`; integers and truths with others of their values."""
     spoiled = array.copy()
     if array.dtype.kind == "f":
         spoiled[where] = np.nan
+    elif array.dtype.kind == "b":
+        spoiled[where] = ~spoiled[where]
     else:
         spoiled[where] = array.max() + array.min() - spoiled[where]
     return spoiled

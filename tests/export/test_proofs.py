@@ -1,0 +1,205 @@
+"""Each proof refuses a file with the defect that it is there for."""
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper
+from torch import Tensor, nn
+
+from sluice_export import ExportNotice, ParityError, export, layers
+from sluice_export.minimums import measure_minimums
+from sluice_model import Model, write_contract
+from sluice_protos.contract_pb2 import ModelContract, StatePart, TensorSpec
+from tests.models import gru_module, lstm_module, rnn_module
+
+X = torch.zeros(1, 5, 8)
+
+
+def test_gates_in_the_wrong_order_are_refused_and_the_layer_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(layers, "reorder_gates", lambda weight, kind: weight)
+    for module in (lstm_module(), gru_module()):
+        with pytest.raises(ParityError, match=r"parity.whole failed.*largest in cell.[hc].[01]"):
+            export(module, X, tmp_path / "model.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_reset_gate_applied_before_the_bias_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setitem(layers.GRU.attributes, "linear_before_reset", 0)
+    with pytest.raises(ParityError, match=r"parity.whole failed"):
+        export(gru_module(), X, tmp_path / "model.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("make", [lstm_module, gru_module, rnn_module])
+def test_a_lost_bias_is_refused(tmp_path, monkeypatch, make):
+    reorder = layers.reorder_gates
+
+    def lose_bias(weight: Tensor, kind: layers.CellKind) -> Tensor:
+        return reorder(weight, kind) * (weight.dim() > 1)
+
+    monkeypatch.setattr(layers, "reorder_gates", lose_bias)
+    with pytest.raises(ParityError, match=r"parity.whole failed"):
+        export(make(), X, tmp_path / "model.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_state_that_is_lost_between_chunks_is_refused(tmp_path, monkeypatch):
+    def forget(self: layers.NativeLayer, *arguments: object) -> object:
+        carry = self._carry[0]
+        carry.before = {name: part * 0 for name, part in carry.before.items()}
+        return forward(self, *arguments)
+
+    forward = layers.NativeLayer.forward
+    monkeypatch.setattr(layers.NativeLayer, "forward", forget)
+    with pytest.raises(ParityError, match=r"parity.stepwise failed"):
+        export(gru_module(), X, tmp_path / "model.onnx")
+
+
+def test_lengths_that_are_ignored_are_refused(tmp_path, monkeypatch):
+    def ignore(self: layers.NativeLayer, sequence: Tensor, *rest: object) -> object:
+        carry = self._carry[0]
+        steps = sequence.shape[1]
+        carry.lengths = (carry.lengths * 0 + steps).to(torch.int32)
+        return forward(self, sequence, *rest)
+
+    forward = layers.NativeLayer.forward
+    monkeypatch.setattr(layers.NativeLayer, "forward", ignore)
+    with pytest.raises(ParityError, match=r"parity.ragged failed.*largest in cell.h.0"):
+        export(gru_module(), X, tmp_path / "model.onnx")
+
+
+class Touches(nn.Module):
+    """Computes what its layer does, but lets NaN spread along an axis."""
+
+    def __init__(self, axis: int) -> None:
+        super().__init__()
+        self.cell = nn.GRU(8, 4, batch_first=True)
+        self.axis = axis
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.cell(x)[0]
+        return y + torch.clamp(x.sum(self.axis, keepdim=True)[..., :1], 0, 0)
+
+
+def test_nan_that_reaches_other_rows_is_refused(tmp_path):
+    with pytest.raises(ParityError, match=r"leak.rows failed"):
+        export(Touches(axis=0), X, tmp_path / "model.onnx")
+
+
+def test_nan_that_comes_out_of_the_padding_is_refused(tmp_path):
+    with pytest.raises(ParityError, match=r"leak.padding failed"):
+        export(Touches(axis=1), X, tmp_path / "model.onnx")
+
+
+def test_a_refused_export_leaves_the_file_that_was_there(tmp_path, monkeypatch):
+    path = tmp_path / "model.onnx"
+    export(gru_module(), X, path)
+    before = path.read_bytes()
+    monkeypatch.setattr(layers, "reorder_gates", lambda weight, kind: weight)
+    with pytest.raises(ParityError):
+        export(gru_module(), X, path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_smaller_tolerance_than_arithmetic_allows_is_refused(tmp_path):
+    with pytest.raises(ParityError, match=r"at most 1e-12 is allowed"):
+        export(lstm_module(), X, tmp_path / "model.onnx", tolerance=1e-12)
+
+
+def sizes_model(condition: list[onnx.NodeProto]) -> Model:
+    """y = x, plus one where `condition` (from the scalars `batch` and `steps`) is one."""
+    nodes = [
+        helper.make_node("Shape", ["x"], ["batch"], start=0, end=1),
+        helper.make_node("Shape", ["x"], ["steps"], start=1, end=2),
+        *condition,
+        helper.make_node("Cast", ["found"], ["addend"], to=TensorProto.FLOAT),
+        helper.make_node("Add", ["x", "addend"], ["y"]),
+        helper.make_node("Identity", ["state"], ["state_out"]),
+    ]
+    shape = ["batch", "steps", 1]
+    graph = helper.make_graph(
+        nodes,
+        "sizes",
+        [
+            helper.make_tensor_value_info("x", TensorProto.FLOAT, shape),
+            helper.make_tensor_value_info("state", TensorProto.FLOAT, ["batch", 1]),
+        ],
+        [
+            helper.make_tensor_value_info("y", TensorProto.FLOAT, shape),
+            helper.make_tensor_value_info("state_out", TensorProto.FLOAT, ["batch", 1]),
+        ],
+        [onnx.numpy_helper.from_array(np.array([n], np.int64), f"n{n}") for n in (1, 2, 3, 30)],
+    )
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    spec = {"datatype": "FP32", "shape": [1], "batch_axis": 0, "time_axis": 1}
+    contract = ModelContract(
+        name="sizes",
+        inputs=[TensorSpec(name="x", **spec)],
+        outputs=[TensorSpec(name="y", **spec)],
+        state_input="state",
+        state_output="state_out",
+        state_size=1,
+        state=[StatePart(name="sum", shape=[1])],
+        batch_min=1,
+        length_min=1,
+    )
+    write_contract(proto, contract)
+    return Model(proto.SerializeToString(), contract)
+
+
+def less(name: str, limit: int) -> list[onnx.NodeProto]:
+    return [helper.make_node("Less", [name, f"n{limit}"], ["found"])]
+
+
+@pytest.mark.parametrize(
+    "condition, expected",
+    [
+        (less("batch", 1), (1, 1)),
+        (less("batch", 2), (2, 1)),
+        (less("batch", 3), (3, 1)),
+        (less("steps", 3), (1, 3)),
+    ],
+)
+def test_the_smallest_exact_batch_and_length_are_measured(condition, expected):
+    batch_min, length_min, proof = measure_minimums(sizes_model(condition))
+    assert (batch_min, length_min) == expected
+    assert proof.passed
+
+
+def test_bits_that_depend_on_every_batch_are_not_called_exact():
+    batch_min, length_min, proof = measure_minimums(sizes_model(less("batch", 30)))
+    assert (batch_min, length_min) == (1, 1)
+    assert not proof.passed
+    assert proof.figure > 0
+
+
+def test_an_rnn_is_padded_to_a_batch_of_two(rnn_file):
+    contract = Model.load(rnn_file.path).contract
+    assert (contract.batch_min, contract.length_min) == (2, 1)
+
+
+class DependsOnBatch(nn.Module):
+    """Rounds otherwise in other batches, within the tolerance."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.GRU(8, 4, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.cell(x)[0] + x.shape[0] * 1e-7
+
+
+def test_bits_that_are_not_exact_are_noticed_and_written_into_the_contract(tmp_path):
+    torch.manual_seed(0)
+    with pytest.warns(ExportNotice) as notices:
+        contract = export(DependsOnBatch(), X, tmp_path / "model.onnx")
+    assert [str(notice.message).split(":")[0] for notice in notices] == [
+        "bits.ragged does not hold",
+        "bits.sizes does not hold",
+    ]
+    assert [proof.name for proof in contract.proofs if not proof.passed] == [
+        "bits.ragged",
+        "bits.sizes",
+    ]

@@ -5,7 +5,7 @@ import pickle
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 import torch
 from torch import Tensor, nn
@@ -70,19 +70,10 @@ def load_checkpoint(module: nn.Module, path: Path) -> None:
     Loads weights only: nothing in the file is run. Raises CheckpointError.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file:
+            content = _read(file, path)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path}: holds more than weights, or is no checkpoint; write it with "
-            "torch.save(module.state_dict(), path)"
-        ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"{path}: is no checkpoint of PyTorch, or is cut short; write it with "
-            "torch.save(module.state_dict(), path)"
-        ) from error
     weights = _find_weights(content, path)
     try:
         module.load_state_dict(weights, strict=True)
@@ -91,6 +82,22 @@ def load_checkpoint(module: nn.Module, path: Path) -> None:
         raise CheckpointError(
             f"{path}: its weights are not those of {type(module).__name__}: "
             f"{' '.join(problems[:3])} Make the module as it was trained (--arg name=value)"
+        ) from error
+
+
+def _read(file: BinaryIO, path: Path) -> object:
+    """What torch.save wrote to `file`, without running anything of it."""
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path}: holds more than weights, or is no checkpoint; write it with "
+            "torch.save(module.state_dict(), path)"
+        ) from error
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{path}: is no checkpoint of PyTorch, or is cut short; write it with "
+            "torch.save(module.state_dict(), path)"
         ) from error
 
 

@@ -2,7 +2,7 @@
 
 import typer
 
-from sluice_cli import demo, export, inspect, serve
+from sluice_cli import demo, export, inspect, serve, stream
 
 app = typer.Typer(
     name="sluice",
@@ -24,6 +24,7 @@ demo.add_to(app)
 export.add_to(app)
 inspect.add_to(app)
 serve.add_to(app)
+stream.add_to(app)
 
 
 def main() -> None:

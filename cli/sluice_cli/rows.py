@@ -1,0 +1,188 @@
+"""Reads lines of CSV or JSON as the inputs of one step each, and writes outputs the same way."""
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sluice_protos.contract_pb2 import ModelContract, TensorSpec
+from sluice_protos.datatypes import DTYPES
+
+Array = NDArray[Any]
+
+
+class RowError(ValueError):
+    """A line cannot be read as a row; the message names what is expected."""
+
+
+class Rows(Protocol):
+    """One format: lines in, lines out."""
+
+    def read(self, line: str) -> tuple[str, dict[str, Array]] | None:
+        """The key and the inputs of one step by name; None: the line is no row. Raises RowError."""
+        ...
+
+    def write(self, key: str, outputs: Mapping[str, Array]) -> str:
+        """One line, without its end."""
+        ...
+
+    def head(self) -> str | None:
+        """What comes before the first row that is written, if anything."""
+        ...
+
+
+class CsvRows:
+    """The values of all inputs side by side; a first line that is not numbers names the columns.
+
+    Named columns may come in any order: `x` for an input of one value, `x.0`, `x.1`,
+    … for one of several.
+    """
+
+    def __init__(self, contract: ModelContract, key: str | None) -> None:
+        self._inputs = list(contract.inputs)
+        self._outputs = list(contract.outputs)
+        self._key = key
+        self._columns = [name for spec in self._inputs for name in _columns(spec)]
+        # Where in a line each of `_columns` stands, and the key.
+        self._order: list[int] | None = None
+        self._key_at = -1
+        self._has_header = False
+
+    def read(self, line: str) -> tuple[str, dict[str, Array]] | None:
+        values = [value.strip() for value in next(csv.reader([line]))]
+        if self._order is None and self._is_header(values):
+            return None
+        if self._order is None:
+            raise RowError("--key needs a first line that names the columns")
+        width = len(self._columns) + (self._key is not None)
+        if len(values) < width:
+            raise RowError(
+                f"{len(values)} values; the model takes {len(self._columns)} "
+                f"({', '.join(_describe(spec) for spec in self._inputs)})"
+                + (f" beside the key {self._key!r}" if self._key is not None else "")
+            )
+        if len(values) > width and not self._has_header:
+            raise RowError(f"{len(values)} values; the model takes {width}")
+        key = values[self._key_at] if self._key is not None else ""
+        return key, self._split([values[at] for at in self._order])
+
+    def write(self, key: str, outputs: Mapping[str, Array]) -> str:
+        cells = [key] if self._key is not None else []
+        for spec in self._outputs:
+            cells += [str(value) for value in np.ravel(outputs[spec.name])]
+        return _join(cells)
+
+    def head(self) -> str | None:
+        if not self._has_header:
+            return None
+        names = [name for spec in self._outputs for name in _columns(spec)]
+        return _join([*([self._key] if self._key is not None else []), *names])
+
+    def _is_header(self, values: Sequence[str]) -> bool:
+        """Learn the columns from the first line; True when it names them."""
+        try:
+            list(map(float, values))
+        except ValueError:
+            self._has_header = True
+        else:
+            if self._key is None:
+                self._order = list(range(len(self._columns)))
+            return False
+        wanted = [*self._columns, *([self._key] if self._key is not None else [])]
+        missing = [name for name in wanted if name not in values]
+        if missing:
+            raise RowError(f"no column {', '.join(map(repr, missing))} among {', '.join(values)}")
+        self._order = [values.index(name) for name in self._columns]
+        if self._key is not None:
+            self._key_at = values.index(self._key)
+        return True
+
+    def _split(self, values: Sequence[str]) -> dict[str, Array]:
+        inputs: dict[str, Array] = {}
+        at = 0
+        for spec in self._inputs:
+            size = _size(spec)
+            inputs[spec.name] = _parse(spec, values[at : at + size]).reshape(tuple(spec.shape))
+            at += size
+        return inputs
+
+
+class JsonRows:
+    """One JSON value a line: the input itself, or an object with a value for each input."""
+
+    def __init__(self, contract: ModelContract, key: str | None) -> None:
+        self._inputs = list(contract.inputs)
+        self._outputs = list(contract.outputs)
+        self._key = key
+
+    def read(self, line: str) -> tuple[str, dict[str, Array]] | None:
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise RowError(f"is not JSON ({error})") from None
+        names = [spec.name for spec in self._inputs]
+        key = ""
+        if isinstance(value, dict):
+            missing = [name for name in [*names, self._key] if name and name not in value]
+            if missing:
+                raise RowError(f"has no {', '.join(map(repr, missing))}")
+            key = str(value[self._key]) if self._key is not None else ""
+            values = [value[name] for name in names]
+        elif self._key is not None or len(names) > 1:
+            wanted = [*names, *([self._key] if self._key is not None else [])]
+            raise RowError(f"is not an object with {', '.join(map(repr, wanted))}")
+        else:
+            values = [value]
+        try:
+            return key, {name: np.asarray(value) for name, value in zip(names, values, strict=True)}
+        except ValueError:
+            raise RowError("has arrays whose rows differ in length") from None
+
+    def write(self, key: str, outputs: Mapping[str, Array]) -> str:
+        plain = {spec.name: _plain(np.asarray(outputs[spec.name])) for spec in self._outputs}
+        if self._key is not None:
+            return json.dumps({self._key: key, **plain})
+        return json.dumps(plain if len(plain) > 1 else next(iter(plain.values())))
+
+    def head(self) -> str | None:
+        return None
+
+
+def _columns(spec: TensorSpec) -> list[str]:
+    size = _size(spec)
+    return [spec.name] if size == 1 else [f"{spec.name}.{index}" for index in range(size)]
+
+
+def _size(spec: TensorSpec) -> int:
+    return int(np.prod(spec.shape, dtype=np.int64))
+
+
+def _describe(spec: TensorSpec) -> str:
+    return f"{spec.name}: {DTYPES[spec.datatype].name} {list(spec.shape)}"
+
+
+def _parse(spec: TensorSpec, values: Sequence[str]) -> Array:
+    kind = DTYPES[spec.datatype].kind
+    try:
+        if kind == "f":
+            return np.array([float(value) for value in values])
+        return np.array([int(value) for value in values])
+    except ValueError:
+        raise RowError(f"{', '.join(values)} is not {_describe(spec)}") from None
+
+
+def _join(cells: Sequence[str]) -> str:
+    line = io.StringIO()
+    csv.writer(line, lineterminator="").writerow(cells)
+    return line.getvalue()
+
+
+def _plain(array: Array) -> Any:
+    """Nested lists of Python's numbers; a float32 keeps the digits that tell it apart."""
+    if array.ndim:
+        return [_plain(part) for part in array]
+    return float(str(array[()])) if array.dtype.kind == "f" else array.item()

@@ -8,6 +8,8 @@ import pytest
 from typer.main import get_command
 
 from sluice_cli.main import app
+from sluice_service.metrics import Metrics
+from sluice_service.settings import Settings
 
 
 def documents(root: Path) -> list[Path]:
@@ -68,3 +70,30 @@ def test_every_sluice_command_that_is_named_exists(root: Path) -> None:
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
 def test_the_documents_people_look_for_are_there(name: str, root: Path) -> None:
     assert (root / name).is_file()
+
+
+def test_the_operations_page_has_every_metric_and_no_other(root: Path) -> None:
+    page, _ = Metrics().expose("")
+    exposed = set(re.findall(r"^# TYPE (sluice_\w+) ", page.decode(), flags=re.MULTILINE))
+    text = (root / "docs" / "operations.md").read_text()
+    told = set(re.findall(r"^\| `(sluice_\w+)`", text, flags=re.MULTILINE))
+    assert told == exposed
+
+
+def test_every_query_on_the_operations_page_asks_for_a_metric_it_tells_of(root: Path) -> None:
+    text = (root / "docs" / "operations.md").read_text()
+    told = set(re.findall(r"^\| `(sluice_\w+)`", text, flags=re.MULTILINE))
+    (queries,) = re.findall(r"^```promql\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    asked = {
+        re.sub(r"_(sum|count|bucket)$", "", name) for name in re.findall(r"sluice_\w+", queries)
+    }
+    assert asked
+    assert asked <= told
+
+
+def test_every_setting_that_is_named_exists(root: Path) -> None:
+    text = (root / "docs" / "operations.md").read_text()
+    named = set(re.findall(r"`(\w+_(?:max|seconds))`", text))
+    named = {name for name in named if not name.startswith("sluice_")}
+    assert len(named) > 5
+    assert named <= set(Settings.model_fields)

@@ -28,6 +28,7 @@ SERVICE_LAYERS = (
     ("errors", "settings", "ragged", "clock", "metrics"),
     ("arena", "claims", "inputs", "logs"),
     ("sequences", "streams"),
+    ("queues",),
     ("scheduler",),
     ("engine", "lanes"),
     ("runs",),
@@ -42,7 +43,7 @@ REFERENCE = "sluice_cli.demo.offline"
 ONLY_HERE = {
     "onnxruntime": ("sluice_model", REFERENCE),
     "prometheus_client": ("sluice_service.metrics",),
-    "torch": ("sluice_export",),
+    "torch": ("sluice_export", "sluice_cli.export"),
     "onnxscript": ("sluice_export",),
     "aiohttp": ("sluice_service",),
 }

@@ -27,6 +27,11 @@ class Arena:
         return self._initial.nbytes
 
     @property
+    def row_size(self) -> int:
+        """The floats of one state."""
+        return len(self._initial)
+
+    @property
     def live(self) -> int:
         """The rows allocated."""
         return self._untouched - len(self._freed)

@@ -8,9 +8,10 @@ import structlog
 from numpy.typing import NDArray
 
 from sluice_model import Model, RunError, example_inputs
+from sluice_protos.datatypes import DTYPES
 from sluice_service.arena import Arena
 from sluice_service.errors import LaneError, NonFiniteError, RunFailedError
-from sluice_service.ragged import Array
+from sluice_service.ragged import Array, is_finite
 from sluice_service.scheduler import Run
 
 log = structlog.get_logger()
@@ -21,13 +22,13 @@ _REPEATS = 5
 
 @dataclass(slots=True)
 class Outcome:
-    """What became of a run, or of the part of it that shares one fate."""
+    """What became of a run."""
 
-    run: Run
-    outputs: list[Array]  # [batch, steps, …] each; empty where the run failed
+    outputs: list[Array]  # [batch, steps, …] each
     states: NDArray[np.float32]  # [batch, state_size]
     is_applied: NDArray[np.bool_]  # [batch]
-    error: LaneError | None  # of the rows that were not applied
+    errors: dict[int, LaneError]  # of the rows that were not applied
+    steps_each: int  # what every row ran; 0 where they differ
     seconds: float
 
 
@@ -49,49 +50,96 @@ class Engine:
         """How many sequences × steps a run of that many seconds can hold."""
         return max(1, int((seconds - self._call_seconds) / self._cell_seconds))
 
-    def execute(self, run: Run) -> list[Outcome]:
+    def execute(self, run: Run) -> Outcome:
         """Run it; where it fails, halve it until the rows at fault stand alone.
 
-        Reads the arena and changes nothing: to apply an outcome is the host's.
+        Reads the arena and changes nothing: to apply the outcome is the run loop's.
         """
         started = time.monotonic()
+        lengths = run.lengths.astype(np.int32)
+        states = self._arena.take(run.slots)
+        errors: dict[int, LaneError] = {}
         try:
-            outputs, states = self._model.run(
-                run.inputs, run.lengths.astype(np.int32), self._arena.take(run.slots)
-            )
-        except RunError as error:
-            if len(run.slots) > 1:
-                half = len(run.slots) // 2
-                return self.execute(run.part(slice(half))) + self.execute(
-                    run.part(slice(half, None))
-                )
-            log.warning("run_failed", model=self._model.contract.name, error=str(error))
-            return [self.failed(run, time.monotonic() - started)]
-        is_applied, fault = self._judge(states)
-        return [Outcome(run, outputs, states, is_applied, fault, time.monotonic() - started)]
-
-    def _judge(self, states: NDArray[np.float32]) -> tuple[NDArray[np.bool_], LaneError | None]:
-        """Which rows [batch] have a state to go on from, and the fault of the others."""
-        if not self._refuses_non_finite or np.isfinite(states.sum()):
-            return np.ones(len(states), np.bool_), None
-        return np.asarray(np.isfinite(states).all(axis=1)), NonFiniteError(
-            "this chunk gives a state with NaN or infinity; it was not applied. Check the "
-            "input's scale against the training data, or serve with --non-finite allow"
-        )
-
-    def failed(self, run: Run, seconds: float) -> Outcome:
-        """The outcome of a run that gave nothing."""
+            outputs, states = self._model.run(run.inputs, lengths, states)
+        except RunError:
+            outputs = self._empty_outputs(run)
+            self._narrow(run, lengths, states, outputs, range(len(lengths)), errors)
+        is_applied = self._judge(states, errors)
+        steps = run.inputs[0].shape[1]
         return Outcome(
-            run,
-            [],
-            np.empty((len(run.slots), 0), np.float32),
-            np.zeros(len(run.slots), np.bool_),
-            RunFailedError(
-                "ONNX Runtime failed on this chunk; it was not applied. Check its values against "
-                "what the model accepts; the server's log has the reason"
-            ),
-            seconds,
+            outputs,
+            states,
+            is_applied,
+            errors,
+            steps if steps == 1 or int(lengths.min()) == steps else 0,
+            time.monotonic() - started,
         )
+
+    def failed(self, run: Run) -> Outcome:
+        """The outcome of a run that gave nothing, through no fault of its rows."""
+        count = len(run.slots)
+        error = RunFailedError("an error inside the server; its log has the traceback")
+        return Outcome(
+            self._empty_outputs(run),
+            np.zeros((count, self._arena.row_size), np.float32),
+            np.zeros(count, np.bool_),
+            dict.fromkeys(range(count), error),
+            0,
+            0.0,
+        )
+
+    def _narrow(
+        self,
+        run: Run,
+        lengths: NDArray[np.int32],
+        states: NDArray[np.float32],
+        outputs: list[Array],
+        rows: range,
+        errors: dict[int, LaneError],
+    ) -> None:
+        """Run `rows` in two halves, those in halves again where they fail; fill in what works."""
+        half = len(rows) // 2
+        for part in (rows[:half], rows[half:]) if half else (rows,):
+            chosen = slice(part.start, part.stop)
+            try:
+                results, after = self._model.run(
+                    [array[chosen] for array in run.inputs], lengths[chosen], states[chosen]
+                )
+            except RunError as error:
+                if len(part) > 1:
+                    self._narrow(run, lengths, states, outputs, part, errors)
+                    continue
+                log.warning("run_failed", model=self._model.contract.name, error=str(error))
+                errors[part.start] = RunFailedError(
+                    "ONNX Runtime failed on this chunk; it was not applied. Check its values "
+                    "against what the model accepts; the server's log has the reason"
+                )
+            else:
+                states[chosen] = after
+                for output, result in zip(outputs, results, strict=True):
+                    output[chosen] = result
+
+    def _judge(
+        self, states: NDArray[np.float32], errors: dict[int, LaneError]
+    ) -> NDArray[np.bool_]:
+        """[batch] which rows have a state to go on from; the others get an error."""
+        is_applied = np.ones(len(states), np.bool_)
+        if self._refuses_non_finite and not is_finite(states):
+            is_applied = np.asarray(np.isfinite(states).all(axis=1))
+            for row in np.flatnonzero(~is_applied).tolist():
+                errors[row] = NonFiniteError(
+                    "this chunk gives a state with NaN or infinity; it was not applied. Check the "
+                    "input's scale against the training data, or serve with --non-finite allow"
+                )
+        is_applied[list(errors)] = False
+        return is_applied
+
+    def _empty_outputs(self, run: Run) -> list[Array]:
+        batch, steps = run.inputs[0].shape[:2]
+        return [
+            np.zeros((batch, steps, *spec.shape), DTYPES[spec.datatype])
+            for spec in self._model.contract.outputs
+        ]
 
     def _measure(self) -> tuple[float, float]:
         """Seconds of a call, and of each sequence × step in it."""

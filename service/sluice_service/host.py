@@ -28,8 +28,8 @@ from sluice_service.errors import InvalidInputError, LaneError, NotFoundError
 from sluice_service.inputs import InputRules
 from sluice_service.lanes import Lanes
 from sluice_service.metrics import ModelMetrics
-from sluice_service.queues import Kind
-from sluice_service.ragged import Array, Frame, Integers
+from sluice_service.queues import Frame, Kind
+from sluice_service.ragged import Array, Integers, starts_of
 from sluice_service.runs import RunLoop
 from sluice_service.scheduler import Scheduler
 from sluice_service.sequences import Phase, Sequence, Sequences
@@ -91,6 +91,7 @@ class Host:
             self.limits,
             self._clock,
             metrics,
+            outbox_bytes_max=settings.stream_queue_bytes_max,
         )
         self._runs = RunLoop(
             self._arena,
@@ -144,7 +145,7 @@ class Host:
                 epoch=sequence.record.epoch,
                 is_parked=sequence.phase is Phase.PARKED,
                 idle_seconds=now - float(table.active[slot]),
-                held_steps=int(table.step[slot] - table.received[slot]),
+                held_steps=int(table.step[slot]) - table.held_from(slot),
             )
 
     def state(self, sequence_id: str) -> SequenceState:
@@ -193,27 +194,29 @@ class Host:
 
         An InvalidInputError in place of the inputs faults every lane with a chunk here.
         """
-        self._metrics.chunks_received(len(lanes))
-        slots, is_unknown = stream.slots(lanes)
-        if is_unknown.any():
-            for lane in np.unique(lanes[is_unknown]).tolist():
-                self._lanes.tell_unknown(stream, lane)
-        starts = np.cumsum(steps) - steps
-        is_open = slots >= 0
-        if not is_open.all():
-            slots, steps, starts = slots[is_open], steps[is_open], starts[is_open]
+        self._metrics.chunks.add(len(lanes))
+        arrived = time.monotonic()
+        slots, starts = stream.slots(lanes), starts_of(steps)
+        if int(slots.min()) < 0:
+            for lane in set(lanes.tolist()):
+                if stream.is_unknown(lane):
+                    self._lanes.tell_unknown(stream, lane)
+            is_open = slots >= 0
+            lanes, slots = lanes[is_open], slots[is_open]
+            steps, starts = steps[is_open], starts[is_open]
             first = None if first is None else first[is_open]
-        if not len(slots):
-            return
+            if not len(slots):
+                return
         errors: dict[int, LaneError]
         if isinstance(inputs, InvalidInputError):
-            errors = dict.fromkeys(range(len(slots)), inputs)
-            frame = Frame([], time.monotonic())
+            errors, inputs = dict.fromkeys(range(len(slots)), inputs), []
         else:
             errors = self.inputs.judge(inputs, starts, steps)
-            frame = Frame(inputs, time.monotonic())
         stream.queued_steps += int(steps.sum())
-        self._scheduler.push(slots, steps, starts, first, frame, errors)
+        each = int(steps[0]) if (steps == steps[0]).all() else 0
+        self._scheduler.push(
+            Frame(stream.number, lanes, slots, steps, starts, first, inputs, errors, each, arrived)
+        )
         self._runs.wake()
 
     def end_after(self, stream: Stream, lanes: Iterable[int], kind: Kind) -> None:
@@ -244,10 +247,6 @@ class Host:
     def is_finished(self, stream: Stream) -> bool:
         """True when nothing more will come of a stream whose client sends no more."""
         return self._scheduler.is_stuck(stream.live_slots())
-
-    def note_sent(self) -> None:
-        """Outputs have gone out: sequences that waited for that may go on."""
-        self._wake_if_ready()
 
     def _wake_if_ready(self) -> None:
         if self._scheduler.has_ready:

@@ -4,6 +4,7 @@ import uuid
 from collections.abc import Callable, Iterable
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sluice_protos.sequences_pb2 import Closed, Limits, Opened, OpenSequence
 from sluice_service.arena import Arena
@@ -22,7 +23,7 @@ from sluice_service.inputs import InputRules
 from sluice_service.metrics import ModelMetrics
 from sluice_service.ragged import Integers
 from sluice_service.scheduler import Scheduler
-from sluice_service.sequences import NONE, Held, Phase, Sequence, Sequences
+from sluice_service.sequences import Held, Phase, Sequence, Sequences
 from sluice_service.streams import LANES_MAX, Delivery, Stream, cut
 
 Reason = Closed.Reason
@@ -40,6 +41,8 @@ class Lanes:
         limits: Limits,
         clock: AwakeClock,
         metrics: ModelMetrics,
+        *,
+        outbox_bytes_max: int,
     ) -> None:
         self.is_draining = False
         self._arena = arena
@@ -47,6 +50,7 @@ class Lanes:
         self._scheduler = scheduler
         self._inputs = inputs
         self._limits = limits
+        self._outbox_bytes_max = outbox_bytes_max
         self._clock = clock
         self._metrics = metrics
         self._streams: dict[int, Stream] = {}
@@ -67,6 +71,7 @@ class Lanes:
         stream = Stream(
             self._stream_number,
             queue_steps_max=self._limits.credit_steps,
+            outbox_bytes_max=self._outbox_bytes_max,
             on_change=on_change,
         )
         self._streams[stream.number] = stream
@@ -131,13 +136,14 @@ class Lanes:
         table, slot = self._sequences, sequence.slot
         table.attach(sequence, stream.number, request.lane, self._clock.now())
         stream.put_lane(request.lane, slot)
+        stream.has_writer |= not sequence.is_anonymous
         stream.send(
             Opened(
                 lane=request.lane,
                 sequence_id=sequence.sequence_id,
                 epoch=sequence.record.epoch,
                 applied=int(table.step[slot]),
-                held_from=int(table.received[slot]),
+                held_from=table.held_from(slot),
             )
         )
         self._resend(stream, sequence, request.lane)
@@ -165,7 +171,7 @@ class Lanes:
     def _claim(self, sequence: Sequence, request: OpenSequence, claim: Claim) -> None:
         """Take a live sequence from its lane, and from its writer where the claim says so."""
         table, slot = self._sequences, sequence.slot
-        received, step = int(table.received[slot]), int(table.step[slot])
+        received, step = table.held_from(slot), int(table.step[slot])
         if request.HasField("received") and claim is not Claim.WIPE:
             if not received <= request.received <= step:
                 raise OutOfRangeError(
@@ -173,7 +179,7 @@ class Lanes:
                     f"not from {request.received}; resume with received {received} or more"
                 )
             received = request.received
-        elif claim is Claim.TAKE or sequence.is_anonymous:
+        elif claim is Claim.TAKE:
             received = step  # outputs of another handle are not this one's
         self.part(sequence, Closed.FENCED)
         table.received[slot] = received
@@ -228,32 +234,39 @@ class Lanes:
     def fault(self, slot: int, error: LaneError) -> None:
         """Stop a sequence's lane at the step it stands: nothing of the chunk was applied."""
         table = self._sequences
-        table.is_faulted[slot] = True
+        table.stop(slot)
         stream = self._streams.get(int(table.stream[slot]))
         if stream is not None:
             self.tell(stream, int(table.lane[slot]), error, expected_step=int(table.step[slot]))
 
+    def finish_steps(self, number: int, steps: int) -> None:
+        """Give a stream, if it is still there, credit back for steps that were run or dropped."""
+        stream = self._streams.get(number)
+        if stream is not None:
+            stream.finish_steps(steps)
+
     # Outputs.
+
+    def deliver(self, delivery: Delivery, number: int) -> None:
+        """Hand outputs to a stream, or keep them where it went away while they were computed."""
+        stream = self._streams.get(number)
+        if stream is None:
+            self._hold(delivery)
+        else:
+            stream.send(delivery)
 
     def sending(self, stream: Stream, delivery: Delivery, responses: int) -> None:
         """A delivery is about to go out, the last of it as response number `responses`."""
         delivery.responses = responses
-        if stream.number in self._streams and self._is_due(delivery, is_sent=True):
+        if stream.has_writer and stream.number in self._streams:
             stream.unacknowledged.append(delivery)
-
-    def sent(self, delivery: Delivery) -> None:
-        """A delivery has gone out: for callers that cannot ask again, it has arrived."""
-        table = self._sequences
-        done = table.is_anonymous[delivery.slots]
-        done &= table.is_same(delivery.slots, delivery.generations)
-        if done.any():
-            self._acknowledge(delivery.slots[done], (delivery.first + delivery.lengths)[done])
 
     def acknowledge(self, stream: Stream, lanes: Integers, received: Integers) -> None:
         """The client has the outputs of `lanes` [n] up to `received` [n]."""
-        slots, _ = stream.slots(lanes)
-        is_open = slots >= 0
-        self._acknowledge(slots[is_open], received[is_open])
+        slots = stream.slots(lanes)
+        for slot, step in zip(slots.tolist(), received.tolist(), strict=True):
+            if slot >= 0:
+                self._acknowledge(np.array([slot]), np.array([step]))
         due = [delivery for delivery in stream.unacknowledged if self._is_due(delivery)]
         stream.unacknowledged.clear()
         stream.unacknowledged.extend(due)
@@ -263,41 +276,40 @@ class Lanes:
         waiting = stream.unacknowledged
         while waiting and waiting[0].responses <= responses:
             delivery = waiting.popleft()
-            same = self._sequences.is_same(delivery.slots, delivery.generations)
-            self._acknowledge(delivery.slots[same], (delivery.first + delivery.lengths)[same])
+            slots, ends = delivery.slots, delivery.first + delivery.lengths
+            is_same = self._sequences.is_same(slots, delivery.generations)
+            if not is_same.all():
+                slots, ends = slots[is_same], ends[is_same]
+            self._acknowledge(slots, ends)
 
-    def _acknowledge(self, slots: Integers, received: Integers) -> None:
+    def _acknowledge(self, slots: Integers, ends: Integers) -> None:
+        """Outputs of `slots` [n], all different, have arrived up to `ends` [n]."""
         table = self._sequences
-        # A client cannot have more than was applied, whatever it says.
-        np.maximum.at(table.received, slots, np.minimum(received, table.step[slots]))
+        before = table.received[slots]
+        # Nobody can have more than was applied, whatever he says; and what has
+        # arrived never becomes less.
+        table.received[slots] = np.maximum(before, np.minimum(ends, table.step[slots]))
         self._scheduler.acknowledged(slots)
 
-    def _is_due(self, delivery: Delivery, *, is_sent: bool = False) -> bool:
+    def _is_due(self, delivery: Delivery) -> bool:
         """True while some output of a delivery may be asked for again."""
+        return bool(self._due(delivery).any())
+
+    def _due(self, delivery: Delivery) -> NDArray[np.bool_]:
+        """[chunks] whether each chunk of a delivery may be asked for again."""
         table = self._sequences
         due = table.received[delivery.slots] < delivery.first + delivery.lengths
-        due &= table.is_same(delivery.slots, delivery.generations)
-        if is_sent:
-            due &= ~table.is_anonymous[delivery.slots]
-        return bool(due.any())
+        return due & table.is_same(delivery.slots, delivery.generations)
 
-    def hold(self, delivery: Delivery) -> None:
-        """Keep outputs whose stream went away while they were computed."""
-        self._hold(delivery)
-        self.sent(delivery)
-
-    def _hold(self, delivery: Delivery, *, only: int = NONE) -> None:
+    def _hold(self, delivery: Delivery, *, only: int | None = None) -> None:
         """Give a delivery's outputs to their sequences; to that in slot `only`, where given."""
-        table = self._sequences
-        wanted = table.is_same(delivery.slots, delivery.generations)
-        wanted &= table.received[delivery.slots] < delivery.first + delivery.lengths
-        wanted &= ~table.is_anonymous[delivery.slots]
-        if only != NONE:
+        wanted = self._due(delivery)
+        if only is not None:
             wanted &= delivery.slots == only
         if wanted.any():
             for index, first, steps, outputs in delivery.chunks():
                 if wanted[index]:
-                    sequence = table.at(int(delivery.slots[index]))
+                    sequence = self._sequences.at(int(delivery.slots[index]))
                     sequence.held.append(Held(first, steps, outputs))
 
     def _resend(self, stream: Stream, sequence: Sequence, lane: int) -> None:
@@ -314,6 +326,7 @@ class Lanes:
                         np.array([lane]),
                         np.array([held.first + skipped]),
                         np.array([held.steps - skipped]),
+                        held.steps - skipped,
                         [cut(output, held.steps, skipped, held.steps) for output in held.outputs],
                     )
                 )

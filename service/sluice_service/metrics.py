@@ -1,22 +1,22 @@
 """Every metric of the server, declared once, and none of them labelled by sequence id."""
 
+import itertools
+import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from prometheus_client import (
     CollectorRegistry,
     Counter,
     Gauge,
     GCCollector,
-    Histogram,
     Info,
     PlatformCollector,
     ProcessCollector,
     disable_created_metrics,
 )
-from prometheus_client.core import HistogramMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
@@ -30,36 +30,89 @@ _SECONDS = (
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 
 
-class ArrayHistogram(Collector):
-    """A histogram that observes whole arrays: one call a run, not one a chunk."""
+class _ByModel(Collector):
+    """A family of figures by model that a run changes: plain numbers, read at scrape time.
 
-    def __init__(
-        self, name: str, text: str, buckets: Iterable[float], registry: CollectorRegistry
-    ) -> None:
-        self._name = name
+    The library's own take a lock for each change; all of these change on one
+    event loop only.
+    """
+
+    def __init__(self, name: str, text: str, registry: CollectorRegistry) -> None:
+        self._name = f"sluice_{name}"
         self._text = text
-        self._bounds = np.array(sorted(buckets))
-        self._counts: dict[str, NDArray[np.int64]] = {}
-        self._sums: dict[str, float] = {}
         registry.register(self)
 
-    def observe(self, model: str, values: NDArray[np.float64]) -> None:
-        """Count every value of the array."""
-        counts = self._counts.setdefault(model, np.zeros(len(self._bounds) + 1, np.int64))
-        if len(values) == 1:
-            counts[self._bounds.searchsorted(values[0])] += 1
-        else:
-            counts += np.bincount(self._bounds.searchsorted(values), minlength=len(counts))
-        self._sums[model] = self._sums.get(model, 0.0) + float(values.sum())
+
+class Tally(_ByModel):
+    """Counters."""
+
+    def __init__(self, name: str, text: str, registry: CollectorRegistry) -> None:
+        super().__init__(name, text, registry)
+        self._counts: dict[str, Count] = {}
+
+    def model(self, name: str) -> "Count":
+        """The counter of one model."""
+        return self._counts.setdefault(name, Count())
+
+    def collect(self) -> Iterable[Metric]:
+        """What Prometheus reads."""
+        family = CounterMetricFamily(self._name, self._text, labels=["model"])
+        for name, count in self._counts.items():
+            family.add_metric([name], count.value)
+        yield family
+
+
+class Count:
+    """One counter."""
+
+    __slots__ = ("value",)
+
+    def __init__(self) -> None:
+        self.value = 0
+
+    def add(self, amount: int = 1) -> None:
+        """Count up."""
+        self.value += amount
+
+
+class Histograms(_ByModel):
+    """Histograms with the same buckets."""
+
+    def __init__(
+        self, name: str, text: str, bounds: Iterable[float], registry: CollectorRegistry
+    ) -> None:
+        super().__init__(name, text, registry)
+        self._bounds = list(bounds)
+        self._models: dict[str, Distribution] = {}
+
+    def model(self, name: str) -> "Distribution":
+        """The histogram of one model."""
+        return self._models.setdefault(name, Distribution(self._bounds))
 
     def collect(self) -> Iterable[Metric]:
         """What Prometheus reads."""
         family = HistogramMetricFamily(self._name, self._text, labels=["model"])
-        for model, counts in self._counts.items():
-            bounds = [*(str(bound) for bound in self._bounds), "+Inf"]
-            buckets = list(zip(bounds, np.cumsum(counts).tolist(), strict=True))
-            family.add_metric([model], buckets, self._sums[model])
+        names = [*map(str, self._bounds), "+Inf"]
+        for model, one in self._models.items():
+            buckets = list(zip(names, itertools.accumulate(one.counts), strict=True))
+            family.add_metric([model], buckets, one.sum)
         yield family
+
+
+class Distribution:
+    """One histogram."""
+
+    __slots__ = ("_bounds", "counts", "sum")
+
+    def __init__(self, bounds: list[float]) -> None:
+        self._bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.sum = 0.0
+
+    def observe(self, value: float, weight: int = 1) -> None:
+        """Count a value that came up `weight` times."""
+        self.counts[bisect_left(self._bounds, value)] += weight
+        self.sum += value * weight
 
 
 class Metrics:
@@ -77,27 +130,27 @@ class Metrics:
         def gauge(name: str, text: str) -> Gauge:
             return Gauge(f"sluice_{name}", text, ["model"], registry=registry)
 
-        def arrays(name: str, text: str, buckets: Iterable[float]) -> ArrayHistogram:
-            return ArrayHistogram(f"sluice_{name}", text, buckets, registry)
+        def tally(name: str, text: str) -> Tally:
+            return Tally(name, text, registry)
+
+        def histograms(name: str, text: str, bounds: Iterable[float]) -> Histograms:
+            return Histograms(name, text, bounds, registry)
 
         self.build = Info("sluice_build", "Versions of what runs here.", registry=registry)
         self.is_ready = Gauge("sluice_ready", "1 while requests are welcome.", registry=registry)
         self.streams = gauge("streams_open", "Infer streams that are open.")
-        self.steps = counter("steps", "Steps applied.")
-        self.chunks = counter("chunks", "Chunks received.")
-        self.runs = counter("runs", "Calls of ONNX Runtime.")
-        self.runs_failed = counter("runs_failed", "Calls of ONNX Runtime that failed.")
-        self.padding = counter("padding_steps", "Steps computed only to fill a run up.")
-        self.run_sequences = arrays("run_sequences", "Sequences in one run.", _SIZES)
-        self.run_seconds = Histogram(
-            "sluice_run_seconds", "One run.", ["model"], buckets=_SECONDS, registry=registry
-        )
-        self.queue_seconds = arrays(
+        self.steps = tally("steps", "Steps applied.")
+        self.chunks = tally("chunks", "Chunks received.")
+        self.runs = tally("runs", "Calls of ONNX Runtime.")
+        self.padding = tally("padding_steps", "Steps computed only to fill a run up.")
+        self.run_sequences = histograms("run_sequences", "Sequences in one run.", _SIZES)
+        self.run_seconds = histograms("run_seconds", "One run.", _SECONDS)
+        self.queue_seconds = histograms(
             "queue_seconds", "From a chunk's arrival until it is taken into a run.", _SECONDS
         )
-        self.response_seconds = arrays(
+        self.response_seconds = histograms(
             "response_seconds",
-            "From the arrival of a chunk until its outputs are handed to the stream.",
+            "From the arrival of a chunk until outputs of it are handed to its stream.",
             _SECONDS,
         )
         self.sequences_live = gauge("sequences_live", "Sequences with a state here.")
@@ -128,41 +181,39 @@ class Metrics:
 
 
 class ModelMetrics:
-    """The counters of one model, looked up once."""
+    """What one model's host counts."""
 
     def __init__(self, metrics: Metrics, name: str) -> None:
         self.name = name
         self.all = metrics
-        self._steps = metrics.steps.labels(name)
-        self._chunks = metrics.chunks.labels(name)
-        self._runs = metrics.runs.labels(name)
-        self._runs_failed = metrics.runs_failed.labels(name)
-        self._padding = metrics.padding.labels(name)
-        self._run_seconds = metrics.run_seconds.labels(name)
+        self.chunks = metrics.chunks.model(name)
+        self._steps = metrics.steps.model(name)
+        self._runs = metrics.runs.model(name)
+        self._padding = metrics.padding.model(name)
+        self._run_sequences = metrics.run_sequences.model(name)
+        self._run_seconds = metrics.run_seconds.model(name)
+        self._queue_seconds = metrics.queue_seconds.model(name)
+        self._response_seconds = metrics.response_seconds.model(name)
 
-    def chunks_received(self, chunks: int) -> None:
-        """A message with that many chunks has come."""
-        self._chunks.inc(chunks)
+    def run_started(self, arrived: list[float], chunks: list[int]) -> None:
+        """A run takes chunks of messages that came at these times."""
+        now = time.monotonic()
+        for moment, weight in zip(arrived, chunks, strict=True):
+            self._queue_seconds.observe(now - moment, weight)
 
-    def run_started(self, waited: NDArray[np.float64]) -> None:
-        """A run takes chunks that waited that many seconds."""
-        self.all.queue_seconds.observe(self.name, waited)
-
-    def run_ended(self, *, sequences: int, steps: int, cells: int, seconds: float) -> None:
-        """A run of `cells` = sequences × longest chunk had `steps` that count."""
-        self._runs.inc()
-        self._steps.inc(steps)
-        self._padding.inc(cells - steps)
+    def run_ended(self, sequences: int, steps: int, cells: int, seconds: float) -> None:
+        """A run of `cells` = sequences × longest chunk has applied `steps`."""
+        self._runs.add()
+        self._steps.add(steps)
+        self._padding.add(cells - steps)
+        self._run_sequences.observe(sequences)
         self._run_seconds.observe(seconds)
-        self.all.run_sequences.observe(self.name, np.array([sequences], np.float64))
 
-    def run_failed(self) -> None:
-        """ONNX Runtime refused a run."""
-        self._runs_failed.inc()
-
-    def delivered(self, took: NDArray[np.float64]) -> None:
-        """Outputs are handed to the streams that many seconds after their chunks came."""
-        self.all.response_seconds.observe(self.name, took)
+    def delivered(self, arrived: list[float], chunks: list[int]) -> None:
+        """Outputs of chunks of messages that came at these times are with their streams."""
+        now = time.monotonic()
+        for moment, weight in zip(arrived, chunks, strict=True):
+            self._response_seconds.observe(now - moment, weight)
 
     def opened(self, origin: str) -> None:
         """A sequence was opened: started, resumed, taken over …"""

@@ -4,6 +4,7 @@ A node is a chunk, a chunk that is known to be bad, a close or a park; `followin
 links it by index to the next one of its sequence.
 """
 
+from dataclasses import dataclass
 from enum import IntEnum
 
 import numpy as np
@@ -11,10 +12,28 @@ from numpy.typing import NDArray
 
 from sluice_service.arena import Slots
 from sluice_service.errors import LaneError
-from sluice_service.ragged import Frame, Integers
+from sluice_service.ragged import Array, Integers
 from sluice_service.sequences import NONE
 
 _NODES_START = 1024
+
+
+@dataclass(slots=True)
+class Frame:
+    """What came in one message: chunks, and the rows they are made of."""
+
+    stream: int
+    lanes: Integers  # [chunks]
+    slots: Slots  # [chunks]
+    steps: Integers  # [chunks]
+    starts: Integers  # [chunks] where each begins in the arrays
+    first: Integers | None  # [chunks] the steps before each, where the client named them
+    arrays: list[Array]  # [rows, …] for each model input
+    errors: dict[int, LaneError]  # of chunks, by index, that cannot be applied
+    steps_each: int  # what every chunk has; 0 where they differ
+    arrived: float  # seconds, time.monotonic
+    # Chunks in queues; at 0 the frame is forgotten.
+    pending: int = 0
 
 
 class Kind(IntEnum):
@@ -47,27 +66,18 @@ class Queues:
         self.frames: dict[int, Frame] = {}
         self._frame_number = 0
 
-    def add(
-        self,
-        steps: Integers,
-        starts: Integers,
-        frame: Frame,
-        errors: dict[int, LaneError],
-        *,
-        is_named: bool,
-    ) -> Integers:
+    def add(self, frame: Frame) -> Integers:
         """New nodes [chunks] for the chunks of a frame, on no queue yet."""
-        count = len(steps)
+        frame.pending = len(frame.slots)
         number = self._frame_number = self._frame_number + 1
         self.frames[number] = frame
-        frame.pending = count
-        nodes = self._allocate(count)
+        nodes = self._allocate(frame.pending)
         self.kind[nodes] = Kind.CHUNK
         self.frame[nodes] = number
-        self.row[nodes] = starts
-        self.steps[nodes] = steps
-        self.is_named[nodes] = is_named
-        for index, error in errors.items():
+        self.row[nodes] = frame.starts
+        self.steps[nodes] = frame.steps
+        self.is_named[nodes] = frame.first is not None
+        for index, error in frame.errors.items():
             node = int(nodes[index])
             self.kind[node] = Kind.FAULTY
             self.errors[node] = error

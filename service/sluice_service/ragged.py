@@ -1,8 +1,7 @@
 """Chunks of different lengths as flat rows, and as the padded batch a run wants."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,16 +9,34 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 Integers = NDArray[np.int64]
 
+# Most chunks are of one step: views of these cost less than arrays made anew.
+_CACHED = 65_536
+_ONES: Final = np.ones(_CACHED, np.int64)
+_COUNT: Final = np.arange(_CACHED)
+_ONES.flags.writeable = _COUNT.flags.writeable = False
 
-@dataclass(slots=True)
-class Frame:
-    """The rows that came in one message: one [rows, …] for each model input."""
 
-    arrays: list[Array]
-    # Seconds on the host's clock.
-    arrived: float
-    # Chunks that have not been finished or dropped; at 0 the frame is forgotten.
-    pending: int = 0
+def ones(count: int) -> Integers:
+    """[1, 1, …]; not to be written to."""
+    return _ONES[:count] if count <= _CACHED else np.ones(count, np.int64)
+
+
+def numbers(count: int) -> Integers:
+    """[0, 1, 2, …]; not to be written to."""
+    return _COUNT[:count] if count <= _CACHED else np.arange(count)
+
+
+def starts_of(lengths: Integers) -> Integers:
+    """Where each chunk begins when chunks of these lengths lie one after another."""
+    if lengths.base is _ONES:
+        return numbers(len(lengths))
+    return np.cumsum(lengths) - lengths
+
+
+def is_finite(array: Array) -> bool:
+    """True when no value is NaN or infinite."""
+    # Extremes carry NaN and infinity along, and take no array of booleans.
+    return not array.size or bool(np.isfinite(array.max()) and np.isfinite(array.min()))
 
 
 def pad(rows: Array, starts: Integers, lengths: Integers, steps: int) -> Array:
@@ -29,40 +46,53 @@ def pad(rows: Array, starts: Integers, lengths: Integers, steps: int) -> Array:
     dropped, but it stays a value the model accepts, such as a valid token.
     """
     if steps == 1:
-        if len(starts) == len(rows) and starts[0] == 0 and (np.diff(starts) == 1).all():
-            return rows[:, np.newaxis]
         return rows.take(starts, axis=0)[:, np.newaxis]
-    index = starts[:, np.newaxis] + np.arange(steps)
+    index = starts[:, np.newaxis] + numbers(steps)
     np.minimum(index, (starts + lengths - 1)[:, np.newaxis], out=index)
     return rows.take(index, axis=0)
 
 
 def pad_frames(
-    frames: Sequence[Frame], which: Integers, starts: Integers, lengths: Integers, steps: int
+    frames: Sequence[Sequence[Array]],
+    which: Integers,
+    starts: Integers,
+    lengths: Integers,
+    steps: int,
 ) -> list[Array]:
-    """One [batch, steps, …] for each input, where chunk b lies in `frames[which[b]]`."""
+    """One [batch, steps, …] for each input, where chunk b lies in `frames[which[b]]`.
+
+    A frame is one [rows, …] for each input.
+    """
     if len(frames) == 1:
-        return [pad(rows, starts, lengths, steps) for rows in frames[0].arrays]
+        return [pad(rows, starts, lengths, steps) for rows in frames[0]]
     padded: list[Array] = [
-        np.empty((len(which), steps, *rows.shape[1:]), rows.dtype) for rows in frames[0].arrays
+        np.empty((len(which), steps, *rows.shape[1:]), rows.dtype) for rows in frames[0]
     ]
     order = np.argsort(which, kind="stable")
     borders = np.searchsorted(which[order], np.arange(len(frames) + 1))
     for index, frame in enumerate(frames):
         chosen = order[borders[index] : borders[index + 1]]
-        for target, rows in zip(padded, frame.arrays, strict=True):
+        for target, rows in zip(padded, frame, strict=True):
             target[chosen] = pad(rows, starts[chosen], lengths[chosen], steps)
     return padded
+
+
+def stack(frames: Sequence[Sequence[Array]], steps: int) -> list[Array]:
+    """One [batch, steps, …] for each input, of frames that hold chunks of `steps` steps only."""
+    return [
+        (rows[0] if len(frames) == 1 else np.concatenate(rows)).reshape(
+            -1, steps, *rows[0].shape[1:]
+        )
+        for rows in zip(*frames, strict=True)
+    ]
 
 
 def unpad(padded: Array, lengths: Integers) -> Array:
     """The rows [sum(lengths), …] of a padded batch [batch, steps, …], chunk after chunk."""
     batch, steps = padded.shape[:2]
-    if steps == 1:
-        return padded[:, 0]
-    if lengths.min() == steps:
+    if steps == 1 or int(lengths.min()) == steps:
         return padded.reshape(batch * steps, *padded.shape[2:])
-    return padded[np.arange(steps) < lengths[:, np.newaxis]]
+    return padded[numbers(steps) < lengths[:, np.newaxis]]
 
 
 def choose_steps(lengths: Integers, *, useful_share: float = 0.9) -> int:

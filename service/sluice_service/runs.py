@@ -1,7 +1,6 @@
-"""The run loop: when a run ends, the next one takes whatever is ready, without a timer."""
+"""The run loop: when a run ends, the next one takes whatever is ready. No timer."""
 
 import asyncio
-import time
 from collections.abc import Callable
 from concurrent.futures import Executor
 from typing import TypeVar
@@ -49,7 +48,7 @@ class RunLoop:
         self._clock = clock
         self._metrics = metrics
         self._executor = executor
-        self._is_in_flight = False
+        self._in_flight: Run | None = None
         self._is_pump_due = False
         self._waiting: list[Callable[[], None]] = []
         self._idle = asyncio.Event()
@@ -57,7 +56,7 @@ class RunLoop:
     @property
     def is_idle(self) -> bool:
         """True when nothing runs and nothing could."""
-        return not self._is_in_flight and not self._scheduler.has_ready
+        return self._in_flight is None and not self._scheduler.has_ready
 
     async def idle(self) -> None:
         """Return once nothing runs and nothing could."""
@@ -71,13 +70,13 @@ class RunLoop:
 
         Whatever else arrives in the same turn joins the run.
         """
-        if not self._is_pump_due and not self._is_in_flight:
+        if not self._is_pump_due and self._in_flight is None:
             self._is_pump_due = True
             asyncio.get_running_loop().call_soon(self._pump)
 
     async def between_runs(self, action: Callable[[], T]) -> T:
         """What `action` returns, called at an instant when no run is in flight."""
-        if not self._is_in_flight:
+        if self._in_flight is None:
             return action()
         result: asyncio.Future[T] = asyncio.get_running_loop().create_future()
 
@@ -106,121 +105,95 @@ class RunLoop:
             else:
                 lanes.part(sequence, Closed.PARKED)
         for number, steps in _drain(scheduler.dropped):
-            stream = lanes.stream(number)
-            if stream is not None:
-                stream.finish_steps(steps)
+            lanes.finish_steps(number, steps)
 
     def _pump(self) -> None:
         """Start the next run, if there is one."""
         self._is_pump_due = False
-        if self._is_in_flight:
+        if self._in_flight is not None:
             return
         run = self._scheduler.next_run()
         self.settle()
         if run is None:
             self._idle.set()
             return
-        self._metrics.run_started(time.monotonic() - run.arrived)
+        self._metrics.run_started(run.arrived, run.weights)
         sequences, steps = run.inputs[0].shape[:2]
         if self._engine.estimate(sequences, steps) <= _INLINE_SECONDS_MAX:
-            self._apply_all(self._execute(run))
+            self._land(run, self._execute(run))
             return
-        self._is_in_flight = True
+        self._in_flight = run
+        self._sequences.is_running[run.slots] = True
         future = asyncio.get_running_loop().run_in_executor(self._executor, self._execute, run)
-        future.add_done_callback(self._land)
+        future.add_done_callback(lambda done: self._land(run, done.result()))
 
-    def _execute(self, run: Run) -> list[Outcome]:
+    def _execute(self, run: Run) -> Outcome:
         try:
             return self._engine.execute(run)
         except Exception:
             # A defect of ours: its rows get a fault, the server goes on.
             log.exception("run_broke")
-            return [self._engine.failed(run, 0.0)]
+            return self._engine.failed(run)
 
-    def _land(self, future: "asyncio.Future[list[Outcome]]") -> None:
-        """Apply a run that was in flight, then what waited for that instant."""
-        self._is_in_flight = False
-        self._apply_all(future.result())
-        waiting, self._waiting = self._waiting, []
-        for act in waiting:
-            act()
+    def _land(self, run: Run, outcome: Outcome) -> None:
+        """Apply a run, then what waited for that instant."""
+        if self._in_flight is not None:
+            self._in_flight = None
+            self._sequences.is_running[run.slots] = False
+        self._apply(run, outcome)
         self.settle()
-
-    def _apply_all(self, outcomes: list[Outcome]) -> None:
-        for outcome in outcomes:
-            self._apply(outcome)
-        self.settle()
+        if self._waiting:
+            waiting, self._waiting = self._waiting, []
+            for act in waiting:
+                act()
+            self.settle()
         if self._scheduler.has_ready:
             self.wake()
 
-    def _apply(self, outcome: Outcome) -> None:
+    def _apply(self, run: Run, outcome: Outcome) -> None:
         """Make a run's states the sequences' own and hand its outputs to their streams."""
-        run, applied = outcome.run, outcome.is_applied
-        table = self._sequences
-        self._give_back_credit(run)
-        slots, lengths = run.slots, run.lengths
-        if outcome.error is None:
-            self._arena.put(slots, outcome.states)
-        elif applied.any():
-            self._arena.put(slots[applied], outcome.states[applied])
-        table.step[slots] += np.where(applied, lengths, 0)
+        table, slots, applied = self._sequences, run.slots, outcome.is_applied
         table.active[slots] = self._clock.now()
-        self._scheduler.finish(run, applied)
-        if outcome.outputs:
-            self._deliver(outcome)
-        if outcome.error is None:
-            self._metrics.run_ended(
-                sequences=len(slots),
-                steps=int(lengths.sum()),
-                cells=run.inputs[0].shape[0] * run.inputs[0].shape[1],
-                seconds=outcome.seconds,
-            )
+        if outcome.errors:
+            table.step[slots] += np.where(applied, run.lengths, 0)
+            self._arena.put(slots[applied], outcome.states[applied])
         else:
-            self._metrics.run_failed()
-            for slot in slots[~applied].tolist():
-                self._lanes.fault(slot, outcome.error)
+            table.step[slots] = run.first + run.lengths
+            self._arena.put(slots, outcome.states)
+        self._scheduler.finish(run, applied)
+        steps = self._deliver(run, outcome)
+        for index, error in outcome.errors.items():
+            self._lanes.fault(int(slots[index]), error)
+        cells = run.inputs[0].shape[0] * run.inputs[0].shape[1]
+        self._metrics.run_ended(len(slots), steps, cells, outcome.seconds)
+        self._metrics.delivered(run.arrived, run.weights)
 
-    def _give_back_credit(self, run: Run) -> None:
-        streams = self._sequences.stream[run.slots]
-        for number in np.unique(streams).tolist():
-            stream = self._lanes.stream(number)
-            if stream is not None:
-                stream.finish_steps(int(run.lengths[streams == number].sum()))
-
-    def _deliver(self, outcome: Outcome) -> None:
-        """Cut a run's outputs at the borders between streams: it is ordered by stream."""
-        run, applied = outcome.run, outcome.is_applied
-        flat = [unpad(output, run.lengths) for output in outcome.outputs]
-        slots, first, lengths = run.slots, run.first, run.lengths
-        if outcome.error is not None:
-            rows = np.repeat(applied, lengths)
-            flat = [array[rows] for array in flat]
-            slots, first, lengths = slots[applied], first[applied], lengths[applied]
-            if not len(slots):
-                return
-        table = self._sequences
-        streams = table.stream[slots]
-        lanes = table.lane[slots]
-        generations = table.generation[slots]
-        ends = np.cumsum(lengths)
-        starts = np.flatnonzero(np.r_[True, streams[1:] != streams[:-1]]).tolist()
-        for start, stop in zip(starts, [*starts[1:], len(slots)], strict=True):
-            row_start = int(ends[start] - lengths[start])
-            row_stop = int(ends[stop - 1])
+    def _deliver(self, run: Run, outcome: Outcome) -> int:
+        """Cut a run's outputs at the borders between streams; the steps applied."""
+        generations = self._sequences.generation[run.slots]
+        rows = [unpad(output, run.lengths) for output in outcome.outputs]
+        ends = None if outcome.steps_each else np.cumsum(run.lengths)
+        start = row_start = total = 0
+        for segment in run.segments:
+            stop = start + len(segment.lanes)
+            row_stop = stop * outcome.steps_each if ends is None else int(ends[stop - 1])
             delivery = Delivery(
-                slots[start:stop],
+                run.slots[start:stop],
                 generations[start:stop],
-                lanes[start:stop],
-                first[start:stop],
-                lengths[start:stop],
-                [array[row_start:row_stop].tobytes() for array in flat],
+                segment.lanes,
+                run.first[start:stop],
+                run.lengths[start:stop],
+                row_stop - row_start,
+                [array[row_start:row_stop].tobytes() for array in rows],
             )
-            stream = self._lanes.stream(int(streams[start]))
-            if stream is None:
-                self._lanes.hold(delivery)
-            else:
-                stream.send(delivery)
-        self._metrics.delivered(time.monotonic() - run.arrived)
+            self._lanes.finish_steps(segment.stream, delivery.rows)
+            if outcome.errors:
+                delivery = delivery.only(outcome.is_applied[start:stop])
+            if delivery.rows:
+                self._lanes.deliver(delivery, segment.stream)
+            total += delivery.rows
+            start, row_start = stop, row_stop
+        return total
 
 
 def _drain(items: "list[T]") -> "list[T]":

@@ -1,9 +1,14 @@
 """Decides which chunks go into the next run.
 
-A sequence that can run stands once in the ring of the ready; the next run takes
-the first of them, cut so that little padding is computed and nobody waits long.
+Two ways lead there. Frames that arrived since the last run, in which every chunk
+is the next one of its sequence, go straight into a run as they are: that is what
+closed-loop traffic sends, and it costs a few array operations a run, however many
+sequences there are. Everything else goes through the queues: a sequence that can
+run stands once in a ring, and a run takes the first of them, cut so that little
+padding is computed and nobody waits long.
 """
 
+import itertools
 from dataclasses import dataclass
 from enum import Enum, auto
 
@@ -12,8 +17,8 @@ from numpy.typing import NDArray
 
 from sluice_service.arena import Slots
 from sluice_service.errors import GapError, LaneError
-from sluice_service.queues import Kind, Queues
-from sluice_service.ragged import Array, Frame, Integers, choose_steps, pad_frames
+from sluice_service.queues import Frame, Kind, Queues
+from sluice_service.ragged import Array, Integers, choose_steps, ones, pad_frames, stack
 from sluice_service.sequences import NONE, Sequences
 
 
@@ -25,26 +30,25 @@ class Ending(Enum):
 
 
 @dataclass(slots=True)
+class Segment:
+    """Consecutive rows of a run that belong to one stream."""
+
+    stream: int
+    lanes: Integers  # [rows]
+
+
+@dataclass(slots=True)
 class Run:
     """One call of the model: `batch` sequences, each `lengths[b]` steps on."""
 
-    slots: Slots  # [batch]
-    nodes: Integers  # [batch] the chunks the steps come from
+    slots: Slots  # [batch], all different
+    nodes: Integers | None  # [batch] the chunks in the queues; None: they were in none
     first: Integers  # [batch] steps applied before
     lengths: Integers  # [batch]
     inputs: list[Array]  # [batch, steps, …] each
-    arrived: NDArray[np.float64]  # [batch] when each chunk's message came
-
-    def part(self, chosen: slice) -> "Run":
-        """The run of some of its rows."""
-        return Run(
-            self.slots[chosen],
-            self.nodes[chosen],
-            self.first[chosen],
-            self.lengths[chosen],
-            [array[chosen] for array in self.inputs],
-            self.arrived[chosen],
-        )
+    segments: list[Segment]
+    arrived: list[float]  # when messages came, and how many chunks each gave
+    weights: list[int]
 
 
 class Scheduler:
@@ -66,6 +70,7 @@ class Scheduler:
         self._run_steps_max = run_steps_max
         self._run_cells_max = run_cells_max  # sequences × steps
         self._unacknowledged_steps_max = unacknowledged_steps_max
+        self._inbox: list[Frame] = []
         self._is_stalled = np.zeros(slots, np.bool_)  # waits for acknowledgements
         self._rank = np.zeros(slots, np.int64)  # scratch
         # The ring: every slot at most once, so it never overflows.
@@ -81,66 +86,72 @@ class Scheduler:
     @property
     def has_ready(self) -> bool:
         """True when some sequence may be able to run."""
-        return self._ring_count > 0
+        return self._ring_count > 0 or bool(self._inbox)
 
-    # Filling the queues.
+    # What arrives.
 
-    def push(
-        self,
-        slots: Slots,
-        steps: Integers,
-        starts: Integers,
-        first: Integers | None,
-        frame: Frame,
-        errors: dict[int, LaneError],
-    ) -> None:
-        """Queue chunks: of `slots` [chunks], `steps` each, their rows from `starts` in `frame`.
-
-        `first` [chunks] is what the client named, or None; `errors` are chunks,
-        by index, that must be refused when their turn comes.
-        """
-        nodes = self._queues.add(steps, starts, frame, errors, is_named=first is not None)
-        for chosen in self._rounds(slots):
-            self._link(slots[chosen], nodes[chosen], None if first is None else first[chosen])
+    def push(self, frame: Frame) -> None:
+        """Take in the chunks of a message."""
+        self._inbox.append(frame)
 
     def push_ending(self, slot: int, kind: Kind) -> None:
-        """Queue a close or a park behind what the lane has sent."""
+        """Close or park a slot's lane behind what it has sent."""
+        self._enqueue_inbox()
         self._link(np.array([slot]), self._queues.add_ending(kind), None)
 
     def acknowledged(self, slots: Slots) -> None:
         """Let the sequences go on whose client has caught up."""
-        waiting = slots[self._is_stalled[slots]]
-        if len(waiting):
-            waiting = np.unique(waiting)
+        is_waiting = self._is_stalled[slots]
+        if is_waiting.any():
+            waiting = np.unique(slots[is_waiting])
             self._is_stalled[waiting] = False
             self._make_ready(waiting)
 
     def is_stuck(self, slots: Slots) -> bool:
         """True when every queue of `slots` is empty or waits for acknowledgements."""
+        self._enqueue_inbox()
         return bool(((self._queues.head[slots] == NONE) | self._is_stalled[slots]).all())
 
     def drop(self, slot: int) -> None:
         """Forget everything queued for a slot."""
+        self._enqueue_inbox()
         self._drop_steps(slot, self._queues.clear(slot))
         self._is_stalled[slot] = False
 
-    def _rounds(self, slots: Slots) -> list[Integers | slice]:
-        """Indices into `slots` in rounds, none naming a slot twice, in order for each slot."""
+    def _enqueue_inbox(self) -> None:
+        """Put what has arrived behind the queues."""
+        frames, self._inbox = self._inbox, []
+        for frame in frames:
+            nodes = self._queues.add(frame)
+            for chosen in self._rounds(frame.slots):
+                self._link(
+                    frame.slots[chosen],
+                    nodes[chosen],
+                    None if frame.first is None else frame.first[chosen],
+                )
+
+    def _is_distinct(self, slots: Slots) -> bool:
+        """True when no slot is named twice."""
         order = np.arange(len(slots))
         self._rank[slots] = order
-        if (self._rank[slots] == order).all():
+        return bool((self._rank[slots] == order).all())
+
+    def _rounds(self, slots: Slots) -> list[Integers | slice]:
+        """Indices into `slots` in rounds, none naming a slot twice, in order for each slot."""
+        if self._is_distinct(slots):
             return [slice(None)]
         by_slot = np.argsort(slots, kind="stable")
         starts = np.flatnonzero(np.r_[True, np.diff(slots[by_slot]) != 0])
         lengths = np.diff(np.r_[starts, len(slots)])
-        rank = order - np.repeat(starts, lengths)
+        rank = np.arange(len(slots)) - np.repeat(starts, lengths)
         return [by_slot[rank == number] for number in range(int(lengths.max()))]
 
     def _link(self, slots: Slots, nodes: Integers, first: Integers | None) -> None:
         """Append one node to the queue of each of `slots`, all different."""
-        queues, sent = self._queues, self._sequences.sent
-        queues.first[nodes] = sent[slots] if first is None else first
-        sent[slots] = queues.first[nodes] + queues.steps[nodes]
+        queues, sequences = self._queues, self._sequences
+        queues.first[nodes] = sequences.sent[slots] if first is None else first
+        sequences.sent[slots] = queues.first[nodes] + queues.steps[nodes]
+        sequences.is_straight[slots] = False
         self._make_ready(queues.append(slots, nodes))
 
     # The ring.
@@ -173,12 +184,59 @@ class Scheduler:
 
     def next_run(self) -> Run | None:
         """The next run, or None. Faults and endings met on the way are left in the lists."""
+        if self._inbox:
+            if not self._ring_count and (run := self._compose_straight()) is not None:
+                return run
+            self._enqueue_inbox()
         while self._ring_count:
             slots = self._take_ready(min(self._ring_count, self._run_sequences_max))
             slots = self._drop_unrunnable(slots[self._queues.head[slots] != NONE])
             if len(slots):
                 return self._compose(slots)
         return None
+
+    def _compose_straight(self) -> Run | None:
+        """A run of all that has arrived, if every chunk is the next one of its sequence.
+
+        None where anything is out of the ordinary; nothing has changed then.
+        """
+        frames, sequences = self._inbox, self._sequences
+        steps = frames[0].steps_each
+        for frame in frames:
+            if frame.errors or frame.steps_each != steps:
+                return None
+        slots = frames[0].slots if len(frames) == 1 else np.concatenate([f.slots for f in frames])
+        count = len(slots)
+        if not 1 <= steps <= self._run_steps_max or count > self._run_sequences_max:
+            return None
+        if steps > 1 and count * steps > self._run_cells_max:
+            return None
+        if not sequences.is_straight[slots].all():
+            return None
+        if count > 1 and not self._is_distinct(slots):
+            return None
+        step = sequences.step[slots]
+        end = step + steps
+        if (end - sequences.received[slots]).max() > self._unacknowledged_steps_max:
+            return None
+        start = 0
+        for frame in frames:
+            stop = start + len(frame.slots)
+            if frame.first is not None and (frame.first != step[start:stop]).any():
+                return None
+            start = stop
+        sequences.sent[slots] = end
+        self._inbox = []
+        return Run(
+            slots,
+            None,
+            step,
+            ones(count) if steps == 1 else np.full(count, steps),
+            stack([frame.arrays for frame in frames], steps),
+            [Segment(frame.stream, frame.lanes) for frame in frames],
+            [frame.arrived for frame in frames],
+            [len(frame.slots) for frame in frames],
+        )
 
     def _drop_unrunnable(self, slots: Slots) -> Slots:
         """Those of `slots` whose queue begins with steps that can be applied now."""
@@ -234,7 +292,7 @@ class Scheduler:
 
     def _fault(self, slot: int, error: LaneError) -> None:
         self.faults.append((slot, error))
-        self._sequences.is_faulted[slot] = True
+        self._sequences.stop(slot)
 
     def _drop_steps(self, slot: int, steps: int) -> None:
         """Note that the slot's stream gets credit back for steps that will never run."""
@@ -246,7 +304,8 @@ class Scheduler:
         sequences, queues = self._sequences, self._queues
         streams = sequences.stream[slots]
         if (streams != streams[0]).any():
-            slots = slots[np.argsort(streams, kind="stable")]
+            order = np.argsort(streams, kind="stable")
+            slots, streams = slots[order], streams[order]
         nodes = queues.head[slots]
         step = sequences.step[slots]
         room = sequences.received[slots] + self._unacknowledged_steps_max - step
@@ -254,17 +313,20 @@ class Scheduler:
         lengths = np.minimum(np.minimum(queues.steps[nodes], room), steps_max)
         steps = choose_steps(lengths)
         lengths = np.minimum(lengths, steps)
-        sequences.is_running[slots] = True
         numbers = queues.frame[nodes]
-        if (numbers == numbers[0]).all():
-            frames = [queues.frames[int(numbers[0])]]
-            which = np.zeros(len(slots), np.int64)
-        else:
-            distinct, which = np.unique(numbers, return_inverse=True)
-            frames = [queues.frames[number] for number in distinct.tolist()]
-        arrived = np.array([frame.arrived for frame in frames])[which]
-        inputs = pad_frames(frames, which, queues.row[nodes], lengths, steps)
-        return Run(slots, nodes, step, lengths, inputs, arrived)
+        distinct, which = np.unique(numbers, return_inverse=True)
+        frames = [queues.frames[number] for number in distinct.tolist()]
+        arrays = [frame.arrays for frame in frames]
+        inputs = pad_frames(arrays, which, queues.row[nodes], lengths, steps)
+        lanes = sequences.lane[slots]
+        borders = np.flatnonzero(np.r_[True, streams[1:] != streams[:-1], True]).tolist()
+        segments = [
+            Segment(int(streams[start]), lanes[start:stop])
+            for start, stop in itertools.pairwise(borders)
+        ]
+        weights = np.bincount(which, minlength=len(frames)).tolist()
+        arrived = [frame.arrived for frame in frames]
+        return Run(slots, nodes, step, lengths, inputs, segments, arrived, weights)
 
     # After a run.
 
@@ -273,20 +335,24 @@ class Scheduler:
 
         Chunks of rows that were not applied are dropped whole.
         """
-        self._sequences.is_running[run.slots] = False
-        queues = self._queues
+        if run.nodes is None:
+            return
+        queues, sequences = self._queues, self._sequences
         is_there = queues.head[run.slots] == run.nodes  # a stream may have ended meanwhile
         slots, nodes, lengths = run.slots[is_there], run.nodes[is_there], run.lengths[is_there]
         queues.consume(nodes, lengths)
-        for slot, node in zip(
-            run.slots[is_there & ~is_applied].tolist(),
-            run.nodes[is_there & ~is_applied].tolist(),
-            strict=True,
-        ):
+        lost = is_there & ~is_applied
+        for slot, node in zip(run.slots[lost].tolist(), run.nodes[lost].tolist(), strict=True):
             self._drop_steps(slot, int(queues.steps[node]))
             queues.steps[node] = 0
         queues.pop(slots[queues.steps[nodes] == 0])
-        self._make_ready(slots[queues.head[slots] != NONE])
+        is_empty = queues.head[slots] == NONE
+        self._make_ready(slots[~is_empty])
+        sequences.is_straight[slots] = (
+            is_empty
+            & ~sequences.is_faulted[slots]
+            & (sequences.sent[slots] == sequences.step[slots])
+        )
 
 
 def _gap(first: int, step: int) -> GapError:

@@ -14,6 +14,8 @@ from sluice_service.arena import Slots
 from sluice_service.claims import Record
 
 NONE = -1
+# What a client without a writer has received: it never asks again, so nothing is held.
+ALL = 1 << 62
 
 
 class Phase(Enum):
@@ -101,9 +103,10 @@ class Sequences:
         self.lane = np.zeros(slots, np.int64)
         self.active = np.zeros(slots, np.float64)  # when it last did something
         self.generation = np.zeros(slots, np.int64)  # how often the slot changed hands
-        self.is_anonymous = np.zeros(slots, np.bool_)
         self.is_running = np.zeros(slots, np.bool_)
         self.is_faulted = np.zeros(slots, np.bool_)  # drops chunks until one is at `step`
+        # Nothing queued, nothing faulted: the next chunk may go straight into a run.
+        self.is_straight = np.ones(slots, np.bool_)
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -149,7 +152,6 @@ class Sequences:
         self.rewind(slot, step)
         self.stream[slot] = NONE
         self.active[slot] = now
-        self.is_anonymous[slot] = sequence.is_anonymous
         self.is_running[slot] = False
         return sequence
 
@@ -168,8 +170,19 @@ class Sequences:
         self.active[slot] = now
         # What was delivered on an earlier lane can be acknowledged no more.
         self.generation[slot] += 1
-        self.is_anonymous[slot] = sequence.is_anonymous
+        if sequence.is_anonymous:
+            self.received[slot] = ALL
         self.is_faulted[slot] = False
+        self.is_straight[slot] = True
+
+    def stop(self, slot: int) -> None:
+        """Have a slot drop what its lane sends until a chunk names the step it stands at."""
+        self.is_faulted[slot] = True
+        self.is_straight[slot] = False
+
+    def held_from(self, slot: int) -> int:
+        """The first output that is held for a slot's client."""
+        return int(min(self.received[slot], self.step[slot]))
 
     def detach(self, sequence: Sequence) -> None:
         """Park a sequence: alive, on no stream."""

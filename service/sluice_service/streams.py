@@ -27,14 +27,19 @@ class Delivery:
     lanes: Integers
     first: Integers
     lengths: Integers
+    rows: int
     outputs: list[bytes]
     # How many responses the stream had sent when the last of this had gone.
     responses: int = 0
 
+    @property
+    def size(self) -> int:
+        """The bytes of all its outputs."""
+        return sum(map(len, self.outputs))
+
     def chunks(self) -> Iterator[tuple[int, int, int, list[bytes]]]:
         """Each chunk alone: (index, first, steps, outputs), the bytes copied."""
-        ends = np.cumsum(self.lengths)
-        rows = int(ends[-1])
+        ends, rows = np.cumsum(self.lengths), self.rows
         for index, end in enumerate(ends.tolist()):
             steps = int(self.lengths[index])
             yield (
@@ -44,14 +49,32 @@ class Delivery:
                 [cut(output, rows, end - steps, end) for output in self.outputs],
             )
 
+    def only(self, chosen: NDArray[np.bool_]) -> "Delivery":
+        """The same without the chunks that were not chosen [chunks]."""
+        row_bytes = [len(output) // self.rows for output in self.outputs]
+        rows = np.repeat(chosen, self.lengths)
+        return replace(
+            self,
+            slots=self.slots[chosen],
+            generations=self.generations[chosen],
+            lanes=self.lanes[chosen],
+            first=self.first[chosen],
+            lengths=self.lengths[chosen],
+            rows=int(rows.sum()),
+            outputs=[
+                np.frombuffer(output, np.uint8).reshape(self.rows, size)[rows].tobytes()
+                for output, size in zip(self.outputs, row_bytes, strict=True)
+            ],
+        )
+
     def split(self, rows_max: int) -> Iterator["Delivery"]:
         """The same outputs in pieces of at most `rows_max` rows."""
-        ends = np.cumsum(self.lengths)
-        starts = ends - self.lengths
-        rows = int(ends[-1])
+        rows = self.rows
         if rows <= rows_max:
             yield self
             return
+        ends = np.cumsum(self.lengths)
+        starts = ends - self.lengths
         for start in range(0, rows, rows_max):
             stop = min(start + rows_max, rows)
             chosen = np.flatnonzero((starts < stop) & (ends > start))
@@ -63,6 +86,7 @@ class Delivery:
                 lanes=self.lanes[chosen],
                 first=self.first[chosen] + skipped,
                 lengths=np.minimum(ends[chosen], stop) - starts[chosen] - skipped,
+                rows=stop - start,
                 outputs=[cut(output, rows, start, stop) for output in self.outputs],
             )
 
@@ -79,24 +103,42 @@ Notice = Opened | Fault | Closed | Limits
 class Stream:
     """What the host knows of one client's stream. Says when there is something to send."""
 
-    def __init__(self, number: int, *, queue_steps_max: int, on_change: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        number: int,
+        *,
+        queue_steps_max: int,
+        outbox_bytes_max: int,
+        on_change: Callable[[], None],
+    ) -> None:
         self.number = number
         self.outbox: deque[Notice | Delivery] = deque()
         self.unacknowledged: deque[Delivery] = deque()
         self.queued_steps = 0
+        # True once a lane was opened that may ask for its outputs again.
+        self.has_writer = False
+        self._outbox_bytes = 0
         # True once the client will send no more: it ends when its queue is done.
         self.is_half_closed = False
         # True while nothing more is read, and once every lane has been told.
         self.is_draining = False
         self.is_drained = False
         self._queue_steps_max = queue_steps_max
+        self._outbox_bytes_max = outbox_bytes_max
         self._on_change = on_change
         self._slots = np.full(_LANES_START, _UNKNOWN, np.int64)
 
     @property
     def is_ahead(self) -> bool:
-        """True while nothing more is read: the client is beyond its credit, or the server stops."""
-        return self.is_draining or self.queued_steps > self._queue_steps_max
+        """True while nothing more is read.
+
+        The client is beyond its credit, or reads too slowly, or the server stops.
+        """
+        return (
+            self.is_draining
+            or self.queued_steps > self._queue_steps_max
+            or self._outbox_bytes > self._outbox_bytes_max
+        )
 
     def wake(self) -> None:
         """Have whoever serves this stream look at it."""
@@ -105,7 +147,16 @@ class Stream:
     def send(self, item: Notice | Delivery) -> None:
         """Put something into the outbox."""
         self.outbox.append(item)
+        if isinstance(item, Delivery):
+            self._outbox_bytes += item.size
         self._on_change()
+
+    def take_delivery(self) -> Delivery:
+        """The delivery that stands first in the outbox, taken out of it."""
+        item = self.outbox.popleft()
+        assert isinstance(item, Delivery)
+        self._outbox_bytes -= item.size
+        return item
 
     def fault(self, lane: int, error: LaneError, *, expected_step: int = 0) -> None:
         """Tell the client of one lane's fault."""
@@ -125,13 +176,12 @@ class Stream:
         self.queued_steps -= steps
         self._on_change()
 
-    def slots(self, lanes: Integers) -> tuple[Slots, NDArray[np.bool_]]:
-        """The slots of `lanes` [n], negative where there is none, and [n] which were never open."""
+    def slots(self, lanes: Integers) -> Slots:
+        """The slots of `lanes` [n], negative where there is none."""
+        if int(lanes.max()) < len(self._slots):
+            return self._slots.take(lanes)
         inside = lanes < len(self._slots)
-        slots: Slots = self._slots[np.where(inside, lanes, 0)]
-        if not inside.all():
-            slots = np.where(inside, slots, _UNKNOWN)
-        return slots, slots == _UNKNOWN
+        return np.where(inside, self._slots[np.where(inside, lanes, 0)], _UNKNOWN)
 
     def slot(self, lane: int) -> int:
         """The slot of one lane, or a negative number."""

@@ -17,7 +17,7 @@ from sluice_protos.sequences_pb2 import (
 )
 from sluice_service.errors import InvalidInputError, RequestError
 from sluice_service.inputs import InputRules
-from sluice_service.ragged import Array, Integers
+from sluice_service.ragged import Array, Integers, ones
 from sluice_service.streams import Delivery, Notice
 
 # What a response has beside the rows, at the most, for each chunk in it.
@@ -46,7 +46,7 @@ class Chunks:
         """Decode; an error in the shared arrays takes the place of the inputs."""
         self.lanes: Integers = np.array(request.lane, np.int64)
         count = len(self.lanes)
-        self.steps: Integers = np.ones(count, np.int64)
+        self.steps = ones(count)
         self.first: Integers | None = None
         self.inputs: list[Array] | InvalidInputError
         try:

@@ -188,12 +188,9 @@ class _Session:
             self._responses += 1
             await self._context.write(self._encoder.notices(outbox))
             return
-        item = outbox.popleft()
-        assert isinstance(item, Delivery)
+        item = self._stream.take_delivery()
         frames = list(self._encoder.frames(item))
         lanes.sending(self._stream, item, self._responses + len(frames))
         for frame in frames:
             self._responses += 1
             await self._context.write(frame)
-        lanes.sent(item)
-        self._host.note_sent()

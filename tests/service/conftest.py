@@ -1,0 +1,47 @@
+"""Servers in this process, one that all tests share and others with settings of their own."""
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.service.wire import Served
+
+
+@pytest.fixture
+async def serve() -> AsyncIterator[Callable[..., Awaitable[Served]]]:
+    """`await serve({"name": path}, **settings)`: a server that is stopped after the test."""
+    started: list[Served] = []
+
+    async def start(models: dict[str, Path], **settings: Any) -> Served:
+        served = await Served(models, **settings).start()
+        started.append(served)
+        return served
+
+    yield start
+    for served in started:
+        await served.stop()
+
+
+@pytest.fixture(scope="session")
+async def served(
+    accumulator_file, lstm_file, gru_file, rnn_file, embedding_file, multi_file
+) -> AsyncIterator[Served]:
+    """One server of every model, as it is without settings."""
+    files = {"lstm": lstm_file, "gru": gru_file, "rnn": rnn_file}
+    files |= {"embedding": embedding_file, "multi": multi_file}
+    paths = {name: file.path for name, file in files.items()}
+    served = await Served({"accumulator": accumulator_file, **paths}).start()
+    yield served
+    await served.stop()
+
+
+@pytest.fixture
+async def sums(serve, accumulator_file) -> Callable[..., Awaitable[Served]]:
+    """`await sums(**settings)`: a server of the accumulator."""
+
+    async def start(**settings: Any) -> Served:
+        return await serve({"accumulator": accumulator_file}, **settings)
+
+    return start

@@ -2,7 +2,6 @@
 
 import ast
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn
 
@@ -11,9 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-if TYPE_CHECKING:  # torch takes seconds to import: only a command that runs needs it
-    import torch
-
+if TYPE_CHECKING:
     from sluice_protos.contract_pb2 import ModelContract
 
 HELP: Final = """Export a PyTorch module to one ONNX file that Sluice serves.
@@ -103,11 +100,14 @@ def export(
     """Export a PyTorch module to one ONNX file."""
     try:
         import sluice_export
-        from sluice_export.factory import guess_inputs, load_checkpoint, make_module
+        from sluice_export.factory import guess_inputs, load_checkpoint, make_input, make_module
     except ModuleNotFoundError as error:
         fail(f"export needs {error.name}: pip install 'sluice-serving[export]'")
     console = Console(stderr=True, markup=False, highlight=False)
-    examples: Any = dict(_parse_input(text) for text in described or [])
+    try:
+        examples: Any = dict(make_input(text) for text in described or [])
+    except sluice_export.InputError as error:
+        raise typer.BadParameter(str(error)) from error
     options: dict[str, Any] = {
         "name": name,
         "output_names": output_name,
@@ -190,22 +190,6 @@ def _parse_argument(text: str) -> tuple[str, Any]:
         return name, ast.literal_eval(value)
     except (ValueError, SyntaxError):
         return name, value
-
-
-def _parse_input(text: str) -> tuple[str, "torch.Tensor"]:
-    """NAME:TYPE:SHAPE, such as x:float32:1,10,8."""
-    import torch
-
-    name, _, rest = text.partition(":")
-    type_name, _, sizes = rest.partition(":")
-    dtype = getattr(torch, type_name, None)
-    try:
-        shape: Sequence[int] = [int(size) for size in sizes.split(",")]
-    except ValueError:
-        shape = []
-    if not name or not shape or min(shape) < 1 or not isinstance(dtype, torch.dtype):
-        raise typer.BadParameter(f"{text!r} is not NAME:TYPE:SHAPE, such as x:float32:1,10,8")
-    return name, torch.zeros(shape, dtype=dtype)
 
 
 def _parse_valid(text: str) -> tuple[str, tuple[int, int]]:

@@ -2,6 +2,7 @@
 
 import importlib
 import pickle
+import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -118,6 +119,19 @@ def _find_weights(content: object, path: Path) -> dict[str, Tensor]:
         if weights and all(name.startswith(prefix) for name in weights):
             weights = {name.removeprefix(prefix): value for name, value in weights.items()}
     return weights
+
+
+def make_input(description: str) -> tuple[str, Tensor]:
+    """The name and the tensor that "x:float32:1,10,8" describes. Raises InputError."""
+    name, _, rest = description.partition(":")
+    type_name, _, sizes = rest.partition(":")
+    dtype = getattr(torch, type_name, None)
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", sizes) or not isinstance(dtype, torch.dtype):
+        raise InputError(
+            f"{description!r} is not NAME:TYPE:SHAPE, such as x:float32:1,10,8 (batch and time "
+            "are part of the shape)"
+        )
+    return name, torch.zeros([int(size) for size in sizes.split(",")], dtype=dtype)
 
 
 def guess_inputs(module: nn.Module) -> Tensor:

@@ -3,15 +3,15 @@
 import os
 import re
 import shlex
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+
+from tests.processes import free_port, running
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -24,19 +24,13 @@ def section(title: str) -> list[tuple[str, str]]:
     return re.findall(r"^```(\w+)\n(.*?)^```$", text[start:end], flags=re.M | re.S)
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
 class Reader:
     """Someone who types what the README shows, with ports that are free on this machine."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.ports = {"8001": str(free_port()), "8002": str(free_port())}
-        self.servers: list[subprocess.Popen[bytes]] = []
+        self.servers = ExitStack()
         self.environment = dict(os.environ)
         # As in an environment that was activated.
         programs = str(Path(sys.executable).parent)
@@ -64,25 +58,17 @@ class Reader:
         return done.stdout
 
     def serve(self, command: list[str]) -> None:
-        server = subprocess.Popen(command, cwd=self.folder, env=self.environment)
-        self.servers.append(server)
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{self.ports['8002']}/readyz"):
-                    return
-            except OSError:
-                assert server.poll() is None and time.monotonic() < deadline
-                time.sleep(0.05)
+        ready = f"http://127.0.0.1:{self.ports['8002']}/readyz"
+        self.servers.enter_context(
+            running(command, ready=ready, environment=self.environment, folder=self.folder)
+        )
 
 
 @pytest.fixture(scope="module")
 def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reader]:
     reader = Reader(tmp_path_factory.mktemp("reader"))
-    yield reader
-    for server in reader.servers:
-        server.terminate()
-        server.wait(timeout=30)
+    with reader.servers:
+        yield reader
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import io
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,6 +17,7 @@ from rich.progress import Progress
 from sluice_cli.demo import page, run
 from sluice_cli.demo.page import Result, bits_per_character
 from sluice_cli.demo.run import DemoError, cut
+from tests.processes import free_port, running
 
 SEQUENCES, STEPS, CHARACTERS = 6, 40, 96
 
@@ -65,6 +67,25 @@ def test_the_demo_leaves_its_models_and_text(shown: str, output: Path) -> None:
     assert shown
     assert {"lstm.onnx", "gru.onnx", "text.csv"} <= {file.name for file in output.iterdir()}
     assert len((output / "text.csv").read_text().split()) == STEPS
+
+
+def test_the_commands_to_try_next_work(shown: str, output: Path) -> None:
+    tail = shown[shown.index("What to try next:") :]
+    inspect, serve, stream = (
+        shlex.split(line, comments=True) for line in tail.splitlines() if "sluice_cli" in line
+    )
+    inspected = subprocess.run(inspect, check=True, capture_output=True, text=True)
+    assert "characters-lstm" in inspected.stdout
+    grpc, http = f"127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}"
+    command, text = stream[: stream.index("<")], Path(stream[-1])
+    serve += ["--listen", grpc, "--http", http]
+    with running(serve, ready=f"http://{http}/readyz"), text.open() as rows:
+        streamed = subprocess.run(
+            [*command, "--address", grpc], check=True, stdin=rows, capture_output=True, text=True
+        )
+    lines = streamed.stdout.splitlines()
+    assert len(lines) == STEPS
+    assert len(lines[0].split(",")) == CHARACTERS
 
 
 def test_a_single_differing_float_is_told(result: Result) -> None:

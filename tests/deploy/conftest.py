@@ -1,13 +1,8 @@
-"""What the deployment's tests share: the image once built, a tiny model, a free port."""
+"""What the deployment's tests share: the image once built, a tiny model, Debian's programs."""
 
 import os
 import shutil
-import socket
-import subprocess
-import time
-import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -31,41 +26,6 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Image:
 @pytest.fixture(scope="session")
 def model_file(lstm_file: ExportedModel) -> Path:
     return lstm_file.path
-
-
-@pytest.fixture
-def free_port() -> Callable[[], int]:
-    def take() -> int:
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            return int(listener.getsockname()[1])
-
-    return take
-
-
-@contextmanager
-def running(command: list[str], environment: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
-    """A process of our own, ended by its id when the test is over."""
-    process = subprocess.Popen(command, env=environment, text=True, stderr=subprocess.PIPE)
-    try:
-        yield process
-    finally:
-        process.terminate()
-        process.communicate(timeout=30)
-
-
-def wait_for(url: str, process: subprocess.Popen[str], *, seconds: float = 60) -> None:
-    """Return once `url` answers with success."""
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            with urllib.request.urlopen(url, timeout=1):
-                return
-        except OSError as error:
-            if process.poll() is not None or time.monotonic() > deadline:
-                process.kill()
-                pytest.fail(f"{url}: {error}\n{process.communicate()[1]}")
-            time.sleep(0.05)
 
 
 @pytest.fixture(scope="session")

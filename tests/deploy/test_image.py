@@ -3,11 +3,10 @@
 import fnmatch
 import re
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
-from tests.deploy.conftest import running, wait_for
 from tests.deploy.dockerfile import Image, read_dockerfile
+from tests.processes import free_port, running
 
 
 def copied(root: Path) -> list[str]:
@@ -48,9 +47,7 @@ def test_the_image_has_the_server_and_neither_torch_nor_pip(image: Image) -> Non
     assert (torch, pip) == ("None", "None")
 
 
-def test_the_image_serves_and_its_health_check_tells(
-    image: Image, model_file: Path, free_port: Callable[[], int]
-) -> None:
+def test_the_image_serves_and_its_health_check_tells(image: Image, model_file: Path) -> None:
     port = free_port()
     environment = image.process_environment(
         SLUICE_LISTEN="127.0.0.1:0",
@@ -66,8 +63,8 @@ def test_the_image_serves_and_its_health_check_tells(
 
     assert not is_healthy()
     command = [str(image.root / "opt/sluice/bin" / image.entrypoint[0]), *image.entrypoint[1:]]
-    with running([*command, *image.command], environment) as server:
-        wait_for(f"http://127.0.0.1:{port}/readyz", server)
+    ready = f"http://127.0.0.1:{port}/readyz"
+    with running([*command, *image.command], ready=ready, environment=environment) as server:
         assert is_healthy()
     assert server.returncode == 0
     assert not is_healthy()

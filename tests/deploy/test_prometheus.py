@@ -1,7 +1,6 @@
 """A real Prometheus takes deploy/'s configuration and reads a real server's metrics with it."""
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -10,7 +9,7 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.deploy.conftest import running, wait_for
+from tests.processes import free_port, running
 
 FindProgram = Callable[[str, str], str]
 
@@ -33,7 +32,6 @@ def test_prometheus_reads_the_metrics_of_a_running_server(
     root: Path,
     tmp_path: Path,
     model_file: Path,
-    free_port: Callable[[], int],
     debian_program: FindProgram,
 ) -> None:
     program = debian_program("prometheus", "prometheus")
@@ -44,18 +42,18 @@ def test_prometheus_reads_the_metrics_of_a_running_server(
     # Only where the server is, and the pace, differ.
     text = text.replace("sluice:8002", f"127.0.0.1:{http}")
     configuration.write_text(text.replace("scrape_interval: 5s", "scrape_interval: 200ms"))
-    serve = [sys.executable, "-c", "from sluice_cli.main import main; main()", "serve"]
+    serve = [sys.executable, "-m", "sluice_cli", "serve"]
     serve += ["--model", f"lstm={model_file}", "--listen", "127.0.0.1:0"]
     watch = [program, f"--config.file={configuration}", f"--storage.tsdb.path={tmp_path / 'tsdb'}"]
     watch += [f"--web.listen-address=127.0.0.1:{web}"]
-    environment = dict(os.environ)
-    with running([*serve, "--http", f"127.0.0.1:{http}"], environment) as server:
-        wait_for(f"http://127.0.0.1:{http}/readyz", server)
-        with running(watch, environment) as prometheus:
-            wait_for(f"http://127.0.0.1:{web}/-/ready", prometheus)
-            deadline = time.monotonic() + 60
-            while not query(web, 'up{job="sluice"} == 1'):
-                assert time.monotonic() < deadline, "Prometheus never read the server's metrics"
-                time.sleep(0.1)
-            (built,) = query(web, "sluice_build_info")
-            assert built["metric"]
+    serve += ["--http", f"127.0.0.1:{http}"]
+    with (
+        running(serve, ready=f"http://127.0.0.1:{http}/readyz"),
+        running(watch, ready=f"http://127.0.0.1:{web}/-/ready"),
+    ):
+        deadline = time.monotonic() + 60
+        while not query(web, 'up{job="sluice"} == 1'):
+            assert time.monotonic() < deadline, "Prometheus never read the server's metrics"
+            time.sleep(0.1)
+        (built,) = query(web, "sluice_build_info")
+        assert built["metric"]

@@ -74,8 +74,6 @@ def make_graph(module: nn.Module, signature: Signature, *, state_size: int) -> o
         output_names.append(STATE_OUT)
     packed = PackedModule(module, signature).eval()
     with _hushed(), torch.no_grad():
-        # What was compiled before in this process must not freeze an axis now.
-        torch.compiler.reset()
         try:
             program = torch.onnx.export(
                 packed,

@@ -55,6 +55,7 @@ def observe(
 @contextmanager
 def watch(module: nn.Module, layers: Sequence[RecurrentLayer]) -> Iterator[Observation]:
     """Note what layers and embeddings are given, without gradients, while the block runs."""
+    threads = torch.get_num_threads()
     seen = Observation()
     handles = [
         layer.module.register_forward_hook(_layer_hook(layer, seen), with_kwargs=True)
@@ -66,9 +67,12 @@ def watch(module: nn.Module, layers: Sequence[RecurrentLayer]) -> Iterator[Obser
         if isinstance(child, nn.Embedding)
     ]
     try:
+        # So little work is slower on several threads, much slower where cores are busy.
+        torch.set_num_threads(1)
         with torch.no_grad():
             yield seen
     finally:
+        torch.set_num_threads(threads)
         for handle in handles:
             handle.remove()
 

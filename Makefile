@@ -14,7 +14,7 @@ DEBIAN_PACKAGES := prometheus
 WHEEL_VENV := .venv-wheel
 WHEEL_TESTS := build/wheel-tests
 # What the tests of the wheel see of the checkout; never a folder with our code.
-WHEEL_TEST_FILES := tests README.md pyproject.toml
+WHEEL_TEST_FILES := tests docs README.md pyproject.toml
 
 export PATH := $(CURDIR)/$(BIN):$(PATH):$(CURDIR)/$(DEBIAN)/usr/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1

@@ -63,22 +63,29 @@ class Model:
         return cls(proto.SerializeToString(), contract, threads=threads)
 
     def run(
-        self, inputs: Sequence[Array], lengths: NDArray[np.int32], state: NDArray[np.float32]
+        self,
+        inputs: Sequence[Array],
+        lengths: NDArray[np.int32] | None,
+        state: NDArray[np.float32],
     ) -> tuple[list[Array], NDArray[np.float32]]:
         """Run each row `lengths[b]` steps on from `state[b]`.
 
         inputs   one [batch, steps, …] for each input, in the contract's order;
                  what lies beyond a row's length does not matter
-        lengths  [batch] int32, each from 1 to steps
+        lengths  [batch] int32, each from 1 to steps; None: every row runs all steps
         state    [batch, state_size] float32
 
         Returns one [batch, steps, …] for each output, meaningless beyond a row's
         length, and the new state. Raises RunError; nothing has changed then.
         """
         batch, steps = inputs[0].shape[:2]
-        if batch < 1 or lengths.min() < 1 or lengths.max() > steps:
-            # ONNX Runtime would abort the process at batch 0, zero a state at length 0.
+        if lengths is None:
+            lengths = np.full(batch, steps, np.int32)
+        elif len(lengths) and (lengths.min() < 1 or lengths.max() > steps):
             raise RunError(f"a run needs rows of 1 to {steps} steps; it was given {lengths}")
+        if batch < 1 or steps < 1:
+            # ONNX Runtime would abort the process at batch 0, zero a state at length 0.
+            raise RunError(f"a run needs rows and steps; it was given {batch} rows of {steps}")
         batch_run = max(batch, self.contract.batch_min)
         steps_run = max(steps, self.contract.length_min)
         if (batch_run, steps_run) != (batch, steps):

@@ -11,7 +11,7 @@ from sluice_model import Model, RunError, example_inputs
 from sluice_protos.datatypes import DTYPES
 from sluice_service.arena import Arena
 from sluice_service.errors import LaneError, NonFiniteError, RunFailedError
-from sluice_service.ragged import Array, is_finite
+from sluice_service.ragged import Array, is_finite, is_whole
 from sluice_service.scheduler import Run
 
 log = structlog.get_logger()
@@ -26,8 +26,7 @@ class Outcome:
 
     outputs: list[Array]  # [batch, steps, …] each
     states: NDArray[np.float32]  # [batch, state_size]
-    is_applied: NDArray[np.bool_]  # [batch]
-    errors: dict[int, LaneError]  # of the rows that were not applied
+    errors: dict[int, LaneError]  # of the rows, by index, that must not be applied
     steps_each: int  # what every row ran; 0 where they differ
     seconds: float
 
@@ -56,24 +55,20 @@ class Engine:
         Reads the arena and changes nothing: to apply the outcome is the run loop's.
         """
         started = time.monotonic()
-        lengths = run.lengths.astype(np.int32)
+        steps = run.inputs[0].shape[1]
+        steps_each = steps if is_whole(run.lengths, steps) else 0
         states = self._arena.take(run.slots)
         errors: dict[int, LaneError] = {}
         try:
-            outputs, states = self._model.run(run.inputs, lengths, states)
+            outputs, states = self._model.run(
+                run.inputs, None if steps_each else run.lengths.astype(np.int32), states
+            )
         except RunError:
             outputs = self._empty_outputs(run)
+            lengths = run.lengths.astype(np.int32)
             self._narrow(run, lengths, states, outputs, range(len(lengths)), errors)
-        is_applied = self._judge(states, errors)
-        steps = run.inputs[0].shape[1]
-        return Outcome(
-            outputs,
-            states,
-            is_applied,
-            errors,
-            steps if steps == 1 or int(lengths.min()) == steps else 0,
-            time.monotonic() - started,
-        )
+        self._judge(states, errors)
+        return Outcome(outputs, states, errors, steps_each, time.monotonic() - started)
 
     def failed(self, run: Run) -> Outcome:
         """The outcome of a run that gave nothing, through no fault of its rows."""
@@ -82,7 +77,6 @@ class Engine:
         return Outcome(
             self._empty_outputs(run),
             np.zeros((count, self._arena.row_size), np.float32),
-            np.zeros(count, np.bool_),
             dict.fromkeys(range(count), error),
             0,
             0.0,
@@ -119,20 +113,14 @@ class Engine:
                 for output, result in zip(outputs, results, strict=True):
                     output[chosen] = result
 
-    def _judge(
-        self, states: NDArray[np.float32], errors: dict[int, LaneError]
-    ) -> NDArray[np.bool_]:
-        """[batch] which rows have a state to go on from; the others get an error."""
-        is_applied = np.ones(len(states), np.bool_)
+    def _judge(self, states: NDArray[np.float32], errors: dict[int, LaneError]) -> None:
+        """Add an error for each row of `states` [batch, state_size] nobody could go on from."""
         if self._refuses_non_finite and not is_finite(states):
-            is_applied = np.asarray(np.isfinite(states).all(axis=1))
-            for row in np.flatnonzero(~is_applied).tolist():
+            for row in np.flatnonzero(~np.isfinite(states).all(axis=1)).tolist():
                 errors[row] = NonFiniteError(
                     "this chunk gives a state with NaN or infinity; it was not applied. Check the "
                     "input's scale against the training data, or serve with --non-finite allow"
                 )
-        is_applied[list(errors)] = False
-        return is_applied
 
     def _empty_outputs(self, run: Run) -> list[Array]:
         batch, steps = run.inputs[0].shape[:2]

@@ -29,7 +29,7 @@ from sluice_service.inputs import InputRules
 from sluice_service.lanes import Lanes
 from sluice_service.metrics import ModelMetrics
 from sluice_service.queues import Frame, Kind
-from sluice_service.ragged import Array, Integers, starts_of
+from sluice_service.ragged import Array, Integers, is_ones, starts_of
 from sluice_service.runs import RunLoop
 from sluice_service.scheduler import Scheduler
 from sluice_service.sequences import Phase, Sequence, Sequences
@@ -212,12 +212,15 @@ class Host:
             errors, inputs = dict.fromkeys(range(len(slots)), inputs), []
         else:
             errors = self.inputs.judge(inputs, starts, steps)
-        stream.queued_steps += int(steps.sum())
-        each = int(steps[0]) if (steps == steps[0]).all() else 0
+        if is_ones(steps):
+            total, each = len(steps), 1
+        else:
+            total, each = int(steps.sum()), int(steps[0]) if (steps == steps[0]).all() else 0
+        stream.queued_steps += total
         self._scheduler.push(
             Frame(stream.number, lanes, slots, steps, starts, first, inputs, errors, each, arrived)
         )
-        self._runs.wake()
+        self._runs.wake(is_alone=len(self._lanes) == 1)
 
     def end_after(self, stream: Stream, lanes: Iterable[int], kind: Kind) -> None:
         """Close or park lanes behind the chunks they have sent."""

@@ -6,7 +6,7 @@ from sluice_protos.contract_pb2 import ModelContract, TensorSpec
 from sluice_protos.datatypes import DTYPES
 from sluice_protos.sequences_pb2 import SequenceState, Tensor
 from sluice_service.errors import InvalidInputError, LaneError, LimitError, WrongModelError
-from sluice_service.ragged import Array, Integers, is_finite
+from sluice_service.ragged import Array, Integers, is_finite, is_ones
 
 
 class InputRules:
@@ -66,8 +66,7 @@ class InputRules:
         `starts` and `steps` [chunks] say where each lies in `arrays` [rows, …].
         """
         errors: dict[int, LaneError] = {}
-        is_odd = (steps < 1) | (steps > self._chunk_steps_max)
-        if is_odd.any():
+        if not is_ones(steps) and (steps.min() < 1 or steps.max() > self._chunk_steps_max):
             for index in np.flatnonzero(steps < 1).tolist():
                 errors[index] = InvalidInputError("a chunk of 0 steps; send at least one")
             for index in np.flatnonzero(steps > self._chunk_steps_max).tolist():

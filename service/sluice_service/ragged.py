@@ -21,6 +21,11 @@ def ones(count: int) -> Integers:
     return _ONES[:count] if count <= _CACHED else np.ones(count, np.int64)
 
 
+def is_ones(lengths: Integers) -> bool:
+    """True when these are `ones` as they were made, so that nobody need look at them."""
+    return lengths.base is _ONES
+
+
 def numbers(count: int) -> Integers:
     """[0, 1, 2, …]; not to be written to."""
     return _COUNT[:count] if count <= _CACHED else np.arange(count)
@@ -28,7 +33,7 @@ def numbers(count: int) -> Integers:
 
 def starts_of(lengths: Integers) -> Integers:
     """Where each chunk begins when chunks of these lengths lie one after another."""
-    if lengths.base is _ONES:
+    if is_ones(lengths):
         return numbers(len(lengths))
     return np.cumsum(lengths) - lengths
 
@@ -37,6 +42,11 @@ def is_finite(array: Array) -> bool:
     """True when no value is NaN or infinite."""
     # Extremes carry NaN and infinity along, and take no array of booleans.
     return not array.size or bool(np.isfinite(array.max()) and np.isfinite(array.min()))
+
+
+def is_whole(lengths: Integers, steps: int) -> bool:
+    """True when every length is `steps`, the longest there is."""
+    return steps == 1 or int(lengths.min()) == steps
 
 
 def pad(rows: Array, starts: Integers, lengths: Integers, steps: int) -> Array:
@@ -90,7 +100,7 @@ def stack(frames: Sequence[Sequence[Array]], steps: int) -> list[Array]:
 def unpad(padded: Array, lengths: Integers) -> Array:
     """The rows [sum(lengths), …] of a padded batch [batch, steps, …], chunk after chunk."""
     batch, steps = padded.shape[:2]
-    if steps == 1 or int(lengths.min()) == steps:
+    if is_whole(lengths, steps):
         return padded.reshape(batch * steps, *padded.shape[2:])
     return padded[numbers(steps) < lengths[:, np.newaxis]]
 

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import numpy as np
 import structlog
+from numpy.typing import NDArray
 
 from sluice_protos.sequences_pb2 import Closed
 from sluice_service.arena import Arena
@@ -65,12 +66,17 @@ class RunLoop:
             self.wake()
             await self._idle.wait()
 
-    def wake(self) -> None:
+    def wake(self, *, is_alone: bool = False) -> None:
         """Something may have become ready: look, once this turn of the event loop is over.
 
-        Whatever else arrives in the same turn joins the run.
+        Whatever else arrives in the same turn joins the run; a stream that is
+        alone has nothing to wait for.
         """
-        if not self._is_pump_due and self._in_flight is None:
+        if self._is_pump_due or self._in_flight is not None:
+            return
+        if is_alone:
+            self._pump()
+        else:
             self._is_pump_due = True
             asyncio.get_running_loop().call_soon(self._pump)
 
@@ -152,23 +158,26 @@ class RunLoop:
 
     def _apply(self, run: Run, outcome: Outcome) -> None:
         """Make a run's states the sequences' own and hand its outputs to their streams."""
-        table, slots, applied = self._sequences, run.slots, outcome.is_applied
+        table, slots = self._sequences, run.slots
         table.active[slots] = self._clock.now()
+        applied: NDArray[np.bool_] | None = None
         if outcome.errors:
+            applied = np.ones(len(slots), np.bool_)
+            applied[list(outcome.errors)] = False
             table.step[slots] += np.where(applied, run.lengths, 0)
             self._arena.put(slots[applied], outcome.states[applied])
         else:
             table.step[slots] = run.first + run.lengths
             self._arena.put(slots, outcome.states)
         self._scheduler.finish(run, applied)
-        steps = self._deliver(run, outcome)
+        steps = self._deliver(run, outcome, applied)
         for index, error in outcome.errors.items():
             self._lanes.fault(int(slots[index]), error)
         cells = run.inputs[0].shape[0] * run.inputs[0].shape[1]
         self._metrics.run_ended(len(slots), steps, cells, outcome.seconds)
         self._metrics.delivered(run.arrived, run.weights)
 
-    def _deliver(self, run: Run, outcome: Outcome) -> int:
+    def _deliver(self, run: Run, outcome: Outcome, applied: NDArray[np.bool_] | None) -> int:
         """Cut a run's outputs at the borders between streams; the steps applied."""
         generations = self._sequences.generation[run.slots]
         rows = [unpad(output, run.lengths) for output in outcome.outputs]
@@ -187,8 +196,8 @@ class RunLoop:
                 [array[row_start:row_stop].tobytes() for array in rows],
             )
             self._lanes.finish_steps(segment.stream, delivery.rows)
-            if outcome.errors:
-                delivery = delivery.only(outcome.is_applied[start:stop])
+            if applied is not None:
+                delivery = delivery.only(applied[start:stop])
             if delivery.rows:
                 self._lanes.deliver(delivery, segment.stream)
             total += delivery.rows

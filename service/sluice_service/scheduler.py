@@ -330,10 +330,11 @@ class Scheduler:
 
     # After a run.
 
-    def finish(self, run: Run, is_applied: NDArray[np.bool_]) -> None:
+    def finish(self, run: Run, is_applied: NDArray[np.bool_] | None = None) -> None:
         """Take what was run off the queues; sequences that have more become ready again.
 
-        Chunks of rows that were not applied are dropped whole.
+        `is_applied` [batch], where not all of the run was: chunks of the other
+        rows are dropped whole.
         """
         if run.nodes is None:
             return
@@ -341,10 +342,11 @@ class Scheduler:
         is_there = queues.head[run.slots] == run.nodes  # a stream may have ended meanwhile
         slots, nodes, lengths = run.slots[is_there], run.nodes[is_there], run.lengths[is_there]
         queues.consume(nodes, lengths)
-        lost = is_there & ~is_applied
-        for slot, node in zip(run.slots[lost].tolist(), run.nodes[lost].tolist(), strict=True):
-            self._drop_steps(slot, int(queues.steps[node]))
-            queues.steps[node] = 0
+        if is_applied is not None:
+            lost = is_there & ~is_applied
+            for slot, node in zip(run.slots[lost].tolist(), run.nodes[lost].tolist(), strict=True):
+                self._drop_steps(slot, int(queues.steps[node]))
+                queues.steps[node] = 0
         queues.pop(slots[queues.steps[nodes] == 0])
         is_empty = queues.head[slots] == NONE
         self._make_ready(slots[~is_empty])

@@ -178,10 +178,11 @@ class Stream:
 
     def slots(self, lanes: Integers) -> Slots:
         """The slots of `lanes` [n], negative where there is none."""
-        if int(lanes.max()) < len(self._slots):
+        try:
             return self._slots.take(lanes)
-        inside = lanes < len(self._slots)
-        return np.where(inside, self._slots[np.where(inside, lanes, 0)], _UNKNOWN)
+        except IndexError:
+            inside = lanes < len(self._slots)
+            return np.where(inside, self._slots[np.where(inside, lanes, 0)], _UNKNOWN)
 
     def slot(self, lane: int) -> int:
         """The slot of one lane, or a negative number."""

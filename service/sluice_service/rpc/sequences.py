@@ -120,6 +120,7 @@ class _Session:
         self._encoder = Encoder(host.inputs, response_bytes_max=first.response_bytes_max)
         self._may_read = asyncio.Event()
         self._responses = 0
+        self._is_writing = False
 
     async def serve(self, first: InferRequest, messages: AsyncIterator[bytes]) -> None:
         """Until the client sends no more and has all its outputs, or the server drains."""
@@ -140,6 +141,9 @@ class _Session:
         await self._take(first)
         async for data in messages:
             await self._take(parse(data))
+            if self._stream.outbox and not self._is_writing:
+                # What came of it at once goes out at once, without a task switch.
+                await self._empty_outbox()
             if self._stream.is_ahead:
                 self._may_read.clear()
                 await self._may_read.wait()
@@ -172,14 +176,24 @@ class _Session:
     async def _write(self) -> None:
         host, stream = self._host, self._stream
         while True:
-            while stream.outbox:
-                await self._write_next()
+            await self._empty_outbox()
             if not stream.is_ahead:
                 self._may_read.set()
             if stream.is_drained or (stream.is_half_closed and host.is_finished(stream)):
                 return
             self._changed.clear()
             await self._changed.wait()
+
+    async def _empty_outbox(self) -> None:
+        """Send what waits; whoever comes meanwhile leaves it to the one who is at it."""
+        if self._is_writing:
+            return
+        self._is_writing = True
+        try:
+            while self._stream.outbox:
+                await self._write_next()
+        finally:
+            self._is_writing = False
 
     async def _write_next(self) -> None:
         """Send the oldest of the outbox: one delivery, or the notices before the next one."""

@@ -65,10 +65,10 @@ def opening(sequences: int, characters: int) -> RenderableType:
     """What is going to happen."""
     return Text.from_markup(
         "[bold]Sluice demo[/bold]: about two minutes, all of it on this machine.\n\n"
-        "Two processes train a character model each, an LSTM and a GRU of 256 units, on the\n"
-        "English text inside Python, and export it to ONNX with proofs. A server loads both.\n"
+        "Two processes train a character model each, an LSTM and a GRU of 256 units, on the "
+        "English text inside Python, and export it to ONNX with proofs. A server loads both. "
         f"This process then streams {sequences} held-out passages of {characters} characters "
-        "through each.\n"
+        "through each of them, all at once, a character at a time.\n"
     )
 
 
@@ -77,7 +77,9 @@ def findings(results: list[Result]) -> Iterator[RenderableType]:
     yield ""
     yield Columns([_plot(result) for result in results], equal=True)
     yield _sample(results[0])
+    yield ""
     yield _metrics_table(results)
+    yield ""
     yield _summary(results)
 
 

@@ -8,6 +8,9 @@ from sluice_protos.sequences_pb2 import SequenceState, Tensor
 from sluice_service.errors import InvalidInputError, LaneError, LimitError, WrongModelError
 from sluice_service.ragged import Array, Integers, is_finite, is_ones
 
+# Numbers of steps beyond this are nonsense, and sums of two of them still fit.
+STEPS_MAX = 1 << 61
+
 
 class InputRules:
     """What one model's inputs must be."""
@@ -34,9 +37,10 @@ class InputRules:
         Raises InvalidInputError, which names what was expected.
         """
         by_name = {tensor.name or self._name(index): tensor for index, tensor in enumerate(tensors)}
-        if by_name.keys() != self._expected:
+        if by_name.keys() != self._expected or len(tensors) != len(by_name):
+            sent = sorted(tensor.name or self._name(index) for index, tensor in enumerate(tensors))
             raise InvalidInputError(
-                f"inputs {sorted(by_name)} were sent; the model takes {sorted(self._names)}"
+                f"inputs {sent} were sent; the model takes {sorted(self._names)}, each once"
             )
         arrays: list[Array] = []
         for name, dtype, shape, row_bytes, spec in self._specs:
@@ -78,11 +82,15 @@ class InputRules:
             is_bad = self._bad_rows(spec, array)
             if is_bad is None:
                 continue
-            for row in np.flatnonzero(is_bad).tolist():
-                index = int(np.flatnonzero((starts <= row) & (row < starts + steps))[:1].sum())
-                within = row - int(starts[index])
-                if 0 <= within < int(steps[index]):
-                    errors.setdefault(index, _bad_value(spec, within))
+            rows = np.flatnonzero(is_bad)
+            # The chunk a row lies in; an empty chunk shares its start with the next.
+            owners = np.searchsorted(starts, rows, side="right") - 1
+            within = rows - starts[owners]
+            is_owned = (owners >= 0) & (within < steps[owners])
+            owners, within = owners[is_owned], within[is_owned]
+            indices, places = np.unique(owners, return_index=True)
+            for index, step in zip(indices.tolist(), within[places].tolist(), strict=True):
+                errors.setdefault(index, _bad_value(spec, step))
         return errors
 
     def state_row(self, state: SequenceState) -> Array:
@@ -95,6 +103,8 @@ class InputRules:
                 f"the state is of model {state.model_digest[:12]}, this is "
                 f"{self._contract.digest[:12]}; a state fits only the model that made it"
             )
+        if state.step > STEPS_MAX:
+            raise InvalidInputError(f"the state is of step {state.step}; steps end at {STEPS_MAX}")
         expected = 4 * self._contract.state_size
         if len(state.row) != expected:
             raise InvalidInputError(f"the state has {len(state.row)} bytes, not {expected}")

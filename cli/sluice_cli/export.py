@@ -1,6 +1,7 @@
 """`sluice export`: a PyTorch module and its checkpoint to one proven ONNX file."""
 
 import ast
+import sys
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn
@@ -103,7 +104,7 @@ def export(
         from sluice_export.factory import guess_inputs, load_checkpoint, make_input, make_module
     except ModuleNotFoundError as error:
         fail(f"export needs {error.name}: pip install 'sluice-serving[export]'")
-    console = Console(stderr=True, markup=False, highlight=False)
+    console = Console(file=sys.stderr, markup=False, highlight=False)
     try:
         examples: Any = dict(make_input(text) for text in described or [])
     except sluice_export.InputError as error:

@@ -247,8 +247,6 @@ def _spoil(array: Array, where: Array) -> Array:
     spoiled = array.copy()
     if array.dtype.kind == "f":
         spoiled[where] = np.nan
-    elif array.dtype.kind == "b":
-        spoiled[where] = ~spoiled[where]
     else:
-        spoiled[where] = array.max() + array.min() - spoiled[where]
+        spoiled[where] = np.roll(array, 1)[where]
     return spoiled

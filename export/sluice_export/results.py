@@ -99,5 +99,6 @@ def _output(index: int, name: str, tensor: Tensor, axes: dict[tuple[int, int], i
     raise OutputError(
         f"result {index} of forward, {list(tensor.shape)}, has no time axis: it is one value for "
         "a whole sequence (such as y[:, -1], or h of the last step). A stream gives an output at "
-        "every step: apply the head to all of them, head(y) rather than head(y[:, -1])"
+        "every step: apply the head to all of them, head(y) rather than head(y[:, -1]). A state "
+        "that forward returns must be as the layer gave it"
     )

@@ -32,11 +32,18 @@ from grpc import StatusCode
 
 from sluice_protos.sequences_pb2 import Fault
 
+_MESSAGE_CHARACTERS_MAX = 1000
+
 
 class ServiceError(Exception):
     """Something the client can be told; the message names the fix."""
 
     status: ClassVar[StatusCode] = StatusCode.INTERNAL
+
+    def __init__(self, message: str) -> None:
+        # A message quotes what a client sent, which may be megabytes.
+        is_long = len(message) > _MESSAGE_CHARACTERS_MAX
+        super().__init__(message[:_MESSAGE_CHARACTERS_MAX] + " …" if is_long else message)
 
 
 class ModelNotFoundError(ServiceError):

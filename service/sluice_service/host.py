@@ -137,6 +137,8 @@ class Host:
         """Every live sequence, as it stands now."""
         now, table = self._clock.now(), self._sequences
         for sequence in list(table):
+            if sequence.phase is Phase.ENDED:  # while the list went out
+                continue
             slot = sequence.slot
             yield SequenceInfo(
                 model=self.name,
@@ -197,7 +199,8 @@ class Host:
         self._metrics.chunks.add(len(lanes))
         arrived = time.monotonic()
         slots, starts = stream.slots(lanes), starts_of(steps)
-        if int(slots.min()) < 0:
+        is_whole = int(slots.min()) >= 0
+        if not is_whole:
             for lane in set(lanes.tolist()):
                 if stream.is_unknown(lane):
                     self._lanes.tell_unknown(stream, lane)
@@ -216,6 +219,8 @@ class Host:
             total, each = len(steps), 1
         else:
             total, each = int(steps.sum()), int(steps[0]) if (steps == steps[0]).all() else 0
+        if not is_whole:
+            each = 0  # rows of other lanes lie between: only the queues tell them apart
         stream.queued_steps += total
         self._scheduler.push(
             Frame(stream.number, lanes, slots, steps, starts, first, inputs, errors, each, arrived)

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from sluice_protos.sequences_pb2 import Closed, Limits, Opened, OpenSequence
 from sluice_service.arena import Arena
-from sluice_service.claims import Claim, Record, decide
+from sluice_service.claims import TABLE, Claim, Record, decide
 from sluice_service.clock import AwakeClock
 from sluice_service.errors import (
     DrainingError,
@@ -27,6 +27,8 @@ from sluice_service.sequences import Held, Phase, Sequence, Sequences
 from sluice_service.streams import LANES_MAX, Delivery, Stream, cut
 
 Reason = Closed.Reason
+# Of a sequence's id and of a writer.
+_NAME_BYTES_MAX = 512
 
 
 class Lanes:
@@ -124,6 +126,7 @@ class Lanes:
             raise LaneInUseError(
                 f"lane {request.lane} has a sequence; take another lane or wait for its Closed"
             )
+        _check_names(request)
         if not request.sequence_id:
             request.sequence_id = uuid.uuid4().hex
         claim = decide(self._sequences.record(request.sequence_id), request)
@@ -172,7 +175,13 @@ class Lanes:
         """Take a live sequence from its lane, and from its writer where the claim says so."""
         table, slot = self._sequences, sequence.slot
         received, step = table.held_from(slot), int(table.step[slot])
-        if request.HasField("received") and claim is not Claim.WIPE:
+        is_wiped = claim is Claim.WIPE
+        row = (
+            self._inputs.state_row(request.state)
+            if is_wiped and request.HasField("state")
+            else None
+        )
+        if request.HasField("received") and not is_wiped:
             if not received <= request.received <= step:
                 raise OutOfRangeError(
                     f"sequence {request.sequence_id!r} holds outputs {received} to {step}, "
@@ -183,9 +192,12 @@ class Lanes:
             received = step  # outputs of another handle are not this one's
         self.part(sequence, Closed.FENCED)
         table.received[slot] = received
-        if claim is Claim.WIPE:
-            self._arena.reset(slot)
-            table.rewind(slot, 0)
+        if is_wiped:
+            if row is None:
+                self._arena.reset(slot)
+            else:
+                self._arena.put(np.array([slot]), row[np.newaxis])
+            table.rewind(slot, 0 if row is None else request.state.step)
             sequence.held.clear()
         if claim is not Claim.RESUME:
             sequence.record.writer = request.writer
@@ -260,6 +272,8 @@ class Lanes:
         delivery.responses = responses
         if stream.has_writer and stream.number in self._streams:
             stream.unacknowledged.append(delivery)
+            if len(stream.unacknowledged) > stream.unacknowledged_max:
+                self._forget_received(stream)
 
     def acknowledge(self, stream: Stream, lanes: Integers, received: Integers) -> None:
         """The client has the outputs of `lanes` [n] up to `received` [n]."""
@@ -267,9 +281,7 @@ class Lanes:
         for slot, step in zip(slots.tolist(), received.tolist(), strict=True):
             if slot >= 0:
                 self._acknowledge(np.array([slot]), np.array([step]))
-        due = [delivery for delivery in stream.unacknowledged if self._is_due(delivery)]
-        stream.unacknowledged.clear()
-        stream.unacknowledged.extend(due)
+        self._forget_received(stream)
 
     def acknowledge_responses(self, stream: Stream, responses: int) -> None:
         """The client has read that many responses of the stream."""
@@ -281,6 +293,14 @@ class Lanes:
             if not is_same.all():
                 slots, ends = slots[is_same], ends[is_same]
             self._acknowledge(slots, ends)
+
+    def _forget_received(self, stream: Stream) -> None:
+        """Let go of what nobody can ask for again: it arrived, or its sequence went elsewhere."""
+        due = [delivery for delivery in stream.unacknowledged if self._is_due(delivery)]
+        stream.unacknowledged.clear()
+        stream.unacknowledged.extend(due)
+        # Looking again only after as many more keeps this cheap.
+        stream.unacknowledged_max = 2 * len(due) + 64
 
     def _acknowledge(self, slots: Integers, ends: Integers) -> None:
         """Outputs of `slots` [n], all different, have arrived up to `ends` [n]."""
@@ -307,10 +327,10 @@ class Lanes:
         if only is not None:
             wanted &= delivery.slots == only
         if wanted.any():
-            for index, first, steps, outputs in delivery.chunks():
-                if wanted[index]:
-                    sequence = self._sequences.at(int(delivery.slots[index]))
-                    sequence.held.append(Held(first, steps, outputs))
+            kept = delivery.only(wanted)
+            for index, first, steps, outputs in kept.chunks():
+                sequence = self._sequences.at(int(kept.slots[index]))
+                sequence.held.append(Held(first, steps, outputs))
 
     def _resend(self, stream: Stream, sequence: Sequence, lane: int) -> None:
         """Send what is held from `received` on, once, on the new lane."""
@@ -331,3 +351,15 @@ class Lanes:
                     )
                 )
         sequence.held.clear()
+
+
+def _check_names(request: OpenSequence) -> None:
+    """Refuse what no open can mean. Raises InvalidInputError."""
+    if request.mode not in TABLE:
+        raise InvalidInputError(f"there is no open mode {request.mode}")
+    for name, size in (
+        ("sequence_id", len(request.sequence_id.encode())),
+        ("writer", len(request.writer)),
+    ):
+        if size > _NAME_BYTES_MAX:
+            raise InvalidInputError(f"{name} has {size} bytes; {_NAME_BYTES_MAX} are allowed")

@@ -87,14 +87,12 @@ class RunLoop:
         result: asyncio.Future[T] = asyncio.get_running_loop().create_future()
 
         def act() -> None:
+            if result.cancelled():  # whoever asked is gone: its stream has ended
+                return
             try:
-                value = action()
+                result.set_result(action())
             except Exception as error:
-                if not result.cancelled():
-                    result.set_exception(error)
-            else:
-                if not result.cancelled():
-                    result.set_result(value)
+                result.set_exception(error)
 
         self._waiting.append(act)
         return await result
@@ -155,6 +153,8 @@ class RunLoop:
             self.settle()
         if self._scheduler.has_ready:
             self.wake()
+        else:
+            self._idle.set()
 
     def _apply(self, run: Run, outcome: Outcome) -> None:
         """Make a run's states the sequences' own and hand its outputs to their streams."""

@@ -108,9 +108,10 @@ class Scheduler:
             self._make_ready(waiting)
 
     def is_stuck(self, slots: Slots) -> bool:
-        """True when every queue of `slots` is empty or waits for acknowledgements."""
+        """True when none of `slots` runs, and each queue is empty or waits for acknowledgements."""
         self._enqueue_inbox()
-        return bool(((self._queues.head[slots] == NONE) | self._is_stalled[slots]).all())
+        is_done = (self._queues.head[slots] == NONE) | self._is_stalled[slots]
+        return bool((is_done & ~self._sequences.is_running[slots]).all())
 
     def drop(self, slot: int) -> None:
         """Forget everything queued for a slot."""
@@ -282,7 +283,8 @@ class Scheduler:
                 self._drop_steps(slot, step - first)
                 queues.consume(np.array([node]), np.array([step - first]))
                 return True
-            if kind == Kind.FAULTY and (is_expected or not was_faulted):
+            is_past = first + max(steps, 1) <= step
+            if kind == Kind.FAULTY and not is_past and (is_expected or not was_faulted):
                 self._fault(slot, queues.errors[node])
             elif first > step and not was_faulted:
                 self._fault(slot, _gap(first, step))

@@ -114,6 +114,8 @@ class Stream:
         self.number = number
         self.outbox: deque[Notice | Delivery] = deque()
         self.unacknowledged: deque[Delivery] = deque()
+        # Beyond so many of them it is worth a look whether all are still due.
+        self.unacknowledged_max = 64
         self.queued_steps = 0
         # True once a lane was opened that may ask for its outputs again.
         self.has_writer = False

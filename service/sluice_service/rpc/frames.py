@@ -16,7 +16,7 @@ from sluice_protos.sequences_pb2 import (
     Tensor,
 )
 from sluice_service.errors import InvalidInputError, RequestError
-from sluice_service.inputs import InputRules
+from sluice_service.inputs import STEPS_MAX, InputRules
 from sluice_service.ragged import Array, Integers, ones
 from sluice_service.streams import Delivery, Notice
 
@@ -53,8 +53,8 @@ class Chunks:
             if request.steps:
                 self.steps = _parallel("steps", np.array(request.steps, np.int64), count)
             if request.first_step:
-                named = np.array(request.first_step, np.uint64).astype(np.int64)
-                self.first = _parallel("first_step", named, count)
+                named = np.minimum(np.array(request.first_step, np.uint64), STEPS_MAX)
+                self.first = _parallel("first_step", named.astype(np.int64), count)
             self.inputs = rules.decode(list(request.inputs), int(self.steps.sum()))
         except InvalidInputError as error:
             self.inputs = error
@@ -72,7 +72,8 @@ class Encoder:
     """Packs what waits in an outbox into as few responses as order and size allow."""
 
     def __init__(self, rules: InputRules, *, response_bytes_max: int) -> None:
-        budget = (response_bytes_max or RESPONSE_BYTES_DEFAULT) - _RESPONSE_BYTES
+        # However little a client takes, a response carries one row or one notice.
+        budget = max(1, (response_bytes_max or RESPONSE_BYTES_DEFAULT) - _RESPONSE_BYTES)
         self._bytes_max = budget
         self._rows_max = max(1, budget // (rules.output_step_bytes + _CHUNK_BYTES))
 

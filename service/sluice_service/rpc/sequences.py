@@ -144,6 +144,8 @@ class _Session:
             if self._stream.outbox and not self._is_writing:
                 # What came of it at once goes out at once, without a task switch.
                 await self._empty_outbox()
+                if self._stream.is_drained:
+                    self._changed.set()
             if self._stream.is_ahead:
                 self._may_read.clear()
                 await self._may_read.wait()
@@ -168,6 +170,10 @@ class _Session:
         if request.lane:
             chunks = Chunks(request, host.inputs)
             host.submit(stream, chunks.lanes, chunks.steps, chunks.first, chunks.inputs)
+        elif request.inputs or request.steps or request.first_step:
+            raise RequestError(
+                "a message has chunks that belong to no lane; `lane` names one for each chunk"
+            )
         if request.close:
             host.end_after(stream, request.close, Kind.CLOSE)
         if request.park:
@@ -179,7 +185,10 @@ class _Session:
             await self._empty_outbox()
             if not stream.is_ahead:
                 self._may_read.set()
-            if stream.is_drained or (stream.is_half_closed and host.is_finished(stream)):
+            # Whatever the reader is sending must be out before the stream ends.
+            if not self._is_writing and (
+                stream.is_drained or (stream.is_half_closed and host.is_finished(stream))
+            ):
                 return
             self._changed.clear()
             await self._changed.wait()

@@ -1,4 +1,4 @@
-"""The run loop: when a run ends, the next one takes whatever is ready. No timer."""
+"""The run loop: when a run ends, the next one takes whatever is ready, without a timer."""
 
 import asyncio
 from collections.abc import Callable

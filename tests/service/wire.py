@@ -1,9 +1,10 @@
-"""Speaks Infer message by message and files what comes back by lane; and starts servers to speak to.
+"""Speaks Infer message by message and files what comes back by lane; starts servers to speak to.
 
 Knows the protocol only; every wait has an end.
 """
 
 import asyncio
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -222,7 +223,7 @@ class Wire:
         await self.until(lambda: self.steps(lane) >= steps or self.faults[lane])
         assert not self.faults[lane], self.faults[lane]
         pieces = self.pieces.pop(lane)
-        for (first, count, _), (following, _, _) in zip(pieces, pieces[1:], strict=False):
+        for (first, count, _), (following, _, _) in itertools.pairwise(pieces):
             assert following == first + count
         return [b"".join(parts) for parts in zip(*(cells for *_, cells in pieces), strict=True)]
 

@@ -50,8 +50,14 @@ class Model:
             ) from error
         self.contract = contract
         self.initial_state = initial_row(contract)
+        # What every run asks of the contract, looked up once: protobuf fields cost time.
+        self._inputs = [(spec.name, _axes(spec)) for spec in contract.inputs]
+        self._output_axes = [_axes(spec) for spec in contract.outputs]
+        self._lengths_input = contract.lengths_input
+        self._state_input = contract.state_input
+        self._batch_min, self._length_min = contract.batch_min, contract.length_min
         self._output_names = [spec.name for spec in contract.outputs]
-        if contract.state_size:
+        if self._state_input:
             self._output_names.append(contract.state_output)
 
     @classmethod
@@ -86,30 +92,32 @@ class Model:
         if batch < 1 or steps < 1:
             # ONNX Runtime would abort the process at batch 0, zero a state at length 0.
             raise RunError(f"a run needs rows and steps; it was given {batch} rows of {steps}")
-        batch_run = max(batch, self.contract.batch_min)
-        steps_run = max(steps, self.contract.length_min)
-        if (batch_run, steps_run) != (batch, steps):
+        is_small = batch < self._batch_min or steps < self._length_min
+        if is_small:
+            batch_run = max(batch, self._batch_min)
+            steps_run = max(steps, self._length_min)
             inputs = [_pad(array, batch_run, steps_run) for array in inputs]
             lengths = np.pad(lengths, (0, batch_run - batch), constant_values=1)
             state = np.pad(state, ((0, batch_run - batch), (0, 0)))
         feed = {
-            spec.name: _to_graph(array, spec)
-            for spec, array in zip(self.contract.inputs, inputs, strict=True)
+            name: _to_graph(array, axes)
+            for (name, axes), array in zip(self._inputs, inputs, strict=True)
         }
-        if self.contract.lengths_input:
-            feed[self.contract.lengths_input] = lengths
-        if self.contract.state_size:
-            feed[self.contract.state_input] = state
+        if self._lengths_input:
+            feed[self._lengths_input] = lengths
+        if self._state_input:
+            feed[self._state_input] = state
         try:
             results = self._session.run(self._output_names, feed)
         except Exception as error:
             raise RunError(f"{self.contract.name}: the run failed ({error})") from error
-        state_out = results.pop() if self.contract.state_size else state
+        state_out = results.pop() if self._state_input else state
         outputs = [
-            _from_graph(array, spec)[:batch, :steps]
-            for spec, array in zip(self.contract.outputs, results, strict=True)
+            _from_graph(array, axes) for axes, array in zip(self._output_axes, results, strict=True)
         ]
-        return outputs, state_out[:batch]
+        if is_small:
+            return [array[:batch, :steps] for array in outputs], state_out[:batch]
+        return outputs, state_out
 
 
 def example_inputs(
@@ -139,15 +147,19 @@ def _pad(array: Array, batch: int, steps: int) -> Array:
     return padded
 
 
-def _to_graph(array: Array, spec: TensorSpec) -> Array:
+def _axes(spec: TensorSpec) -> tuple[int, int] | None:
+    """Where the graph has the batch and the time axis; None: first and second."""
+    axes = spec.batch_axis, spec.time_axis
+    return None if axes == (0, 1) else axes
+
+
+def _to_graph(array: Array, axes: tuple[int, int] | None) -> Array:
     """[batch, steps, …] with the axes where the graph has them."""
-    if (spec.batch_axis, spec.time_axis) == (0, 1):
+    if axes is None:
         return array
-    return np.ascontiguousarray(np.moveaxis(array, (0, 1), (spec.batch_axis, spec.time_axis)))
+    return np.ascontiguousarray(np.moveaxis(array, (0, 1), axes))
 
 
-def _from_graph(array: Array, spec: TensorSpec) -> Array:
+def _from_graph(array: Array, axes: tuple[int, int] | None) -> Array:
     """The inverse of `_to_graph`."""
-    if (spec.batch_axis, spec.time_axis) == (0, 1):
-        return array
-    return np.moveaxis(array, (spec.batch_axis, spec.time_axis), (0, 1))
+    return array if axes is None else np.moveaxis(array, axes, (0, 1))

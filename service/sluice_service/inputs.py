@@ -12,6 +12,21 @@ from sluice_service.ragged import Array, Integers, is_finite, is_ones
 STEPS_MAX = 1 << 61
 
 
+class _Rule:
+    """What one input must be: its spec, looked up once, because protobuf fields cost time."""
+
+    __slots__ = ("datatype", "dtype", "is_float", "name", "range", "row_bytes", "shape")
+
+    def __init__(self, spec: TensorSpec) -> None:
+        self.name = spec.name
+        self.datatype = spec.datatype
+        self.dtype = DTYPES[spec.datatype]
+        self.shape = tuple(spec.shape)
+        self.row_bytes = int(np.prod(spec.shape, dtype=np.int64)) * self.dtype.itemsize
+        self.is_float = self.dtype.kind == "f"
+        self.range = (spec.valid.min, spec.valid.max) if spec.HasField("valid") else None
+
+
 class InputRules:
     """What one model's inputs must be."""
 
@@ -21,15 +36,11 @@ class InputRules:
         self._contract = contract
         self._chunk_steps_max = chunk_steps_max
         self._refuses_non_finite = refuses_non_finite
-        self._names = [spec.name for spec in contract.inputs]
+        self._rules = [_Rule(spec) for spec in contract.inputs]
+        self._names = [rule.name for rule in self._rules]
         self._expected = set(self._names)
-        # What decoding asks of each input, looked up once: protobuf fields cost time.
-        self._specs = [
-            (spec.name, DTYPES[spec.datatype], tuple(spec.shape), _row_bytes(spec), spec)
-            for spec in contract.inputs
-        ]
-        self.step_bytes = sum(map(_row_bytes, contract.inputs))
-        self.output_step_bytes = sum(map(_row_bytes, contract.outputs))
+        self.step_bytes = sum(rule.row_bytes for rule in self._rules)
+        self.output_step_bytes = sum(_Rule(spec).row_bytes for spec in contract.outputs)
 
     def decode(self, tensors: "list[Tensor]", rows: int) -> list[Array]:
         """One [rows, …] for each input, in the contract's order, without a copy.
@@ -43,25 +54,24 @@ class InputRules:
                 f"inputs {sent} were sent; the model takes {sorted(self._names)}, each once"
             )
         arrays: list[Array] = []
-        for name, dtype, shape, row_bytes, spec in self._specs:
-            tensor = by_name[name]
-            datatype = tensor.datatype
-            if datatype and datatype != spec.datatype:
+        for rule in self._rules:
+            tensor = by_name[rule.name]
+            datatype, shape, data = tensor.datatype, tensor.shape, tensor.data
+            if datatype and datatype != rule.datatype:
                 raise InvalidInputError(
-                    f"input {name!r} is {datatype}; the model takes {spec.datatype}"
+                    f"input {rule.name!r} is {datatype}; the model takes {rule.datatype}"
                 )
-            if tensor.shape and tuple(tensor.shape) != shape:
+            if shape and tuple(shape) != rule.shape:
                 raise InvalidInputError(
-                    f"a row of input {name!r} has shape {list(tensor.shape)}; "
-                    f"the model takes {list(shape)}"
+                    f"a row of input {rule.name!r} has shape {list(shape)}; "
+                    f"the model takes {list(rule.shape)}"
                 )
-            data = tensor.data
-            if len(data) != rows * row_bytes:
+            if len(data) != rows * rule.row_bytes:
                 raise InvalidInputError(
-                    f"input {name!r} has {len(data)} bytes; {rows} rows of {spec.datatype} "
-                    f"{list(shape)} are {rows * row_bytes}"
+                    f"input {rule.name!r} has {len(data)} bytes; {rows} rows of {rule.datatype} "
+                    f"{list(rule.shape)} are {rows * rule.row_bytes}"
                 )
-            arrays.append(np.frombuffer(data, dtype).reshape(rows, *shape))
+            arrays.append(np.frombuffer(data, rule.dtype).reshape(rows, *rule.shape))
         return arrays
 
     def judge(self, arrays: list[Array], starts: Integers, steps: Integers) -> dict[int, LaneError]:
@@ -78,8 +88,8 @@ class InputRules:
                     f"a chunk of {int(steps[index])} steps; chunk_steps_max is "
                     f"{self._chunk_steps_max}: send it in pieces"
                 )
-        for spec, array in zip(self._contract.inputs, arrays, strict=True):
-            is_bad = self._bad_rows(spec, array)
+        for rule, array in zip(self._rules, arrays, strict=True):
+            is_bad = self._bad_rows(rule, array)
             if is_bad is None:
                 continue
             rows = np.flatnonzero(is_bad)
@@ -90,7 +100,7 @@ class InputRules:
             owners, within = owners[is_owned], within[is_owned]
             indices, places = np.unique(owners, return_index=True)
             for index, step in zip(indices.tolist(), within[places].tolist(), strict=True):
-                errors.setdefault(index, _bad_value(spec, step))
+                errors.setdefault(index, _bad_value(rule, step))
         return errors
 
     def state_row(self, state: SequenceState) -> Array:
@@ -116,13 +126,14 @@ class InputRules:
     def _name(self, index: int) -> str:
         return self._names[index] if index < len(self._names) else f"number {index}"
 
-    def _bad_rows(self, spec: TensorSpec, array: Array) -> Array | None:
+    def _bad_rows(self, rule: _Rule, array: Array) -> Array | None:
         """[rows] which rows have a value the model cannot take, or None where none has."""
-        if spec.HasField("valid"):
-            if not array.size or (array.min() >= spec.valid.min and array.max() <= spec.valid.max):
+        if rule.range is not None:
+            low, high = rule.range
+            if not array.size or (array.min() >= low and array.max() <= high):
                 return None
-            is_bad = (array < spec.valid.min) | (array > spec.valid.max)
-        elif self._refuses_non_finite and array.dtype.kind == "f":
+            is_bad = (array < low) | (array > high)
+        elif self._refuses_non_finite and rule.is_float:
             if is_finite(array):
                 return None
             is_bad = ~np.isfinite(array)
@@ -131,17 +142,13 @@ class InputRules:
         return np.asarray(is_bad.reshape(len(array), -1).any(axis=1))
 
 
-def _row_bytes(spec: TensorSpec) -> int:
-    return int(np.prod(spec.shape, dtype=np.int64)) * DTYPES[spec.datatype].itemsize
-
-
-def _bad_value(spec: TensorSpec, step: int) -> InvalidInputError:
-    if spec.HasField("valid"):
+def _bad_value(rule: _Rule, step: int) -> InvalidInputError:
+    if rule.range is not None:
         return InvalidInputError(
-            f"input {spec.name!r} has a value outside {spec.valid.min} to {spec.valid.max} "
+            f"input {rule.name!r} has a value outside {rule.range[0]} to {rule.range[1]} "
             f"in step {step} of the chunk"
         )
     return InvalidInputError(
-        f"input {spec.name!r} has NaN or infinity in step {step} of the chunk; "
+        f"input {rule.name!r} has NaN or infinity in step {step} of the chunk; "
         "clean the data, or serve with --non-finite allow"
     )

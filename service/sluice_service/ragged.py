@@ -11,6 +11,8 @@ Integers = NDArray[np.int64]
 
 # Most chunks are of one step: views of these cost less than arrays made anew.
 _CACHED = 65_536
+# Values up to which one pass that makes an array is cheaper than two that make none.
+_SMALL = 32_768
 _ONES: Final = np.ones(_CACHED, np.int64)
 _COUNT: Final = np.arange(_CACHED)
 _ONES.flags.writeable = _COUNT.flags.writeable = False
@@ -40,8 +42,10 @@ def starts_of(lengths: Integers) -> Integers:
 
 def is_finite(array: Array) -> bool:
     """True when no value is NaN or infinite."""
-    # Extremes carry NaN and infinity along, and take no array of booleans.
-    return not array.size or bool(np.isfinite(array.max()) and np.isfinite(array.min()))
+    if array.size < _SMALL:
+        return bool(np.isfinite(array).all())
+    # Extremes carry NaN and infinity along, and make no array of booleans.
+    return bool(np.isfinite(array.max()) and np.isfinite(array.min()))
 
 
 def is_whole(lengths: Integers, steps: int) -> bool:

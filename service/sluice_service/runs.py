@@ -23,8 +23,10 @@ from sluice_service.streams import Delivery
 log = structlog.get_logger()
 T = TypeVar("T")
 
-# Below this a hop to a thread and back costs more than it can overlap.
+# Below this a hop to a thread and back costs more than it can overlap; while one
+# stream is alone there is little to overlap with.
 _INLINE_SECONDS_MAX = 0.0003
+_INLINE_ALONE_SECONDS_MAX = 0.003
 
 
 class RunLoop:
@@ -123,7 +125,9 @@ class RunLoop:
             return
         self._metrics.run_started(run.arrived, run.weights)
         sequences, steps = run.inputs[0].shape[:2]
-        if self._engine.estimate(sequences, steps) <= _INLINE_SECONDS_MAX:
+        is_alone = len(self._lanes) == 1
+        inline_max = _INLINE_ALONE_SECONDS_MAX if is_alone else _INLINE_SECONDS_MAX
+        if self._engine.estimate(sequences, steps) <= inline_max:
             self._land(run, self._execute(run))
             return
         self._in_flight = run

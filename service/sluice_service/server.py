@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -103,6 +104,9 @@ class Server:
             ) from error
         await self._grpc.start()
         self._tasks = [asyncio.create_task(host.live()) for host in self._hosts.values()]
+        # What is alive now stays: the collector need not look at it again and again.
+        gc.collect()
+        gc.freeze()
         await self._say(is_ready=True)
         log.info(
             "ready",

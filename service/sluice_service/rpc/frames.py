@@ -44,8 +44,8 @@ class Chunks:
 
     def __init__(self, request: InferRequest, rules: InputRules) -> None:
         """Decode; an error in the shared arrays takes the place of the inputs."""
-        self.lanes: Integers = np.array(request.lane, np.int64)
-        count = len(self.lanes)
+        count = len(request.lane)
+        self.lanes: Integers = np.fromiter(request.lane, np.int64, count)
         self.steps = ones(count)
         self.first: Integers | None = None
         self.inputs: list[Array] | InvalidInputError

@@ -8,7 +8,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
@@ -98,7 +98,11 @@ cell_strategy = st.tuples(
 
 
 @settings(
-    max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=5,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    # Each example is an export: to shrink a failing one would take minutes.
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],
 )
 @given(cells=st.lists(cell_strategy, min_size=1, max_size=2), is_batch_first=st.booleans())
 def test_any_architecture_streams_as_its_module_computes(tmp_path, cells, is_batch_first):
@@ -144,6 +148,27 @@ def test_a_module_that_takes_its_state_streams_without_it(tmp_path):
     assert [spec.name for spec in contract.outputs] == ["y"]
     x = torch.randn(3, 9, 4)
     assert_streams_as(path, [run_torch(module, x, zeros(3))[0]], [x.numpy()])
+
+
+class SmallTokens(nn.Module):
+    """Tokens in eight bits, which are widened before the lookup."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(200, 5)
+        self.cell = nn.GRU(5, 6, batch_first=True)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.cell(self.embedding(tokens.long()))[0]
+
+
+def test_the_range_of_narrow_integers_is_found_through_a_cast(tmp_path):
+    torch.manual_seed(0)
+    path = tmp_path / "model.onnx"
+    example = torch.randint(0, 200, (2, 9), dtype=torch.uint8)
+    contract = export(SmallTokens(), example, path)
+    assert contract.inputs[0].datatype == "UINT8"
+    assert (contract.inputs[0].valid.min, contract.inputs[0].valid.max) == (0, 199)
 
 
 class SeparateStates(nn.Module):

@@ -175,6 +175,14 @@ def test_bits_that_depend_on_every_batch_are_not_called_exact():
     assert proof.figure > 0
 
 
+def test_a_lone_row_of_an_rnn_is_never_called_exact_even_where_a_sample_agrees():
+    model = sizes_model(less("batch", 1))
+    model.contract.cells.add(kind="RNN_RELU")
+    batch_min, _, proof = measure_minimums(model)
+    assert batch_min == 2
+    assert proof.passed
+
+
 def test_an_rnn_is_padded_to_a_batch_of_two(rnn_file):
     contract = Model.load(rnn_file.path).contract
     assert (contract.batch_min, contract.length_min) == (2, 1)

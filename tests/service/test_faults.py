@@ -1,9 +1,13 @@
 """Bad input gets the right answer, changes nothing, and leaves the other lanes alone."""
 
+from pathlib import Path
+
 import numpy as np
+import onnx
 import pytest
 from grpc import StatusCode
 
+from sluice_model import read_contract, write_contract
 from sluice_protos.sequences_pb2 import (
     RESTART,
     RESUME,
@@ -298,6 +302,39 @@ async def test_non_finite_values_pass_where_the_operator_allows_them(sums) -> No
     assert np.isposinf(rows[1:3]).all()
     assert np.isnan(rows[3])
     assert (await served.state("accumulator", "allowed")).step == 4
+
+
+@pytest.fixture
+def unchecked_file(embedding_file, tmp_path) -> Path:
+    """Tokens without their range in the contract: only the run itself finds a bad one."""
+    proto = onnx.load_model(embedding_file.path)
+    contract = read_contract(embedding_file.path)
+    contract.inputs[0].ClearField("valid")
+    write_contract(proto, contract)
+    path = tmp_path / "unchecked.onnx"
+    path.write_bytes(proto.SerializeToString())
+    return path
+
+
+async def test_a_run_that_fails_faults_the_lanes_to_blame_and_no_other(
+    serve, unchecked_file
+) -> None:
+    served = await serve({"unchecked": unchecked_file})
+    wire = served.wire("unchecked")
+    await wire.send(open=[OpenSequence(lane=n, sequence_id=str(n)) for n in range(7)])
+    tokens = np.random.default_rng(2).integers(0, 32, (7, 6))
+    bad = tokens.copy()
+    bad[2, 5] = bad[5, 0] = 1000
+    await wire.send(lane=range(7), steps=[6] * 7, inputs=[Tensor(data=bad.tobytes())])
+    for lane in (2, 5):
+        fault = await wire.next_fault(lane)
+        assert (fault.reason, fault.code) == (Fault.RUN_FAILED, StatusCode.INTERNAL.value[0])
+        assert fault.expected_step == 0
+        assert (await served.state("unchecked", str(lane))).step == 0
+        await wire.push(lane, tokens[lane], first=0)
+    for lane in range(7):
+        (offline,) = run_offline(unchecked_file, {"tokens": tokens[lane]})
+        assert (await wire.rows(lane, 6) == offline).all()
 
 
 async def test_a_second_start_of_a_live_id_is_refused(served) -> None:

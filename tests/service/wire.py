@@ -32,7 +32,7 @@ from sluice_protos.sequences_pb2_grpc import ModelsStub, SequencesStub
 from sluice_service.server import Server
 from sluice_service.settings import Settings
 
-SECONDS = 20
+SECONDS = 15
 # Lanes that no test takes: `Wire.settle` opens and closes sequences there.
 _SETTLE_LANE = 900
 
@@ -84,12 +84,12 @@ class Served:
 
     async def parked(self, model: str, *sequence_ids: str) -> None:
         """Wait until those sequences are on no stream."""
-        async with asyncio.timeout(SECONDS):
-            while True:
-                infos = await self.list(model)
-                if all(infos[name].is_parked for name in sequence_ids):
-                    return
-                await asyncio.sleep(0.01)
+        (host,) = (host for name, host in self.server._hosts.items() if name == model)
+        await eventually(
+            lambda: all(
+                info.is_parked for info in host.list_sequences() if info.sequence_id in sequence_ids
+            )
+        )
 
     def metric(self, name: str, **labels: str) -> float:
         """A sample as it stands now; 0 where there is none yet."""
@@ -240,6 +240,13 @@ class Wire:
         """Return once everything sent before has had its turn and its answer is here."""
         await self.send(open=[OpenSequence(lane=_SETTLE_LANE)], close=[_SETTLE_LANE])
         assert await self.next_closed(_SETTLE_LANE) == Closed.CLIENT
+
+
+async def eventually(is_true: Callable[[], object]) -> None:
+    """Return once the condition holds."""
+    async with asyncio.timeout(SECONDS):
+        while not is_true():  # noqa: ASYNC110 — what is waited for has no event to wait on
+            await asyncio.sleep(0.001)
 
 
 def _as_bytes(message: InferRequest | bytes) -> bytes:

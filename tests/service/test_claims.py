@@ -1,0 +1,137 @@
+"""Who may open a sequence: the table of the protocol, written here once more."""
+
+import itertools
+
+import pytest
+
+from sluice_protos.sequences_pb2 import (
+    RESTART,
+    RESUME,
+    START,
+    START_OR_RESUME,
+    TAKEOVER,
+    OpenMode,
+    OpenSequence,
+)
+from sluice_service.claims import Claim, Record, decide
+from sluice_service.errors import (
+    ConflictError,
+    ExistsError,
+    FencedError,
+    NotFoundError,
+    SequenceClosedError,
+    StaleError,
+)
+
+EPOCH = 7
+
+# What the opener finds: a record of its own or another's, alive or closed, or none.
+FOUND = ("mine alive", "theirs alive", "mine closed", "theirs closed", "unknown")
+
+# The words of docs/protocol.md, row by row. "if" asks for the epoch of the record.
+TABLE = {
+    RESUME: ("resume", "fenced", "closed", "not found", "not found"),
+    START: ("resume", "exists", "closed", "create if", "create if"),
+    TAKEOVER: ("resume", "take if", "closed", "not found", "not found"),
+    START_OR_RESUME: ("resume", "take if", "closed", "create if", "create if"),
+    RESTART: ("resume", "wipe if", "closed", "create if", "create if"),
+}
+# Where an opener without a writer is answered otherwise, when the record has none either.
+ANONYMOUS = {
+    (START, "mine alive"): "exists",
+    (RESTART, "mine alive"): "wipe",
+    (START, "mine closed"): "create",
+    (START_OR_RESUME, "mine closed"): "create",
+    (RESTART, "mine closed"): "create",
+}
+# Over an id that another has closed, an opener without a writer needs no epoch.
+FREE = {(mode, "theirs closed"): "create" for mode in (START, START_OR_RESUME, RESTART)}
+
+CLAIMS = {
+    "resume": Claim.RESUME,
+    "create": Claim.CREATE,
+    "take": Claim.TAKE,
+    "wipe": Claim.WIPE,
+}
+REFUSALS = {
+    "fenced": FencedError,
+    "exists": ExistsError,
+    "closed": SequenceClosedError,
+    "not found": NotFoundError,
+}
+
+
+def _record(found: str, writer: bytes) -> Record | None:
+    if found == "unknown":
+        return None
+    whose, state = found.split()
+    owner = writer if whose == "mine" else b"somebody else"
+    return Record(owner, 3, EPOCH, is_alive=state == "alive", ending="it was idle")
+
+
+def _expect(answer: str, record: Record | None, request: OpenSequence) -> None:
+    before = repr(record)
+    word, needs_epoch, _ = answer.partition(" if")
+    epoch = record.epoch if record is not None else 0
+    if answer in REFUSALS:
+        with pytest.raises(REFUSALS[answer]):
+            decide(record, request)
+    elif needs_epoch and request.expected_epoch != epoch:
+        with pytest.raises(ConflictError, match=f"expected_epoch {epoch}") as caught:
+            decide(record, request)
+        assert caught.value.epoch == epoch
+    else:
+        assert decide(record, request) is CLAIMS[word]
+    assert repr(record) == before  # to decide is not to do
+
+
+CASES = list(itertools.product(TABLE, FOUND))
+EPOCHS = (0, EPOCH - 1, EPOCH, EPOCH + 1)
+
+
+@pytest.mark.parametrize("expected_epoch", EPOCHS)
+@pytest.mark.parametrize(("mode", "found"), CASES)
+def test_an_open_of_a_writer_is_answered_as_the_table_says(mode, found, expected_epoch) -> None:
+    request = OpenSequence(
+        sequence_id="s", mode=mode, writer=b"me", attempt=3, expected_epoch=expected_epoch
+    )
+    _expect(TABLE[mode][FOUND.index(found)], _record(found, b"me"), request)
+
+
+@pytest.mark.parametrize("expected_epoch", EPOCHS)
+@pytest.mark.parametrize(("mode", "found"), CASES)
+def test_an_open_without_a_writer_is_answered_as_the_table_says(
+    mode, found, expected_epoch
+) -> None:
+    request = OpenSequence(sequence_id="s", mode=mode, attempt=3, expected_epoch=expected_epoch)
+    answer = {**ANONYMOUS, **FREE}.get((mode, found), TABLE[mode][FOUND.index(found)])
+    _expect(answer, _record(found, b""), request)
+
+
+def test_the_table_has_every_mode_there_is() -> None:
+    assert set(TABLE) == set(OpenMode.values())
+
+
+@pytest.mark.parametrize("mode", TABLE)
+@pytest.mark.parametrize("found", ["mine alive", "mine closed"])
+def test_a_lower_attempt_of_the_same_writer_is_stale_whatever_it_asks(mode, found) -> None:
+    request = OpenSequence(sequence_id="s", mode=mode, writer=b"me", attempt=2)
+    with pytest.raises(StaleError, match="attempt 2 comes after attempt 3"):
+        decide(_record(found, b"me"), request)
+
+
+@pytest.mark.parametrize("attempt", [3, 4])
+def test_an_attempt_may_come_twice_and_rise(attempt) -> None:
+    request = OpenSequence(sequence_id="s", mode=RESUME, writer=b"me", attempt=attempt)
+    assert decide(_record("mine alive", b"me"), request) is Claim.RESUME
+
+
+def test_attempts_of_another_writer_do_not_count() -> None:
+    request = OpenSequence(sequence_id="s", mode=TAKEOVER, writer=b"me", expected_epoch=EPOCH)
+    assert decide(_record("theirs alive", b"me"), request) is Claim.TAKE
+
+
+def test_a_closed_sequence_tells_its_writer_why() -> None:
+    request = OpenSequence(sequence_id="s", mode=RESUME, writer=b"me", attempt=3)
+    with pytest.raises(SequenceClosedError, match="it was idle"):
+        decide(_record("mine closed", b"me"), request)

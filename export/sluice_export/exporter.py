@@ -89,11 +89,11 @@ def export(
     proto = make_graph(original, survey.signature.as_float(), state_size=contract.state_size)
     bare = without_traces(proto)
     write_contract(bare, contract)
-    model = Model(bare.SerializeToString(), contract)
+    data = bare.SerializeToString()
     reference = Reference(original, layers, survey.signature)
     tell("measuring the smallest batch and length", 0.3)
-    contract.batch_min, contract.length_min, sizes = measure_minimums(model)
-    evidence = Evidence(model, reference, tolerance=tolerance)
+    contract.batch_min, contract.length_min, sizes = measure_minimums(Model(data, contract))
+    evidence = Evidence(Model(data, contract), reference, tolerance=tolerance)
     contract.proofs.extend([*_prove(evidence, proto, tell), sizes])
     for proof in contract.proofs:
         if not proof.passed:

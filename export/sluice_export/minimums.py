@@ -21,8 +21,9 @@ _VALUES_MAX: Final = 2**24
 def measure_minimums(model: Model) -> tuple[int, int, Proof]:
     """(batch_min, length_min, proof): runs of every larger size give each row the same bits.
 
-    Compares the rows of runs of many sizes with those of one large run. Where no
-    small size does, both are 1 and the proof has not passed.
+    `model` pads nothing: both are 1 in its contract. Compares the rows of runs of
+    many sizes with those of one large run. Where no small size does, both are 1 and
+    the proof has not passed.
     """
     batches = _affordable_batches(model)
     if any(cell.kind.startswith("RNN") for cell in model.contract.cells):

@@ -1,0 +1,386 @@
+"""What goes into a run, against a naive model of queues: any order of events, every step once.
+
+No sockets, no clock, no ONNX Runtime: a run here is what the scheduler says it is.
+"""
+
+from collections import Counter, deque
+from dataclasses import dataclass, field
+
+import numpy as np
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
+
+from sluice_service.claims import Record
+from sluice_service.errors import GapError, InvalidInputError
+from sluice_service.queues import Frame, Kind
+from sluice_service.ragged import ones
+from sluice_service.scheduler import Ending, Run, Scheduler
+from sluice_service.sequences import ALL, NONE, Sequences
+
+SLOTS = 6
+STREAMS = 2
+UNACKNOWLEDGED_MAX = 5
+RUN_STEPS_MAX = 3
+RUN_CELLS_MAX = 8
+
+
+@dataclass
+class Chunk:
+    """What one lane sent at once: rows of values that are all different."""
+
+    first: int
+    is_named: bool
+    values: list[float]
+    is_bad: bool
+
+
+@dataclass
+class Lane:
+    """A sequence as the protocol describes it, one step at a time."""
+
+    is_anonymous: bool
+    is_attached: bool = False
+    step: int = 0
+    sent: int = 0
+    received: int = 0
+    is_faulted: bool = False
+    queue: deque[Chunk | Ending] = field(default_factory=deque)
+
+    def settle(self) -> tuple[list[type], list[Ending]]:
+        """Work off what cannot be applied; the faults and the ending that come of it."""
+        faults: list[type] = []
+        while self.queue:
+            chunk = self.queue[0]
+            if isinstance(chunk, Ending):
+                self.queue.clear()
+                return faults, [chunk]
+            end = chunk.first + len(chunk.values)
+            is_past = max(end, chunk.first + 1) <= self.step
+            is_gap = chunk.first > self.step
+            if self.is_faulted and (is_gap or not chunk.is_named):
+                pass
+            elif chunk.is_bad and not is_past:
+                faults.append(InvalidInputError)
+                self.is_faulted = True
+            elif is_gap:
+                faults.append(GapError)
+                self.is_faulted = True
+            elif not chunk.is_bad and end > self.step:
+                self.is_faulted = False
+                del chunk.values[: self.step - chunk.first]
+                chunk.first = self.step
+                return faults, []
+            self.queue.popleft()
+        return faults, []
+
+    @property
+    def room(self) -> int:
+        """How many steps may run before the client must acknowledge some."""
+        return self.received + UNACKNOWLEDGED_MAX - self.step if not self.is_anonymous else 99
+
+    @property
+    def is_stalled(self) -> bool:
+        return self.room <= 0 and bool(self.queue) and isinstance(self.queue[0], Chunk)
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Streams that push, acknowledge, part and come again, while runs start and land."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = Sequences(SLOTS, tombstones_max=4, tombstone_seconds=1)
+        self.scheduler = Scheduler(
+            self.table,
+            SLOTS,
+            run_sequences_max=4,
+            run_steps_max=RUN_STEPS_MAX,
+            run_cells_max=RUN_CELLS_MAX,
+            unacknowledged_steps_max=UNACKNOWLEDGED_MAX,
+        )
+        self.value = 0.0
+        self.run: Run | None = None
+        self.streams = list(range(1, STREAMS + 1))
+        self.owed: Counter[int] = Counter()  # steps of each stream without an answer
+        self.lanes = [Lane(is_anonymous=slot % 3 == 2) for slot in range(SLOTS)]
+        for slot in range(SLOTS):
+            self._create(slot)
+            self._attach(slot)
+
+    def _create(self, slot: int) -> None:
+        writer = b"" if self.lanes[slot].is_anonymous else b"w"
+        record = Record(writer, 0, self.table.raise_epoch(), is_alive=True)
+        self.table.create(str(slot), slot, record, step=0, now=0)
+
+    def _attach(self, slot: int) -> None:
+        lane = self.lanes[slot]
+        stream = self.streams[slot % STREAMS]
+        self.table.attach(self.table.at(slot), stream, lane=slot + 10, now=0)
+        lane.is_attached = True
+        lane.is_faulted = False
+        lane.sent = lane.step
+
+    def _part(self, slot: int) -> None:
+        self.scheduler.drop(slot)
+        self.table.detach(self.table.at(slot))
+        self.lanes[slot].queue.clear()
+        self.lanes[slot].is_attached = False
+
+    def _book_dropped(self) -> None:
+        for stream, steps in self.scheduler.dropped:
+            assert steps > 0
+            self.owed[stream] -= steps
+        self.scheduler.dropped.clear()
+
+    # What clients do.
+
+    @rule(
+        number=st.integers(0, STREAMS - 1),
+        chunks=st.lists(
+            st.tuples(
+                st.integers(0, SLOTS // STREAMS - 1),  # whose
+                st.sampled_from([0, 1, 1, 1, 1, 2, 3, 7]),  # how many steps
+                st.sampled_from([0, 0, 0, 0, 0, -1, -3, 1]),  # off the place it belongs
+                st.sampled_from([False] * 9 + [True]),  # bad
+            ),
+            min_size=1,
+            max_size=6,
+        ),
+        is_named=st.booleans(),
+        has_strangers=st.sampled_from([False, False, True]),
+    )
+    def push(self, number, chunks, is_named, has_strangers) -> None:
+        slots, steps, starts, first, errors = [], [], [], [], {}
+        base, row = self.value, 0
+        for which, count, offset, is_bad in chunks:
+            slot = number + STREAMS * which
+            lane = self.lanes[slot]
+            if not lane.is_attached:
+                continue
+            if has_strangers:
+                row += 2  # rows of a lane that is not open
+            if is_bad or not count:
+                errors[len(slots)] = InvalidInputError("bad")
+            begin = max(lane.sent + offset, 0) if is_named else lane.sent
+            values = [base + row + index for index in range(count)]
+            lane.queue.append(Chunk(begin, is_named, values, is_bad or not count))
+            lane.sent = begin + count
+            slots.append(slot)
+            steps.append(count)
+            starts.append(row)
+            first.append(begin)
+            row += count
+        if not slots:
+            return
+        self.value += row
+        is_even = len(set(steps)) == 1 and not has_strangers
+        self.owed[self.streams[number]] += sum(steps)
+        self.scheduler.push(
+            Frame(
+                self.streams[number],
+                np.array(slots) + 10,
+                np.array(slots),
+                ones(len(steps)) if set(steps) == {1} else np.array(steps),
+                np.array(starts),
+                np.array(first) if is_named else None,
+                [np.arange(base, base + row).reshape(row, 1)],
+                errors,
+                steps[0] if is_even else 0,
+                0.0,
+            )
+        )
+
+    @rule(slot=st.integers(0, SLOTS - 1), ending=st.sampled_from(Ending))
+    def end_lane(self, slot, ending) -> None:
+        if self.lanes[slot].is_attached:
+            self.scheduler.push_ending(slot, Kind.CLOSE if ending is Ending.CLOSE else Kind.PARK)
+            self.lanes[slot].queue.append(ending)
+
+    @rule(slot=st.integers(0, SLOTS - 1), share=st.floats(0, 1))
+    def acknowledge(self, slot, share) -> None:
+        lane = self.lanes[slot]
+        if lane.is_anonymous:
+            return
+        lane.received += round(share * (lane.step - lane.received))
+        self.table.received[slot] = lane.received
+        self.scheduler.acknowledged(np.array([slot]))
+
+    @rule(number=st.integers(0, STREAMS - 1))
+    def lose_stream(self, number) -> None:
+        """May happen during a run: what runs goes on, what waits is dropped."""
+        for slot in range(number, SLOTS, STREAMS):
+            if self.lanes[slot].is_attached:
+                self._part(slot)
+        self._book_dropped()
+        self.streams[number] = max(self.streams) + 1
+
+    @precondition(lambda self: self.run is None)
+    @rule(slot=st.integers(0, SLOTS - 1))
+    def open_lane(self, slot) -> None:
+        if not self.lanes[slot].is_attached:
+            self._attach(slot)
+
+    # What the run loop does.
+
+    @precondition(lambda self: self.run is None)
+    @rule()
+    def start_run(self) -> None:
+        run = self.scheduler.next_run()
+        faults: dict[int, list[type]] = {}
+        endings: dict[int, list[Ending]] = {}
+        for slot, error in self.scheduler.faults:
+            faults.setdefault(slot, []).append(type(error))
+        for slot, ending in self.scheduler.endings:
+            endings.setdefault(slot, []).append(ending)
+        self.scheduler.faults.clear()
+        self.scheduler.endings.clear()
+        rows = [] if run is None else run.slots.tolist()
+        for slot in {*rows, *faults, *endings}:
+            expected = self.lanes[slot].settle()
+            assert (faults.get(slot, []), endings.get(slot, [])) == expected
+        for slot in endings:
+            self._end(slot, endings[slot][0])
+        self._book_dropped()
+        if run is None:
+            assert not self.scheduler.has_ready
+            return
+        assert len(set(rows)) == len(rows) > 0
+        self._check(run)
+        self.table.is_running[run.slots] = True
+        self.run = run
+
+    def _end(self, slot: int, ending: Ending) -> None:
+        self._part(slot)
+        if ending is Ending.CLOSE:
+            self.table.end(self.table.at(slot), "closed", now=0)
+            self.lanes[slot] = Lane(is_anonymous=self.lanes[slot].is_anonymous)
+            self._create(slot)
+
+    def _check(self, run: Run) -> None:
+        """Every row is the next steps of its sequence, and no longer than allowed."""
+        (inputs,) = run.inputs
+        batch, steps = inputs.shape[:2]
+        assert batch == len(run.slots) == len(run.lengths) == len(run.first) == sum(run.weights)
+        assert steps <= RUN_STEPS_MAX
+        assert steps == 1 or batch * steps <= RUN_CELLS_MAX
+        named = [(s.stream, lane) for s in run.segments for lane in s.lanes.tolist()]
+        for index, slot in enumerate(run.slots.tolist()):
+            lane, length = self.lanes[slot], int(run.lengths[index])
+            chunk = lane.queue[0]
+            assert named[index] == (self.streams[slot % STREAMS], slot + 10)
+            assert run.first[index] == lane.step
+            assert 1 <= length <= min(len(chunk.values), steps, lane.room)
+            assert inputs[index, :length, 0].tolist() == chunk.values[:length]
+
+    @precondition(lambda self: self.run is not None)
+    @rule(refused=st.sets(st.integers(0, 3)))
+    def land_run(self, refused) -> None:
+        run, self.run = self.run, None
+        self.table.is_running[run.slots] = False
+        applied = np.array([index not in refused for index in range(len(run.slots))])
+        self.table.step[run.slots] += np.where(applied, run.lengths, 0)
+        self.scheduler.finish(run, None if applied.all() else applied)
+        for segment in run.segments:
+            is_its = np.isin(run.slots + 10, segment.lanes)
+            self.owed[segment.stream] -= int(run.lengths[is_its].sum())
+        self._book_dropped()
+        for index, slot in enumerate(run.slots.tolist()):
+            lane = self.lanes[slot]
+            length = int(run.lengths[index])
+            if lane.is_attached:
+                chunk = lane.queue[0]
+                del chunk.values[:length]
+                chunk.first += length
+                if not applied[index] or not chunk.values:
+                    lane.queue.popleft()
+            if applied[index]:
+                lane.step += length
+            else:
+                self.table.stop(slot)
+                lane.is_faulted = True
+
+    def teardown(self) -> None:
+        """Let everything run out: nothing may be left that could have run."""
+        if self.run is not None:
+            self.land_run(set())
+        for _ in range(2000):
+            for slot in range(SLOTS):
+                self.acknowledge(slot, 1.0)
+            self.start_run()
+            if self.run is None:
+                break
+            self.land_run(set())
+        for slot, lane in enumerate(self.lanes):
+            assert lane.settle() == ([], [])
+            assert not lane.queue
+            assert self.table.step[slot] == lane.step
+        assert self.scheduler.is_stuck(np.arange(SLOTS))
+        # All credit has come back to the streams that are still there.
+        assert [self.owed[stream] for stream in self.streams] == [0] * STREAMS
+        # And nothing keeps memory.
+        assert not self.scheduler._queues.frames
+        assert not self.scheduler._queues.errors
+
+
+TestScheduler = SchedulerMachine.TestCase
+TestScheduler.settings = settings(
+    max_examples=150, stateful_step_count=40, deadline=None, derandomize=True
+)
+
+
+def _scheduler(slots: int) -> tuple[Sequences, Scheduler]:
+    table = Sequences(slots, tombstones_max=4, tombstone_seconds=1)
+    scheduler = Scheduler(
+        table,
+        slots,
+        run_sequences_max=slots,
+        run_steps_max=8,
+        run_cells_max=1000,
+        unacknowledged_steps_max=100,
+    )
+    for slot in range(slots):
+        record = Record(b"w", 0, table.raise_epoch(), is_alive=True)
+        table.attach(table.create(str(slot), slot, record, step=0, now=0), 1, slot, 0)
+    return table, scheduler
+
+
+def _frame(slots: list[int], steps: int) -> Frame:
+    count = len(slots)
+    rows = np.zeros((count * steps, 1))
+    lanes, lengths = np.array(slots), np.full(count, steps)
+    return Frame(1, lanes, lanes, lengths, lengths * 0, None, [rows], {}, steps, 0.0)
+
+
+def test_nobody_waits_for_a_long_chunk_of_another() -> None:
+    table, scheduler = _scheduler(3)
+    scheduler.push(_frame([0], 80))
+    scheduler.push(_frame([1, 2], 1))
+    # The long one is cut, so that the single steps share its first run or its second.
+    seen: set[int] = set()
+    for _ in range(2):
+        run = scheduler.next_run()
+        seen |= set(run.slots.tolist())
+        table.step[run.slots] += run.lengths
+        scheduler.finish(run)
+    assert seen == {0, 1, 2}
+    assert scheduler.has_ready
+
+
+def test_queues_grow_beyond_where_they_started_and_keep_every_chunk() -> None:
+    table, scheduler = _scheduler(2)
+    for _ in range(40):
+        scheduler.push(_frame([0, 1] * 50, 1))
+    runs = 0
+    table.received[:] = ALL
+    while (run := scheduler.next_run()) is not None:
+        table.step[run.slots] += run.lengths
+        scheduler.finish(run)
+        runs += 1
+    assert table.step[:2].tolist() == [2000, 2000]
+    assert runs == 2000
+
+
+def test_slots_on_no_stream_have_no_number() -> None:
+    table, _ = _scheduler(1)
+    table.detach(table.at(0))
+    assert table.stream[0] == NONE

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -22,6 +23,8 @@ from sluice_client.signature import Signature
 from sluice_protos.contract_pb2 import ModelContract
 from sluice_protos.sequences_pb2 import GetModelRequest, InferRequest, InferResponse
 from sluice_protos.sequences_pb2_grpc import ModelsStub, SequencesStub
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Infer = grpc.aio.StreamStreamCall[InferRequest, InferResponse]
@@ -144,6 +147,11 @@ class AsyncStream:
                 except ProtocolViolation as violation:
                     self.connection.fail(violation)
                     continue
+                except Exception as error:
+                    # A defect in here must not leave its callers waiting for ever.
+                    log.exception("the client has failed")
+                    self.connection.fail(SluiceError(f"the client has failed: {error!r}"))
+                    continue
                 if not self.connection.wants_stream:
                     break
                 if loss.code is grpc.StatusCode.UNAVAILABLE and not loss.was_answered:
@@ -172,7 +180,8 @@ class AsyncStream:
             async for response in call:
                 was_answered = True
                 connection.receive(response)
-                self._has_work.set()
+                if connection.has_something_to_send:
+                    self._has_work.set()
                 if connection.is_drained:
                     break
             code, details = grpc.StatusCode.OK, "the server has ended the stream"

@@ -114,6 +114,13 @@ class Connection:
         return any(lane.status is not Status.ENDED for lane in self._lanes.values())
 
     @property
+    def has_something_to_send(self) -> bool:
+        """`next_request` may have something to give."""
+        return self._is_acknowledgement_due or bool(
+            self._opens or self._ends or self._abandoned or self.ledger.has_work
+        )
+
+    @property
     def is_drained(self) -> bool:
         """The server is stopping and has let all lanes go: another stream is needed."""
         attached = {Status.ASKED, Status.ATTACHED, Status.ENDING}

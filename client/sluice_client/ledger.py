@@ -272,15 +272,17 @@ class Ledger:
         wrong: list[Numbers] = []
         while lanes.size:
             turn = first_occurrences(lanes)
+            mine, start, number, origin = lanes[turn], first[turn], counts[turn], source[turn]
+            rows = self.lanes.rows[mine]
+            skip = np.minimum(np.maximum(rows["received"] - start, 0), number)
+            is_right = (start + skip <= rows["received"]) & (start + number <= rows["sent"])
+            wrong.append(mine[~is_right])
+            news = is_right & (number > skip)
+            self._deliver(mine[news], (number - skip)[news], (origin + skip)[news], outputs)
+            if len(turn) == len(lanes):
+                break
             later = np.ones(len(lanes), bool)
             later[turn] = False
-            mine, start, number = lanes[turn], first[turn], counts[turn]
-            skip = np.clip(self.lanes["received"][mine] - start, 0, number)
-            is_wrong = start + skip > self.lanes["received"][mine]
-            is_wrong |= start + number > self.lanes["sent"][mine]
-            wrong.append(mine[is_wrong])
-            news = ~is_wrong & (number > skip)
-            self._deliver(mine[news], (number - skip)[news], (source[turn] + skip)[news], outputs)
             lanes, first, counts, source = lanes[later], first[later], counts[later], source[later]
         return np.concatenate(wrong) if wrong else lanes
 
@@ -333,6 +335,11 @@ class Ledger:
                 for mine, array in zip(call.outputs, outputs, strict=True):
                     mine[index] = array[origins]
             self._count_down(call, size)
+
+    @property
+    def has_work(self) -> bool:
+        """Some step may be waiting to be sent."""
+        return bool(self._given or self._ready)
 
     def is_acknowledgement_due(self, lanes: Numbers, steps_max: int) -> bool:
         """The server may soon stop running one of `lanes` for want of an acknowledgement."""

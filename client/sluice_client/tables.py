@@ -7,6 +7,8 @@ from numpy.typing import NDArray
 
 Numbers = NDArray[np.int64]
 
+_FIRST = np.zeros(1, np.int64)
+
 
 class Table:
     """A structured array that grows by doubling; a row is known by its number."""
@@ -60,7 +62,7 @@ def expand(starts: Numbers, counts: Numbers) -> Numbers:
 def first_occurrences(numbers: Numbers) -> Numbers:
     """Where each number appears for the first time, in order of appearance."""
     if len(numbers) == 1:
-        return np.zeros(1, np.int64)
+        return _FIRST
     index = np.unique(numbers, return_index=True)[1]
     index.sort()
     return index
@@ -68,6 +70,8 @@ def first_occurrences(numbers: Numbers) -> Numbers:
 
 def groups(numbers: Numbers) -> tuple[Numbers, list[tuple[int, int, int]]]:
     """An order that brings equal numbers together, and (number, start, stop) of each run in it."""
+    if len(numbers) == 1:
+        return _FIRST, [(int(numbers[0]), 0, 1)]
     order = np.argsort(numbers, kind="stable")
     ordered = numbers[order]
     borders = (np.flatnonzero(ordered[1:] != ordered[:-1]) + 1).tolist()

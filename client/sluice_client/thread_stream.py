@@ -4,6 +4,7 @@ On the blocking gRPC API, not on an event loop of its own: two loops of grpc.aio
 one process disturb each other.
 """
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +20,8 @@ from sluice_client.signature import Signature
 from sluice_protos.contract_pb2 import ModelContract
 from sluice_protos.sequences_pb2 import GetModelRequest, InferRequest
 from sluice_protos.sequences_pb2_grpc import ModelsStub, SequencesStub
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -146,6 +149,11 @@ class ThreadStream:
             except ProtocolViolation as violation:
                 self._fail(violation)
                 continue
+            except Exception as error:
+                # A defect in here must not leave its callers waiting for ever.
+                log.exception("the client has failed")
+                self._fail(SluiceError(f"the client has failed: {error!r}"))
+                continue
             if loss.code is grpc.StatusCode.UNAVAILABLE and not loss.was_answered:
                 self.route.turn()
             verdict = self._patience.after(loss, time.monotonic())
@@ -177,7 +185,8 @@ class ThreadStream:
                 was_answered = True
                 with self.lock:
                     connection.receive(response)
-                    self.lock.notify_all()
+                    if connection.has_something_to_send:
+                        self.lock.notify_all()
                     if connection.is_drained:
                         break
             code, details = grpc.StatusCode.OK, "the server has ended the stream"

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import gc
 import signal
+import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
@@ -76,6 +77,8 @@ class Server:
 
     async def start(self) -> None:
         """Listen, and say ready once both ports are open. Raises OSError when one is taken."""
+        _require_free("listen", self.settings.listen)
+        _require_free("http", self.settings.http)
         self._http = web.AppRunner(
             make_app(self.metrics, lambda: self._is_ready), access_log=None, handle_signals=False
         )
@@ -149,6 +152,23 @@ class Server:
             ("grpc.http2.min_ping_interval_without_data_ms", _PING_SECONDS_MIN * 1000),
             ("grpc.http2.max_ping_strikes", 5),
         ]
+
+
+def _require_free(flag: str, address: str) -> None:
+    """Raise OSError, which names the flag, where nobody could listen on HOST:PORT."""
+    host, _, port = address.rpartition(":")
+    try:
+        family, kind, _, _, place = socket.getaddrinfo(
+            host.strip("[]"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(place)
+    except OSError as error:
+        raise OSError(
+            f"cannot listen on {address} ({error.strerror or error}); is another server there? "
+            f"Choose another address with --{flag}"
+        ) from error
 
 
 async def serve(settings: Settings) -> None:

@@ -40,7 +40,7 @@ log = structlog.get_logger()
 
 _TICK_SECONDS = 1.0
 # Between so many expired sequences the event loop gets its turn.
-_EXPIRED_AT_ONCE_MAX = 500
+_EXPIRED_AT_ONCE_MAX = 100
 
 
 class Host:
@@ -286,16 +286,17 @@ class Host:
         now = self._clock.now()
         self._sequences.forget_tombstones(now)
         idle_max = self._settings.sequence_idle_seconds_max
-        idle = self._sequences.idle(before=now - idle_max)
-        for start in range(0, len(idle), _EXPIRED_AT_ONCE_MAX):
-            for sequence in idle[start : start + _EXPIRED_AT_ONCE_MAX]:
-                if self._sequences.is_idle(sequence, before=now - idle_max):
-                    ending = f"it had no step for {idle_max:g} seconds"
-                    self._lanes.end(sequence, Closed.IDLE, ending)
-            self._runs.settle()
-            await asyncio.sleep(0)
-        if idle:
-            log.info("sequences_expired", model=self.name, sequences=len(idle))
+        expired = 0
+        for sequence in self._sequences.idle(before=now - idle_max):
+            ending = f"it had no step for {idle_max:g} seconds"
+            self._lanes.end(sequence, Closed.IDLE, ending)
+            expired += 1
+            if expired % _EXPIRED_AT_ONCE_MAX == 0:
+                self._runs.settle()
+                await asyncio.sleep(0)
+        self._runs.settle()
+        if expired:
+            log.info("sequences_expired", model=self.name, sequences=expired)
 
     async def drain(self) -> None:
         """Open nothing new, finish what is queued, then tell every lane that the server stops."""

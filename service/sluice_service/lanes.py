@@ -208,25 +208,28 @@ class Lanes:
 
     def part(self, sequence: Sequence, reason: "Reason.ValueType") -> None:
         """Take a sequence from its lane, if it has one; unacknowledged outputs stay with it."""
-        if sequence.phase is not Phase.ATTACHED:
-            return
-        slot = sequence.slot
-        self._scheduler.drop(slot)
-        stream = self._streams[int(self._sequences.stream[slot])]
-        for delivery in stream.deliveries():
-            self._hold(delivery, only=slot)
-        self._sequences.detach(sequence)
-        stream.end_lane(int(self._sequences.lane[slot]), reason)
-        self._metrics.closed(Reason.Name(reason).lower())
+        if sequence.phase is Phase.ATTACHED:
+            stream = self._streams[int(self._sequences.stream[sequence.slot])]
+            for delivery in stream.deliveries():
+                self._hold(delivery, only=sequence.slot)
+            self._leave(sequence, stream, reason)
 
     def end(self, sequence: Sequence, reason: "Reason.ValueType", ending: str) -> None:
         """Drop a sequence, state and all; `ending` is what a late open of it is told."""
         if sequence.phase is Phase.ATTACHED:
-            self.part(sequence, reason)
+            stream = self._streams[int(self._sequences.stream[sequence.slot])]
+            self._leave(sequence, stream, reason)
         else:
             self._metrics.closed(Reason.Name(reason).lower())
         self._sequences.end(sequence, ending, self._clock.now())
         self._arena.free(sequence.slot)
+
+    def _leave(self, sequence: Sequence, stream: Stream, reason: "Reason.ValueType") -> None:
+        """Empty a sequence's queue and tell its lane why it ends."""
+        self._scheduler.drop(sequence.slot)
+        self._sequences.detach(sequence)
+        stream.end_lane(int(self._sequences.lane[sequence.slot]), reason)
+        self._metrics.closed(Reason.Name(reason).lower())
 
     # Faults.
 

@@ -103,6 +103,7 @@ class Sequences:
         self.lane = np.zeros(slots, np.int64)
         self.active = np.zeros(slots, np.float64)  # when it last did something
         self.generation = np.zeros(slots, np.int64)  # how often the slot changed hands
+        self.is_alive = np.zeros(slots, np.bool_)
         self.is_running = np.zeros(slots, np.bool_)
         self.is_faulted = np.zeros(slots, np.bool_)  # drops chunks until one is at `step`
         # Nothing queued, nothing faulted: the next chunk may go straight into a run.
@@ -114,8 +115,7 @@ class Sequences:
     @property
     def parked(self) -> int:
         """How many are on no stream."""
-        slots = np.fromiter(self._by_slot, np.int64, len(self._by_slot))
-        return int((self.stream[slots] == NONE).sum())
+        return int((self.is_alive & (self.stream == NONE)).sum())
 
     def __iter__(self) -> Iterator[Sequence]:
         return iter(self._by_id.values())
@@ -152,6 +152,7 @@ class Sequences:
         self.rewind(slot, step)
         self.stream[slot] = NONE
         self.active[slot] = now
+        self.is_alive[slot] = True
         self.is_running[slot] = False
         return sequence
 
@@ -194,6 +195,7 @@ class Sequences:
         sequence.move(Event.END)
         del self._by_id[sequence.sequence_id]
         del self._by_slot[sequence.slot]
+        self.is_alive[sequence.slot] = False
         self.stream[sequence.slot] = NONE
         self.generation[sequence.slot] += 1
         sequence.held.clear()
@@ -204,20 +206,19 @@ class Sequences:
         if len(self._tombstones) > self._tombstones_max:
             self._tombstones.popitem(last=False)
 
-    def idle(self, before: float) -> list[Sequence]:
-        """The sequences that did nothing since `before` and are in no run."""
-        slots = np.fromiter(self._by_slot, np.int64, len(self._by_slot))
-        slots = slots[(self.active[slots] < before) & ~self.is_running[slots]]
-        return [self._by_slot[slot] for slot in slots.tolist()]
+    def idle(self, before: float) -> Iterator[Sequence]:
+        """The sequences that did nothing since `before` and are in no run.
 
-    def is_idle(self, sequence: Sequence, before: float) -> bool:
-        """Whether a sequence still lives and still did nothing since `before`."""
-        slot = sequence.slot
-        return (
-            self._by_slot.get(slot) is sequence
-            and not self.is_running[slot]
-            and bool(self.active[slot] < before)
-        )
+        Each is looked at again when its turn comes: time may pass between two.
+        """
+
+        def is_idle(chosen: int | slice) -> NDArray[np.bool_]:
+            was_idle = self.is_alive[chosen] & (self.active[chosen] < before)
+            return np.asarray(was_idle & ~self.is_running[chosen])
+
+        for slot in np.flatnonzero(is_idle(slice(None))).tolist():
+            if is_idle(slot):
+                yield self._by_slot[slot]
 
     def forget_tombstones(self, now: float) -> None:
         """Drop the tombstones whose time is over."""

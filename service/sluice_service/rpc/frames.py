@@ -23,6 +23,8 @@ from sluice_service.streams import Delivery, Notice
 # What a response has beside the rows, at the most, for each chunk in it.
 _CHUNK_BYTES = 24
 _RESPONSE_BYTES = 1024
+# What one response tells of at the most: more would hold the event loop up.
+_NOTICES_MAX = 256
 _RANK = {Limits: 0, Opened: 0, Fault: 1, Closed: 2}
 RESPONSE_BYTES_DEFAULT = 4 * 2**20
 
@@ -85,8 +87,10 @@ class Encoder:
         """
         response = InferResponse()
         rank, size = 0, 0
-        while outbox and size < self._bytes_max:
+        for _ in range(min(len(outbox), _NOTICES_MAX)):
             notice = outbox[0]
+            if size > self._bytes_max:
+                break
             if isinstance(notice, Delivery) or _RANK[type(notice)] < rank:
                 break
             outbox.popleft()

@@ -105,12 +105,7 @@ def test_the_module_is_left_as_it_was(tmp_path):
     assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
 
 
-def test_an_export_prints_nothing(tmp_path, capfd):
-    export(gru_module(), torch.zeros(1, 5, 8), tmp_path / "model.onnx")
-    assert capfd.readouterr() == ("", "")
-
-
-def test_progress_is_told_from_start_to_end(tmp_path):
+def test_an_export_prints_nothing_and_tells_its_progress(tmp_path, capfd):
     told: list[tuple[str, float]] = []
     export(
         gru_module(),
@@ -118,6 +113,7 @@ def test_progress_is_told_from_start_to_end(tmp_path):
         tmp_path / "model.onnx",
         on_progress=lambda what, share: told.append((what, share)),
     )
+    assert capfd.readouterr() == ("", "")
     shares = [share for _, share in told]
     assert shares == sorted(shares)
     assert (shares[0], shares[-1]) == (0.0, 1.0)

@@ -98,7 +98,7 @@ cell_strategy = st.tuples(
 
 
 @settings(
-    max_examples=5,
+    max_examples=4,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
     # Each example is an export: to shrink a failing one would take minutes.

@@ -94,12 +94,11 @@ def test_nan_that_comes_out_of_the_padding_is_refused(tmp_path):
 
 def test_a_refused_export_leaves_the_file_that_was_there(tmp_path, monkeypatch):
     path = tmp_path / "model.onnx"
-    export(gru_module(), X, path)
-    before = path.read_bytes()
+    path.write_bytes(b"what was there")
     monkeypatch.setattr(layers, "reorder_gates", lambda weight, kind: weight)
     with pytest.raises(ParityError):
         export(gru_module(), X, path)
-    assert path.read_bytes() == before
+    assert path.read_bytes() == b"what was there"
     assert list(tmp_path.iterdir()) == [path]
 
 

@@ -356,63 +356,40 @@ class Ledger:
 
     # -- failures -----------------------------------------------------------------
 
-    def refuse(self, lane: int, step: int, error: SluiceError) -> None:
-        """Step `step` was refused: what follows it is discarded, and the lane rewound to it."""
+    def refuse(self, lane: int, error: SluiceError) -> None:
+        """Step `received` was refused: what was given after it is discarded, the lane rewound."""
         later = StepDiscarded(
-            f"step {step} failed before it: {error.message}",
+            f"step {self.received(lane)} failed before it: {error.message}",
             sequence_id=error.sequence_id,
             reason=error.reason,
         )
-        self._cut(lane, step, error, later)
+        self._cut(lane, error, later)
 
     def end(self, lane: int, error: SluiceError) -> None:
         """No more outputs will come: fail all that is under way, and all that is given later."""
-        received = self.received(lane)
-        self._cut(lane, received, error, error)
+        self._cut(lane, error, error)
         self.detach(lane)
         self.lanes["has_ended"][lane] = True
         self._ends[lane] = error
 
-    def _cut(self, lane: int, step: int, error: SluiceError, later: SluiceError) -> None:
+    def _cut(self, lane: int, error: SluiceError, later: SluiceError) -> None:
+        """Forget what has not been answered: `error` for the first call, `later` for the rest."""
         self.admit()
         row, chunks = self.lanes.rows[lane], self._chunks.rows
-        chunk, last = int(row["head"]), NONE
-        while chunk != NONE and chunks["stop"][chunk] <= step:
-            chunk, last = int(chunks["next"][chunk]), chunk
-        if chunk == NONE:
-            return
+        step, chunk = int(row["received"]), int(row["head"])
         if row["is_attached"]:
-            self.in_flight -= max(0, int(row["sent"]) - step)
-        row["sent"] = min(int(row["sent"]), step)
+            self.in_flight -= int(row["sent"]) - step
+        row["sent"] = row["end"] = step
+        row["head"] = row["cursor"] = row["tail"] = NONE
         dropped: list[int] = []
-        if chunks["first"][chunk] < step and row["received"] < step:
-            # The steps before it were applied, and their outputs are still to come.
-            last, rest = chunk, int(chunks["next"][chunk])
-            self._fail_chunk(chunk, step, error, row)
-            chunks["stop"][chunk], chunk, error = step, rest, later
         while chunk != NONE:
+            mine = chunks[chunk]
+            begin, stop = max(step, int(mine["first"])), int(mine["stop"])
+            number, position = int(mine["call"]), int(mine["position"])
+            self._fail(number, position, stop - begin, error.at(error.sequence_id, begin))
             dropped.append(chunk)
-            self._fail_chunk(chunk, step, error, row)
-            chunk, error = int(chunks["next"][chunk]), later
-        row["tail"], row["end"] = last, step
-        if last == NONE:
-            row["head"] = NONE
-        else:
-            chunks["next"][last] = NONE
-        # Of an attached lane all that is left was sent; attaching finds a detached one's.
-        row["cursor"] = NONE
+            chunk, error = int(mine["next"]), later
         self._chunks.give(np.array(dropped, np.int64))
-
-    def _fail_chunk(self, chunk: int, step: int, error: SluiceError, row: np.void) -> None:
-        """Fail what of a chunk lies beyond `step` and has not been answered."""
-        mine = self._chunks.rows[chunk]
-        begin = max(int(mine["first"]), step, int(row["received"]))
-        self._fail(
-            int(mine["call"]),
-            int(mine["position"]),
-            int(mine["stop"]) - begin,
-            error.at(error.sequence_id, begin),
-        )
 
     def _fail(self, number: int, position: int, rows: int, error: SluiceError) -> None:
         call = self._calls[number]

@@ -302,3 +302,42 @@ def test_another_model_of_the_same_name_ends_the_sequences_of_the_old_one(connec
     call = give(connection, request, 1)
     connection.next_request()
     assert isinstance(call.errors[0], errors.WrongModel)
+
+
+def test_a_fault_fails_its_step_and_discards_what_was_given_behind_it(connection) -> None:
+    request = open_one(connection)
+    before, bad, behind = (give(connection, request, *values) for values in ([1], [2, 3], [4]))
+    send(connection)
+    answer(connection, 0, 0, 1)
+    answer(connection, 0, 1, 3)
+    fault = {"lane": 0, "reason": Fault.NON_FINITE, "expected_step": 2, "message": "mend it"}
+    receive(connection, faults=[fault])
+    assert before.is_done and not before.errors
+    assert type(bad.errors[0]) is errors.NonFinite
+    assert type(behind.errors[0]) is errors.StepDiscarded
+    assert (bad.errors[0].step, behind.errors[0].step) == (2, 3)
+    assert connection.ledger.in_flight == 0
+    again = give(connection, request, 5)
+    assert list(send(connection).first_step) == [2]
+    answer(connection, 0, 2, 8)
+    assert again.outputs[0][0, 0] == 8
+
+
+def test_a_fault_of_another_step_than_the_next_is_a_violation(connection) -> None:
+    request = open_one(connection)
+    call = give(connection, request, 1, 2)
+    send(connection)
+    receive(connection, faults=[{"lane": 0, "reason": Fault.INVALID_INPUT, "expected_step": 1}])
+    assert isinstance(call.errors[0], errors.ProtocolViolation)
+
+
+def test_no_message_is_larger_than_the_server_takes(connection) -> None:
+    receive(connection, limits=Limits(request_bytes_max=8192, credit_steps=10_000))
+    request = open_one(connection)
+    give(connection, request, *[1] * 1000)
+    sizes = []
+    while (message := connection.next_request()) is not None:
+        sizes.append(message.ByteSize())
+    assert max(sizes) <= 8192
+    assert len(sizes) > 1
+    assert connection.ledger.in_flight == 1000

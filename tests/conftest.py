@@ -1,10 +1,16 @@
 """The exported models that all tests share, each made once a session."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+
+# Before torch is imported, and for every process that a test starts: small models gain
+# nothing from more threads, and threads that wait for each other stand still on a busy
+# machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 if TYPE_CHECKING:  # torch takes seconds to import, and many tests need none
     from tests.models import ExportedModel

@@ -30,6 +30,7 @@ _ANY_ARGUMENTS = {"allow_extra_args": True, "ignore_unknown_options": True}
 def serve(**flags: Any) -> None:
     """Serve models over gRPC until SIGTERM."""
     from pydantic import ValidationError
+    from pydantic_settings import SettingsError
 
     from sluice_model import ModelError
     from sluice_service.logs import set_up_logs
@@ -41,6 +42,8 @@ def serve(**flags: Any) -> None:
         settings = Settings(**given)
     except ValidationError as error:
         _fail(_explain(error))
+    except SettingsError as error:
+        _fail(f"--config: {error}")
     if not settings.model:
         _fail("there is no model to serve; name one with --model NAME=PATH")
     set_up_logs(settings)

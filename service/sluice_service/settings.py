@@ -13,8 +13,10 @@ from pydantic_settings import (
     NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
+    SettingsError,
     YamlConfigSettingsSource,
 )
+from yaml import YAMLError
 
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]
@@ -162,4 +164,15 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Flags, then the environment, then the file that either of them names."""
         file = init_settings().get("config") or env_settings().get("config")
-        return init_settings, env_settings, YamlConfigSettingsSource(settings_cls, yaml_file=file)
+        return init_settings, env_settings, _read(settings_cls, file)
+
+
+def _read(settings_cls: type[BaseSettings], file: Any) -> YamlConfigSettingsSource:
+    """The settings of a YAML file. Raises SettingsError when it has none to read."""
+    try:
+        return YamlConfigSettingsSource(settings_cls, yaml_file=file)
+    except (YAMLError, TypeError, ValueError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise SettingsError(
+            f"{file} is not YAML of settings, such as `sequences_max: 5000` ({reason})"
+        ) from error

@@ -91,7 +91,8 @@ class Host:
             self.limits,
             self._clock,
             metrics,
-            outbox_bytes_max=settings.stream_queue_bytes_max,
+            outbox_rows_max=settings.stream_queue_bytes_max
+            // max(1, self.inputs.output_step_bytes),
         )
         self._runs = RunLoop(
             self._arena,

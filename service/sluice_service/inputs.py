@@ -1,5 +1,7 @@
 """Judges what clients send against the contract: datatype, shape, size and value."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from sluice_protos.contract_pb2 import ModelContract, TensorSpec
@@ -26,6 +28,25 @@ class _Rule:
         self.is_float = self.dtype.kind == "f"
         self.range = (spec.valid.min, spec.valid.max) if spec.HasField("valid") else None
 
+    def read(self, tensor: Tensor, rows: int) -> Array:
+        """The [rows, …] of a tensor. Raises InvalidInputError."""
+        datatype, shape, data = tensor.datatype, tensor.shape, tensor.data
+        if datatype and datatype != self.datatype:
+            raise InvalidInputError(
+                f"input {self.name!r} is {datatype}; the model takes {self.datatype}"
+            )
+        if shape and tuple(shape) != self.shape:
+            raise InvalidInputError(
+                f"a row of input {self.name!r} has shape {list(shape)}; "
+                f"the model takes {list(self.shape)}"
+            )
+        if len(data) != rows * self.row_bytes:
+            raise InvalidInputError(
+                f"input {self.name!r} has {len(data)} bytes; {rows} rows of {self.datatype} "
+                f"{list(self.shape)} are {rows * self.row_bytes}"
+            )
+        return np.frombuffer(data, self.dtype).reshape(rows, *self.shape)
+
 
 class InputRules:
     """What one model's inputs must be."""
@@ -38,41 +59,24 @@ class InputRules:
         self._refuses_non_finite = refuses_non_finite
         self._rules = [_Rule(spec) for spec in contract.inputs]
         self._names = [rule.name for rule in self._rules]
-        self._expected = set(self._names)
         self.step_bytes = sum(rule.row_bytes for rule in self._rules)
         self.output_step_bytes = sum(_Rule(spec).row_bytes for spec in contract.outputs)
 
-    def decode(self, tensors: "list[Tensor]", rows: int) -> list[Array]:
+    def decode(self, tensors: "Sequence[Tensor]", rows: int) -> list[Array]:
         """One [rows, …] for each input, in the contract's order, without a copy.
 
         Raises InvalidInputError, which names what was expected.
         """
+        if len(tensors) == len(self._rules) and not any(tensor.name for tensor in tensors):
+            pairs = zip(self._rules, tensors, strict=True)
+            return [rule.read(tensor, rows) for rule, tensor in pairs]
         by_name = {tensor.name or self._name(index): tensor for index, tensor in enumerate(tensors)}
-        if by_name.keys() != self._expected or len(tensors) != len(by_name):
+        if by_name.keys() != set(self._names) or len(tensors) != len(by_name):
             sent = sorted(tensor.name or self._name(index) for index, tensor in enumerate(tensors))
             raise InvalidInputError(
                 f"inputs {sent} were sent; the model takes {sorted(self._names)}, each once"
             )
-        arrays: list[Array] = []
-        for rule in self._rules:
-            tensor = by_name[rule.name]
-            datatype, shape, data = tensor.datatype, tensor.shape, tensor.data
-            if datatype and datatype != rule.datatype:
-                raise InvalidInputError(
-                    f"input {rule.name!r} is {datatype}; the model takes {rule.datatype}"
-                )
-            if shape and tuple(shape) != rule.shape:
-                raise InvalidInputError(
-                    f"a row of input {rule.name!r} has shape {list(shape)}; "
-                    f"the model takes {list(rule.shape)}"
-                )
-            if len(data) != rows * rule.row_bytes:
-                raise InvalidInputError(
-                    f"input {rule.name!r} has {len(data)} bytes; {rows} rows of {rule.datatype} "
-                    f"{list(rule.shape)} are {rows * rule.row_bytes}"
-                )
-            arrays.append(np.frombuffer(data, rule.dtype).reshape(rows, *rule.shape))
-        return arrays
+        return [rule.read(by_name[rule.name], rows) for rule in self._rules]
 
     def judge(self, arrays: list[Array], starts: Integers, steps: Integers) -> dict[int, LaneError]:
         """The errors of single chunks, by index: wrong lengths, values the model cannot take.

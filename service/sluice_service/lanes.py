@@ -44,7 +44,7 @@ class Lanes:
         clock: AwakeClock,
         metrics: ModelMetrics,
         *,
-        outbox_bytes_max: int,
+        outbox_rows_max: int,
     ) -> None:
         self.is_draining = False
         self._arena = arena
@@ -52,7 +52,7 @@ class Lanes:
         self._scheduler = scheduler
         self._inputs = inputs
         self._limits = limits
-        self._outbox_bytes_max = outbox_bytes_max
+        self._outbox_rows_max = outbox_rows_max
         self._clock = clock
         self._metrics = metrics
         self._streams: dict[int, Stream] = {}
@@ -73,7 +73,7 @@ class Lanes:
         stream = Stream(
             self._stream_number,
             queue_steps_max=self._limits.credit_steps,
-            outbox_bytes_max=self._outbox_bytes_max,
+            outbox_rows_max=self._outbox_rows_max,
             on_change=on_change,
         )
         self._streams[stream.number] = stream

@@ -32,11 +32,6 @@ class Delivery:
     # How many responses the stream had sent when the last of this had gone.
     responses: int = 0
 
-    @property
-    def size(self) -> int:
-        """The bytes of all its outputs."""
-        return sum(map(len, self.outputs))
-
     def chunks(self) -> Iterator[tuple[int, int, int, list[bytes]]]:
         """Each chunk alone: (index, first, steps, outputs), the bytes copied."""
         ends, rows = np.cumsum(self.lengths), self.rows
@@ -108,7 +103,7 @@ class Stream:
         number: int,
         *,
         queue_steps_max: int,
-        outbox_bytes_max: int,
+        outbox_rows_max: int,
         on_change: Callable[[], None],
     ) -> None:
         self.number = number
@@ -119,14 +114,14 @@ class Stream:
         self.queued_steps = 0
         # True once a lane was opened that may ask for its outputs again.
         self.has_writer = False
-        self._outbox_bytes = 0
+        self._outbox_rows = 0
         # True once the client will send no more: it ends when its queue is done.
         self.is_half_closed = False
         # True while nothing more is read, and once every lane has been told.
         self.is_draining = False
         self.is_drained = False
         self._queue_steps_max = queue_steps_max
-        self._outbox_bytes_max = outbox_bytes_max
+        self._outbox_rows_max = outbox_rows_max
         self._on_change = on_change
         self._slots = np.full(_LANES_START, _UNKNOWN, np.int64)
 
@@ -139,7 +134,7 @@ class Stream:
         return (
             self.is_draining
             or self.queued_steps > self._queue_steps_max
-            or self._outbox_bytes > self._outbox_bytes_max
+            or self._outbox_rows > self._outbox_rows_max
         )
 
     def wake(self) -> None:
@@ -150,14 +145,14 @@ class Stream:
         """Put something into the outbox."""
         self.outbox.append(item)
         if isinstance(item, Delivery):
-            self._outbox_bytes += item.size
+            self._outbox_rows += item.rows
         self._on_change()
 
     def take_delivery(self) -> Delivery:
         """The delivery that stands first in the outbox, taken out of it."""
         item = self.outbox.popleft()
         assert isinstance(item, Delivery)
-        self._outbox_bytes -= item.size
+        self._outbox_rows -= item.rows
         return item
 
     def fault(self, lane: int, error: LaneError, *, expected_step: int = 0) -> None:
@@ -175,8 +170,10 @@ class Stream:
 
     def finish_steps(self, steps: int) -> None:
         """Give back credit for steps that were run or dropped."""
+        was_ahead = self.is_ahead
         self.queued_steps -= steps
-        self._on_change()
+        if was_ahead or self.is_half_closed:
+            self._on_change()
 
     def slots(self, lanes: Integers) -> Slots:
         """The slots of `lanes` [n], negative where there is none."""

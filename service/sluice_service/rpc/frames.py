@@ -57,7 +57,8 @@ class Chunks:
             if request.first_step:
                 named = np.minimum(np.array(request.first_step, np.uint64), STEPS_MAX)
                 self.first = _parallel("first_step", named.astype(np.int64), count)
-            self.inputs = rules.decode(list(request.inputs), int(self.steps.sum()))
+            rows = int(self.steps.sum()) if request.steps else count
+            self.inputs = rules.decode(request.inputs, rows)
         except InvalidInputError as error:
             self.inputs = error
 

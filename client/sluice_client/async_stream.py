@@ -53,13 +53,15 @@ class AsyncRoute:
         not_found: type[SluiceError] = ModelNotFound,
         sequence_id: str | None = None,
     ) -> T:
-        """The answer of the first server that gives one. Raises its status as SluiceError."""
-        for attempt in range(len(self._channels)):
+        """The answer of the first server that gives one. Raises its status as SluiceError.
+
+        Each is asked twice: a question changes nothing, and a connection may have broken.
+        """
+        for attempts_left in reversed(range(2 * len(self._channels))):
             try:
                 return await question(self.channel)
             except grpc.aio.AioRpcError as error:
-                is_last = attempt == len(self._channels) - 1
-                if is_last or error.code() is not grpc.StatusCode.UNAVAILABLE:
+                if not attempts_left or error.code() is not grpc.StatusCode.UNAVAILABLE:
                     raise from_status(
                         error.code().name,
                         error.details() or "",

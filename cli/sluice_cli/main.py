@@ -2,7 +2,7 @@
 
 import typer
 
-from sluice_cli import demo, export, inspect, serve, stream
+from sluice_cli import bench, demo, export, inspect, serve, stream
 
 app = typer.Typer(
     name="sluice",
@@ -20,6 +20,7 @@ def _name_the_group() -> None:
     """Keep `serve` a word of its own, however few commands there are."""
 
 
+bench.add_to(app)
 demo.add_to(app)
 export.add_to(app)
 inspect.add_to(app)

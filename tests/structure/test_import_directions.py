@@ -37,8 +37,8 @@ SERVICE_LAYERS = (
     ("server",),
 )
 
-# The demo's reference: it may call ONNX Runtime because it imports nothing of ours.
-REFERENCE = "sluice_cli.demo.offline"
+# The reference of demo and bench: it may call ONNX Runtime because it imports nothing of ours.
+REFERENCE = "sluice_cli.offline"
 
 ONLY_HERE = {
     "onnxruntime": ("sluice_model", REFERENCE),
@@ -115,7 +115,7 @@ def test_a_library_is_imported_only_where_it_belongs(
     assert strangers == set()
 
 
-def test_the_reference_of_the_demo_imports_nothing_of_ours(modules: dict[str, Path]) -> None:
+def test_the_reference_of_demo_and_bench_imports_nothing_of_ours(modules: dict[str, Path]) -> None:
     assert not [name for name in imports(modules[REFERENCE]) if name.startswith("sluice_")]
 
 

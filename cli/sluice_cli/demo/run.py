@@ -21,6 +21,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from sluice_cli.demo import page
 from sluice_cli.demo.page import Result
+from sluice_cli.reference import OfflineError, run_offline
 
 MODELS = ("lstm", "gru")
 READY_SECONDS_MAX = 60
@@ -236,23 +237,12 @@ def _read_metrics(server: Server) -> str:
 
 async def _run_offline(kind: str, output: Path, codes: Codes) -> Logits:
     """The reference: a process that imports nothing of ours."""
-    inputs, outputs = output / "offline-inputs.npy", output / "offline-outputs.npy"
-    np.save(inputs, codes)
-    program = Path(__file__).with_name("offline.py")
-    command = [
-        sys.executable,
-        str(program),
-        str(output / f"{kind}.onnx"),
-        str(inputs),
-        str(outputs),
-    ]
-    async with _process(command) as process:
-        if await process.wait():
-            raise DemoError(f"the offline run of the {kind} failed")
-    logits: Logits = np.load(outputs)
-    inputs.unlink()
-    outputs.unlink()
-    return logits
+    sequences = [{"x": row} for row in codes]
+    try:
+        found = await asyncio.to_thread(run_offline, output / f"{kind}.onnx", sequences)
+    except OfflineError as error:
+        raise DemoError(f"the offline run of the {kind} failed: {error}") from error
+    return np.stack([array for outputs in found for array in outputs.values()])
 
 
 def _own_command() -> str:

@@ -1,0 +1,29 @@
+"""The models that are measured: two layers of LSTM, 64 inputs, exported once and kept."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from sluice_export import export
+
+FOLDER = Path("build/bench")
+INPUTS = 64
+LAYERS = 2
+
+
+def export_model(hidden: int) -> Path:
+    """The ONNX file of the model with so many hidden units; made where it is not there yet."""
+    path = FOLDER / f"lstm-{INPUTS}-{hidden}x{LAYERS}.onnx"
+    if not path.exists():
+        _export(hidden, path)
+    return path
+
+
+def _export(hidden: int, path: Path) -> None:
+    print(f"exporting {path} (once)", flush=True)
+    torch.manual_seed(hidden)
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    export(
+        nn.LSTM(INPUTS, hidden, LAYERS, batch_first=True).eval(), torch.zeros(1, 7, INPUTS), path
+    )

@@ -1,0 +1,88 @@
+"""Figures of several rounds, and the tables made of them."""
+
+import argparse
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long and how often each thing is measured."""
+
+    rounds: int
+    seconds: float
+    is_quick: bool
+
+
+def read_effort(description: str, *, rounds: int = 5, seconds: float = 1.5) -> Effort:
+    """What the command line asks for."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--quick", action="store_true", help="one short round, to see it work")
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--seconds", type=float, default=seconds, help="of one measurement")
+    given = parser.parse_args()
+    if given.quick:
+        return Effort(1, 0.3, True)
+    return Effort(given.rounds, given.seconds, False)
+
+
+class Figures:
+    """Values of many rounds by name. What is compared is measured in turns, A B A B."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, list[float]] = defaultdict(list)
+
+    def add(self, name: str, value: float) -> None:
+        """Note the value of one more round."""
+        self._values[name].append(value)
+
+    def least(self, name: str) -> float:
+        """The smallest: CPU time is only ever too large, by what others did to the caches."""
+        return min(self._values[name])
+
+    def median(self, name: str) -> float:
+        """The middle one."""
+        return statistics.median(self._values[name])
+
+    def ratio(self, name: str, by: str) -> float:
+        """The middle one of the rounds' own ratios: each compares neighbours in time."""
+        pairs = zip(self._values[name], self._values[by], strict=True)
+        return statistics.median(a / b for a, b in pairs)
+
+    def excess(self, name: str, over: str) -> float:
+        """The middle one of the rounds' own differences."""
+        pairs = zip(self._values[name], self._values[over], strict=True)
+        return statistics.median(a - b for a, b in pairs)
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table as Markdown, so that it can be kept as it is."""
+    cells = [list(columns), *map(list, rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(columns))]
+    print(f"\n{title}\n")
+    for number, row in enumerate(cells):
+        parts = [
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        print(f"| {' | '.join(parts)} |")
+        if number == 0:
+            rules = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+            print(f"| {' | '.join(rules)} |")
+    print(flush=True)
+
+
+def bar() -> Progress:
+    """A progress bar on standard error, gone when the table is there."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )

@@ -1,0 +1,66 @@
+"""Compares what a server answered, bit for bit, with offline runs of whole sequences."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sluice_cli.bench.inputs import Inputs
+from sluice_cli.bench.run import Result
+from sluice_cli.reference import OfflineError, run_offline
+from sluice_protos.contract_pb2 import ModelContract
+
+
+class DifferenceError(Exception):
+    """What was answered is not what the file gives; the message says where."""
+
+
+def verify(model: Path, result: Result) -> int:
+    """Compare all that was recorded; the steps that were compared. Raises DifferenceError."""
+    inputs = Inputs(result.contract, result.plan.seed)
+    begin = initial_state(result.contract)
+    answered = []
+    sequences = []
+    for recording in result.recordings:
+        for row in np.flatnonzero(recording.counts).tolist():
+            count = int(recording.counts[row])
+            sequences.append(inputs.whole(int(recording.offsets[row]), count) | begin)
+            answered.append({name: y[row, :count] for name, y in recording.outputs.items()})
+    if not sequences:
+        raise DifferenceError("nothing was answered, so nothing can be compared")
+    try:
+        expected = run_offline(model, sequences)
+    except OfflineError as error:
+        raise DifferenceError(f"{model} cannot run what the server was sent: {error}") from error
+    for number, (mine, theirs) in enumerate(zip(answered, expected, strict=True)):
+        compare(number, mine, theirs)
+    return sum(len(next(iter(outputs.values()))) for outputs in answered)
+
+
+def initial_state(contract: ModelContract) -> dict[str, NDArray[np.float32]]:
+    """`state` [state_size], where some of it does not begin at zero."""
+    state = np.zeros(contract.state_size, np.float32)
+    for part in contract.state:
+        if part.initial:
+            state[part.offset : part.offset + len(part.initial)] = part.initial
+    return {"state": state} if state.any() else {}
+
+
+def compare(
+    number: int, answered: dict[str, NDArray[Any]], expected: dict[str, NDArray[Any]]
+) -> None:
+    """Compare the outputs of one sequence: [steps, …] by name. Raises DifferenceError."""
+    for name, mine in answered.items():
+        theirs = expected.get(name)
+        if theirs is None or theirs.shape != mine.shape or theirs.dtype != mine.dtype:
+            raise DifferenceError(f"the server's output {name!r} is not one of the file's")
+        steps = [
+            step for step in range(len(mine)) if mine[step].tobytes() != theirs[step].tobytes()
+        ]
+        if steps:
+            raise DifferenceError(
+                f"sequence {number}, output {name!r}: {len(steps):,} of {len(mine):,} steps "
+                f"differ from the offline run, the first is step {steps[0]}; is it the file "
+                "that is served?"
+            )

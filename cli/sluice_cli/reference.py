@@ -1,0 +1,49 @@
+"""Has whole sequences run offline, in a process that imports nothing of ours."""
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Arrays = Mapping[str, NDArray[Any]]
+_PROGRAM = Path(__file__).with_name("offline.py")
+
+
+class OfflineError(Exception):
+    """The offline run has failed; the message is what it said last."""
+
+
+def run_offline(model: Path, sequences: Sequence[Arrays]) -> list[dict[str, NDArray[Any]]]:
+    """The outputs of each sequence, alone in plain ONNX Runtime: [steps, …] by name.
+
+    Of each sequence: [steps, …] for each input by name; `state` [state_size] where it does
+    not begin with zeros. Raises OfflineError.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        inputs, outputs = Path(folder, "inputs.npz"), Path(folder, "outputs.npz")
+        arrays: dict[str, Any] = {
+            f"{number}/{name}": array
+            for number, sequence in enumerate(sequences)
+            for name, array in sequence.items()
+        }
+        np.savez(inputs, **arrays)
+        done = subprocess.run(
+            # -P: the modules beside the program are not what it means by their names.
+            [sys.executable, "-P", _PROGRAM, model, inputs, outputs],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise OfflineError((done.stderr.strip().splitlines() or ["it was killed"])[-1])
+        found: list[dict[str, NDArray[Any]]] = [{} for _ in sequences]
+        with np.load(outputs) as file:
+            for key in file.files:
+                number, _, name = key.partition("/")
+                found[int(number)][name] = file[key]
+    return found

@@ -21,6 +21,11 @@ from sluice_service.queues import Frame, Kind, Queues
 from sluice_service.ragged import Array, Integers, choose_steps, ones, pad_frames, stack
 from sluice_service.sequences import NONE, Sequences
 
+# While short chunks come among long ones, a run may take this part of its usual time …
+_SHARE_WHEN_MIXED = 10
+# … for so many runs after the last such mixture.
+_MIXED_RUNS = 16
+
 
 class Ending(Enum):
     """What a lane asked for after its chunks."""
@@ -71,6 +76,7 @@ class Scheduler:
         self._run_cells_max = run_cells_max  # sequences × steps
         self._unacknowledged_steps_max = unacknowledged_steps_max
         self._inbox: list[Frame] = []
+        self._mixed_runs = 0  # to come, in which long chunks give way to short ones
         self._is_stalled = np.zeros(slots, np.bool_)  # waits for acknowledgements
         self._rank = np.zeros(slots, np.int64)  # scratch
         # The ring: every slot at most once, so it never overflows.
@@ -311,9 +317,10 @@ class Scheduler:
         nodes = queues.head[slots]
         step = sequences.step[slots]
         room = sequences.received[slots] + self._unacknowledged_steps_max - step
-        steps_max = min(self._run_steps_max, max(1, self._run_cells_max // len(slots)))
-        lengths = np.minimum(np.minimum(queues.steps[nodes], room), steps_max)
+        waiting = np.minimum(queues.steps[nodes], room)
+        lengths = np.minimum(waiting, self._steps_max(len(slots)))
         steps = choose_steps(lengths)
+        self._note_mixture(waiting, steps)
         lengths = np.minimum(lengths, steps)
         numbers = queues.frame[nodes]
         distinct, which = np.unique(numbers, return_inverse=True)
@@ -329,6 +336,24 @@ class Scheduler:
         weights = np.bincount(which, minlength=len(frames)).tolist()
         arrived = [frame.arrived for frame in frames]
         return Run(slots, nodes, step, lengths, inputs, segments, arrived, weights)
+
+    def _steps_max(self, sequences: int) -> int:
+        """The most steps for a run of so many sequences that keeps nobody waiting for long."""
+        cells_max = self._run_cells_max
+        if self._mixed_runs:
+            cells_max //= _SHARE_WHEN_MIXED
+        return min(self._run_steps_max, max(1, cells_max // sequences))
+
+    def _note_mixture(self, waiting: Integers, steps: int) -> None:
+        """See whether some sequences are done with a run while others have more to come.
+
+        Those that are done will soon be back with their next step: for a while,
+        the long chunks of the others run in short pieces.
+        """
+        if waiting.min() <= steps < waiting.max():
+            self._mixed_runs = _MIXED_RUNS
+        elif self._mixed_runs:
+            self._mixed_runs -= 1
 
     # After a run.
 

@@ -29,6 +29,9 @@ log = structlog.get_logger()
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
+# A write that takes longer waits for a client that does not read.
+_WRITE_SECONDS = 0.005
+
 
 def find_host(hosts: Mapping[str, Host], name: str) -> Host:
     """The host of that model. Raises ModelNotFoundError, which names those there are."""
@@ -121,36 +124,66 @@ class _Session:
         self._may_read = asyncio.Event()
         self._responses = 0
         self._is_writing = False
+        # Done once the client sends no more, or with what went wrong.
+        self._is_read: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._readers: list[asyncio.Task[None]] = []
 
     async def serve(self, first: InferRequest, messages: AsyncIterator[bytes]) -> None:
         """Until the client sends no more and has all its outputs, or the server drains."""
-        reader = asyncio.ensure_future(self._read(first, messages))
+        self._start_reader(messages, first)
         writer = asyncio.ensure_future(self._write())
         try:
-            await asyncio.wait((reader, writer), return_when=asyncio.FIRST_COMPLETED)
-            if reader.done():
-                reader.result()
+            await asyncio.wait((self._is_read, writer), return_when=asyncio.FIRST_COMPLETED)
+            if self._is_read.done():
+                self._is_read.result()
                 await writer
             writer.result()
         finally:
-            reader.cancel()
-            writer.cancel()
+            for task in (*self._readers, writer):
+                task.cancel()
             self._host.detach(self._stream)
 
-    async def _read(self, first: InferRequest, messages: AsyncIterator[bytes]) -> None:
-        await self._take(first)
-        async for data in messages:
-            await self._take(parse(data))
-            if self._stream.outbox and not self._is_writing:
-                # What came of it at once goes out at once, without a task switch.
-                await self._empty_outbox()
-                if self._stream.is_drained:
-                    self._changed.set()
-            if self._stream.is_ahead:
-                self._may_read.clear()
-                await self._may_read.wait()
+    def _start_reader(
+        self, messages: AsyncIterator[bytes], first: InferRequest | None = None
+    ) -> None:
+        self._readers.append(asyncio.ensure_future(self._read(messages, first)))
+
+    async def _read(self, messages: AsyncIterator[bytes], first: InferRequest | None) -> None:
+        """Take what the client sends, until it ends or another reader goes on."""
+        try:
+            if first is not None:
+                await self._take(first)
+            async for data in messages:
+                await self._take(parse(data))
+                if self._stream.outbox and not self._is_writing and await self._answer(messages):
+                    return
+                if self._stream.is_ahead:
+                    self._may_read.clear()
+                    await self._may_read.wait()
+        except Exception as error:
+            if not self._is_read.done():
+                self._is_read.set_exception(error)
+            return
         self._stream.is_half_closed = True
         self._changed.set()
+        self._is_read.set_result(None)
+
+    async def _answer(self, messages: AsyncIterator[bytes]) -> bool:
+        """Send what came of a message at once, without a task switch; True if another reads on.
+
+        A client that sends all before it reads would hold this up for good, and its
+        acknowledgements with it; so another reader takes over.
+        """
+        readers = len(self._readers)
+        timer = asyncio.get_running_loop().call_later(_WRITE_SECONDS, self._start_reader, messages)
+        await self._empty_outbox()
+        timer.cancel()
+        is_replaced = len(self._readers) > readers
+        if is_replaced:
+            self._readers.pop(readers - 1)
+        if is_replaced or self._stream.is_drained:
+            self._changed.set()
+        return is_replaced
 
     async def _take(self, request: InferRequest) -> None:
         """Apply one request: acknowledgements, opens, chunks, then close and park."""

@@ -4,6 +4,7 @@ import asyncio
 
 import numpy as np
 import pytest
+import structlog
 from grpc import StatusCode
 
 from sluice_protos.sequences_pb2 import (
@@ -19,7 +20,7 @@ from sluice_protos.sequences_pb2 import (
     Received,
     Tensor,
 )
-from tests.service.wire import SECONDS, Wire, floats
+from tests.service.wire import SECONDS, Wire, eventually, floats
 
 MINE = {"writer": b"mine"}
 OTHER = {"writer": b"other"}
@@ -637,3 +638,32 @@ async def test_a_server_that_stops_opens_nothing_new(sums) -> None:
     assert "another" in fault.message
     (info,) = (await served.models.ListModels(ListModelsRequest(), timeout=SECONDS)).models
     assert not info.is_ready
+
+
+async def test_a_client_may_send_all_its_credit_before_it_reads(served) -> None:
+    wire = served.wire("lstm")
+    await wire.open(0)
+    x = np.zeros((1000, 8), np.float32)
+    for _ in range(wire.limits.credit_steps // 1000):
+        await wire.push(0, x)
+    # A lane that is opened behind all that is served before anything is read.
+    await wire.send(open=[OpenSequence(lane=1, sequence_id="behind-all")])
+    await eventually(lambda: served.find("lstm", "behind-all"))
+    steps = wire.limits.credit_steps // 1000 * 1000
+    assert (await wire.rows(0, steps)).shape == (steps, 4)
+
+
+async def test_a_client_that_goes_away_unread_is_no_defect(served) -> None:
+    with structlog.testing.capture_logs() as logs:
+        wire = served.wire("lstm")
+        await wire.open(0, "unread", **MINE)
+        for _ in range(3):
+            await wire.push(0, np.zeros((1300, 8), np.float32))
+        await eventually(lambda: served.find("lstm", "unread").step == 3900)
+        wire.cut()
+        await served.parked("lstm", "unread")
+    assert [line for line in logs if line["log_level"] == "error"] == []
+    again = served.wire("lstm")
+    opened = await again.open(0, "unread", mode=RESUME, attempt=1, received=0, **MINE)
+    assert opened.applied == 3900
+    assert (await again.rows(0, 3900)).shape == (3900, 4)

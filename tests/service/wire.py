@@ -82,14 +82,19 @@ class Served:
         call = self.sequences.ListSequences(ListSequencesRequest(model=model), timeout=SECONDS)
         return {info.sequence_id: info async for info in call}
 
+    def find(self, model: str, sequence_id: str) -> SequenceInfo | None:
+        """What the server would list of a live sequence, without a call."""
+        infos = self.server._hosts[model].list_sequences()
+        return next((info for info in infos if info.sequence_id == sequence_id), None)
+
     async def parked(self, model: str, *sequence_ids: str) -> None:
         """Wait until those sequences are on no stream."""
-        (host,) = (host for name, host in self.server._hosts.items() if name == model)
-        await eventually(
-            lambda: all(
-                info.is_parked for info in host.list_sequences() if info.sequence_id in sequence_ids
-            )
-        )
+
+        def is_parked(sequence_id: str) -> bool:
+            info = self.find(model, sequence_id)
+            return info is not None and info.is_parked
+
+        await eventually(lambda: all(map(is_parked, sequence_ids)))
 
     def metric(self, name: str, **labels: str) -> float:
         """A sample as it stands now; 0 where there is none yet."""

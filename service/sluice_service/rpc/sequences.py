@@ -176,8 +176,10 @@ class _Session:
         """
         readers = len(self._readers)
         timer = asyncio.get_running_loop().call_later(_WRITE_SECONDS, self._start_reader, messages)
-        await self._empty_outbox()
-        timer.cancel()
+        try:
+            await self._empty_outbox()
+        finally:
+            timer.cancel()
         is_replaced = len(self._readers) > readers
         if is_replaced:
             self._readers.pop(readers - 1)

@@ -28,6 +28,9 @@ async def as_status(context: "grpc.aio.ServicerContext[Any, Any]") -> AsyncItera
         await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
     except grpc.aio.AbortError:
         raise
+    except grpc.aio.InternalError as error:
+        # What gRPC could not send was for a client that is gone.
+        log.info("client_gone", error=str(error))
     except Exception:
         log.exception("call_broke")
         await context.abort(

@@ -20,6 +20,8 @@ Array = NDArray[Any]
 LENGTHS: Final = np.array([11, 6, 1, 8], np.int32)
 _STEPS: Final = 11
 _CUT: Final = 6
+# Differences are relative to values of at least this size.
+_SCALE_MIN: Final = 0.01
 
 
 @dataclass(frozen=True)
@@ -223,7 +225,11 @@ def _row(result: Result, row: int, length: int) -> Result:
 
 
 def measure_difference(actual: Array, expected: Array) -> float:
-    """The largest difference, relative to the largest finite value expected."""
+    """The largest difference, relative to the largest finite value expected, or to a hundredth.
+
+    Values far below one are rounded as the values of order one that they come from: relative
+    to themselves, a layer that is nearly silent would differ by its rounding alone.
+    """
     if actual.shape != expected.shape:
         return float("inf")
     if expected.dtype.kind not in "fc":
@@ -233,7 +239,7 @@ def measure_difference(actual: Array, expected: Array) -> float:
     # Equal infinities and NaN in the same place are no difference.
     distance[(actual == expected) | (np.isnan(actual) & np.isnan(expected))] = 0
     largest = np.max(np.abs(expected), initial=0, where=np.isfinite(expected))
-    return float(np.max(distance, initial=0) / (largest or 1.0))
+    return float(np.max(distance, initial=0) / max(largest, _SCALE_MIN))
 
 
 def _count_differing(one: Result, two: Result) -> int:

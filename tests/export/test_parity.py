@@ -8,7 +8,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
@@ -104,6 +104,9 @@ cell_strategy = st.tuples(
     # Each example is an export: to shrink a failing one would take minutes.
     phases=[Phase.explicit, Phase.reuse, Phase.generate],
 )
+# Nearly silent: their states are so small that rounding alone is a large share of them.
+@example(cells=[("rnn", 1, 3, False)], is_batch_first=False)
+@example(cells=[("lstm", 2, 2, True), ("gru", 1, 3, False)], is_batch_first=False)
 @given(cells=st.lists(cell_strategy, min_size=1, max_size=2), is_batch_first=st.booleans())
 def test_any_architecture_streams_as_its_module_computes(tmp_path, cells, is_batch_first):
     torch.manual_seed(0)

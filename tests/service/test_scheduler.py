@@ -328,14 +328,16 @@ TestScheduler.settings = settings(
 )
 
 
-def _scheduler(slots: int) -> tuple[Sequences, Scheduler]:
+def _scheduler(
+    slots: int, *, run_steps_max: int = 8, run_cells_max: int = 1000
+) -> tuple[Sequences, Scheduler]:
     table = Sequences(slots, tombstones_max=4, tombstone_seconds=1)
     scheduler = Scheduler(
         table,
         slots,
         run_sequences_max=slots,
-        run_steps_max=8,
-        run_cells_max=1000,
+        run_steps_max=run_steps_max,
+        run_cells_max=run_cells_max,
         unacknowledged_steps_max=100,
     )
     for slot in range(slots):
@@ -386,51 +388,27 @@ def test_slots_on_no_stream_have_no_number() -> None:
     assert table.stream[0] == NONE
 
 
-def _scheduler(*names: str, steps_max: int, cells_max: int) -> tuple[Sequences, Scheduler]:
-    """A scheduler over anonymous sequences that stand at 0, slot 0 first, all on stream 1."""
-    sequences = Sequences(len(names), tombstones_max=1, tombstone_seconds=1)
-    for slot, name in enumerate(names):
-        sequence = sequences.create(name, slot, Record(b"", 0, 1, is_alive=True), step=0, now=0)
-        sequences.attach(sequence, stream=1, lane=slot, now=0)
-    scheduler = Scheduler(
-        sequences,
-        len(names),
-        run_sequences_max=len(names),
-        run_steps_max=steps_max,
-        run_cells_max=cells_max,
-        unacknowledged_steps_max=1,
-    )
-    return sequences, scheduler
-
-
-def _push(scheduler: Scheduler, slot: int, steps: int) -> None:
-    one = np.array([slot])
-    rows = [np.zeros((steps, 1), np.float32)]
-    lengths = np.array([steps])
-    scheduler.push(Frame(1, one, one, lengths, np.zeros(1, int), None, rows, {}, steps, 0.0))
-
-
-def _run(sequences: Sequences, scheduler: Scheduler) -> dict[int, int]:
+def _next(table: Sequences, scheduler: Scheduler) -> dict[int, int]:
     """The steps of each slot in the next run, which succeeds."""
     run = scheduler.next_run()
     assert run is not None
-    sequences.step[run.slots] += run.lengths
+    table.step[run.slots] += run.lengths
     scheduler.finish(run)
     return dict(zip(run.slots.tolist(), run.lengths.tolist(), strict=True))
 
 
 def test_long_chunks_run_in_short_pieces_while_short_ones_come_among_them() -> None:
-    sequences, scheduler = _scheduler("long", "short", steps_max=64, cells_max=100)
-    _push(scheduler, 0, 10_000)
-    assert _run(sequences, scheduler) == {0: 64}
-    _push(scheduler, 1, 1)
-    assert _run(sequences, scheduler) == {0: 1, 1: 1}
-    # The short one may be back at any moment: nobody takes the time he could take.
+    table, scheduler = _scheduler(2, run_steps_max=64, run_cells_max=100)
+    table.received[:] = ALL
+    scheduler.push(_frame([0], 10_000))
+    assert _next(table, scheduler) == {0: 64}
+    scheduler.push(_frame([1], 1))
+    assert _next(table, scheduler) == {0: 1, 1: 1}
+    # The short one may be back at any moment: the long one takes little at once.
     for _ in range(3):
-        assert _run(sequences, scheduler) == {0: 10}
-    _push(scheduler, 1, 1)
-    assert _run(sequences, scheduler) == {0: 1, 1: 1}
+        assert _next(table, scheduler) == {0: 10}
+    scheduler.push(_frame([1], 1))
+    assert _next(table, scheduler) == {0: 1, 1: 1}
     # It stays away: the long one has the server to itself again.
-    lengths = [_run(sequences, scheduler)[0] for _ in range(40)]
-    assert lengths[0] == 10
-    assert lengths[-1] == 64
+    lengths = [_next(table, scheduler)[0] for _ in range(40)]
+    assert (lengths[0], lengths[-1]) == (10, 64)

@@ -13,7 +13,7 @@ import grpc.aio
 import numpy as np
 
 from sluice_client.async_stream import AsyncRoute, AsyncStream
-from sluice_client.calls import Mode, Opening, Request, SequenceState
+from sluice_client.calls import Mode, Opening, Request, SequenceState, group_openings
 from sluice_client.errors import ClientClosed, SequenceNotFound
 from sluice_client.handles import GroupHandle, GroupResult, Handle, SequenceHandle, Step
 from sluice_client.reach import CHANNEL_OPTIONS, QUESTION_SECONDS_MAX, read_addresses
@@ -98,7 +98,7 @@ class AsyncClient:
         self, model: str, sequence_ids: Iterable[str], *, mode: Mode = Mode.START
     ) -> "AsyncGroup":
         """Sequences that step together, opened by `async with`: all of them or none."""
-        openings = [Opening(sequence_id, mode) for sequence_id in sequence_ids]
+        openings = group_openings(sequence_ids, mode)
         return AsyncGroup(self._stream(model), openings)
 
     def _stream(self, model: str) -> AsyncStream:

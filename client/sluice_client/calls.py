@@ -1,6 +1,6 @@
 """What a caller waits for: the values that pass between the faces and the core."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from itertools import count
@@ -50,6 +50,16 @@ class Opening:
     state: SequenceState | None = None
     # Names the handle: never used by another one.
     writer: bytes = field(default_factory=lambda: token_bytes(16))
+
+
+def group_openings(sequence_ids: Iterable[str], mode: Mode) -> list[Opening]:
+    """The openings of a group. Raises ValueError when it is empty or names an id twice."""
+    openings = [Opening(sequence_id, mode) for sequence_id in sequence_ids]
+    if not openings:
+        raise ValueError("a group has at least one sequence")
+    if len({opening.sequence_id for opening in openings}) < len(openings):
+        raise ValueError("a group has each sequence once; an id is named twice")
+    return openings
 
 
 class Pending:

@@ -9,7 +9,7 @@ from uuid import uuid4
 import grpc
 import numpy as np
 
-from sluice_client.calls import Mode, Opening, Request, SequenceState
+from sluice_client.calls import Mode, Opening, Request, SequenceState, group_openings
 from sluice_client.errors import ClientClosed, SequenceNotFound
 from sluice_client.handles import GroupHandle, GroupResult, Handle, SequenceHandle, Step
 from sluice_client.reach import CHANNEL_OPTIONS, QUESTION_SECONDS_MAX, read_addresses
@@ -93,7 +93,7 @@ class Client:
 
     def group(self, model: str, sequence_ids: Iterable[str], *, mode: Mode = Mode.START) -> "Group":
         """Sequences that step together, opened by `with`: all of them or none."""
-        openings = [Opening(sequence_id, mode) for sequence_id in sequence_ids]
+        openings = group_openings(sequence_ids, mode)
         return Group(self._stream(model), openings)
 
     def _stream(self, model: str) -> ThreadStream:

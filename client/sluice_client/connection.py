@@ -4,20 +4,10 @@ No I/O, no threads, no clock: a face calls `begin` when it has a stream, sends w
 `next_request` gives, hands what arrives to `receive`, and calls `lose` when the
 stream has ended. The rules it keeps are in docs/protocol.md: every step is applied
 once and every output arrives once, however often the stream is lost.
-
-A lane goes through these, keeping its number over all streams:
-
-    WAITING   its open has to be sent (again)
-    ASKED     its open was sent on this stream
-    ATTACHED  Opened has arrived: chunks flow
-    ENDING    its close or park was sent
-    ENDED     finished, or refused for good
 """
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
-from enum import Enum, auto
 from typing import Final
 
 import numpy as np
@@ -25,64 +15,33 @@ import numpy as np
 from sluice_client import errors
 from sluice_client.calls import Call, Opening, Request
 from sluice_client.errors import ProtocolViolation, SluiceError
+from sluice_client.lanes import Lane, Status
 from sluice_client.ledger import Ledger
+from sluice_client.messages import (
+    UNLIMITED,
+    one_step_fits,
+    open_message,
+    put_frame,
+    request_bytes_max,
+    rows_that_fit,
+)
 from sluice_client.signature import Array, Signature
 from sluice_client.tables import Numbers
 from sluice_protos.sequences_pb2 import (
-    RESUME,
     Closed,
     Fault,
     InferRequest,
     InferResponse,
     Limits,
     Opened,
-    OpenSequence,
-    SequenceState,
 )
 
-# What a chunk costs on the wire beside its rows: lane, steps and first_step at their largest.
-_CHUNK_BYTES: Final = 5 + 5 + 10
-# What a message costs beside its chunks and opens.
-_MESSAGE_BYTES: Final = 4096
-_UNLIMITED: Final = 2**31 - 1
 _UNAVAILABLE: Final = 14  # of google.rpc.Code
 
 # A step that one of these refuses is not applied; its lane goes on from there.
 _STEP_FAULTS: Final = {Fault.INVALID_INPUT, Fault.RUN_FAILED, Fault.NON_FINITE, Fault.LIMIT}
 # What a close may meet that means it has been done already.
 _GONE: Final = {Fault.SEQUENCE_CLOSED, Fault.NOT_FOUND, Fault.FENCED, Fault.UNKNOWN_LANE}
-
-
-class Status(Enum):
-    """Where a lane is in its life; the module's docstring says what each means."""
-
-    WAITING = auto()
-    ASKED = auto()
-    ATTACHED = auto()
-    ENDING = auto()
-    ENDED = auto()
-
-
-@dataclass(slots=True)
-class Lane:
-    """What a connection knows of one sequence, beside its steps."""
-
-    number: int
-    opening: Opening
-    asked_by: Request
-    asked_position: int
-    status: Status = Status.WAITING
-    attempt: int = 0
-    expected_epoch: int = 0
-    # The first Opened has arrived: from then on only RESUME is asked.
-    was_opened: bool = False
-    # The server has a sequence on this lane of the present stream.
-    is_occupied: bool = False
-    # The handle has let it go.
-    is_released: bool = False
-    is_parking: bool = False
-    ended_by: Request | None = None
-    ended_position: int = 0
 
 
 class Connection:
@@ -142,7 +101,16 @@ class Connection:
         return request
 
     def submit(self, lanes: Numbers, counts: Numbers, inputs: list[Array]) -> Call:
-        """Give each of `lanes` its next steps: [chunks], [chunks], [sum(counts), …] each."""
+        """Give each of `lanes` its next steps: [chunks], [chunks], [sum(counts), …] each.
+
+        Raises LimitReached when the server can never take one.
+        """
+        if not one_step_fits(self.limits, self.signature.step_bytes):
+            raise errors.LimitReached(
+                f"one step has {self.signature.step_bytes} bytes, more than the server takes in a "
+                f"message ({self.limits.request_bytes_max}); serve with a higher "
+                "--request-bytes-max"
+            )
         call = Call(lanes, counts, inputs, self.signature.allocate(len(inputs[0])))
         self.ledger.submit(call)
         if not self._is_streaming:
@@ -234,63 +202,27 @@ class Connection:
         return request
 
     def _put_opens(self, request: InferRequest) -> int:
-        size, size_max = 0, (self.limits.request_bytes_max or 2**22) // 2
+        size, size_max = 0, request_bytes_max(self.limits) // 2
         while self._opens and not self._is_draining:
             lane = self._opens.popleft()
             if lane.status is not Status.WAITING:
                 continue
-            message = self._open_message(lane)
+            lane.attempt += 1
+            message = open_message(lane, self.ledger.received(lane.number))
             size += message.ByteSize() + 8
             if size > size_max and request.open:
                 self._opens.appendleft(lane)
                 break
-            lane.attempt += 1
-            message.attempt = lane.attempt
             request.open.append(message)
             lane.status = Status.ASKED
         return size
 
-    def _open_message(self, lane: Lane) -> OpenSequence:
-        opening = lane.opening
-        message = OpenSequence(
-            lane=lane.number,
-            sequence_id=opening.sequence_id,
-            writer=opening.writer,
-            expected_epoch=lane.expected_epoch,
-        )
-        if lane.was_opened:
-            message.mode = RESUME
-            message.received = self.ledger.received(lane.number)
-        else:
-            message.mode = opening.mode.value
-            if opening.state is not None:
-                message.state.CopyFrom(
-                    SequenceState(
-                        model_digest=opening.state.model_digest,
-                        step=opening.state.step,
-                        row=opening.state.row.astype("<f4").tobytes(),
-                    )
-                )
-        return message
-
     def _put_chunks(self, request: InferRequest, open_bytes: int) -> None:
-        limits, step_bytes = self.limits, max(1, self.signature.step_bytes)
-        credit = limits.credit_steps or _UNLIMITED
-        if limits.credit_bytes:
-            credit = min(credit, max(1, limits.credit_bytes // step_bytes))
-        room = (limits.request_bytes_max or 2**22) - _MESSAGE_BYTES - open_bytes
-        rows_max = max(1, room // (step_bytes + _CHUNK_BYTES))
-        frame = self.ledger.pick(
-            min(rows_max, credit - self.ledger.in_flight), limits.chunk_steps_max or _UNLIMITED
-        )
-        if frame is None:
-            return
-        request.lane.extend(frame.lanes.tolist())
-        request.first_step.extend(frame.first_steps.tolist())
-        if len(frame.inputs[0]) != len(frame.lanes):
-            request.steps.extend(frame.counts.tolist())
-        for array in frame.inputs:
-            request.inputs.add(data=array.tobytes())
+        limits, ledger = self.limits, self.ledger
+        rows_max = rows_that_fit(limits, self.signature.step_bytes, open_bytes, ledger.in_flight)
+        frame = ledger.pick(rows_max, limits.chunk_steps_max or UNLIMITED)
+        if frame is not None:
+            put_frame(request, frame)
 
     def _put_ends(self, request: InferRequest) -> None:
         request.park.extend(self._abandoned)
@@ -360,8 +292,8 @@ class Connection:
             lane = self._lanes[number]
             message = "an output came that follows none, or answers no input"
             self._end(lane, self._place(ProtocolViolation(message), lane))
-        steps_max = self.limits.unacknowledged_steps_max or _UNLIMITED
-        credit = self.limits.credit_steps or _UNLIMITED
+        steps_max = self.limits.unacknowledged_steps_max or UNLIMITED
+        credit = self.limits.credit_steps or UNLIMITED
         self._is_acknowledgement_due |= (
             self.ledger.unacknowledged >= credit
             or self.ledger.is_acknowledgement_due(lanes, steps_max)

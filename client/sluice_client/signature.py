@@ -40,7 +40,6 @@ class Signature:
     """The inputs and outputs of one model, in the contract's order."""
 
     def __init__(self, contract: ModelContract) -> None:
-        self.model = contract.name
         self.digest = contract.digest
         self.inputs = tuple(map(_read_field, contract.inputs))
         self.outputs = tuple(map(_read_field, contract.outputs))

@@ -341,3 +341,10 @@ def test_no_message_is_larger_than_the_server_takes(connection) -> None:
     assert max(sizes) <= 8192
     assert len(sizes) > 1
     assert connection.ledger.in_flight == 1000
+
+
+def test_a_step_that_no_message_can_hold_is_refused_before_it_is_sent(connection) -> None:
+    receive(connection, limits=Limits(request_bytes_max=4100))
+    request = open_one(connection)
+    with pytest.raises(errors.LimitReached, match="16 bytes"):
+        give(connection, request, 1)

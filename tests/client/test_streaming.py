@@ -243,6 +243,13 @@ async def test_a_group_opens_as_a_whole_or_not_at_all(server) -> None:
             assert (await group.step([[1], [2]])).outputs.tolist() == [[1], [2]]
 
 
+@pytest.mark.parametrize(("ids", "message"), [([], "at least one"), (["a", "b", "a"], "twice")])
+async def test_a_group_of_none_or_of_doubles_is_refused(server, ids, message) -> None:
+    async with AsyncClient(server.address) as client:
+        with pytest.raises(ValueError, match=message):
+            client.group("accumulator", ids)
+
+
 async def test_models_tell_what_they_take(server) -> None:
     async with AsyncClient(server.address) as client:
         names = {model.name for model in await client.models()}

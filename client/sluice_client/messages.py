@@ -1,0 +1,69 @@
+"""What goes into a message to the server, and how much of it fits."""
+
+from typing import Final
+
+from sluice_client.lanes import Lane
+from sluice_client.ledger import Frame
+from sluice_protos.sequences_pb2 import RESUME, InferRequest, Limits, OpenSequence, SequenceState
+
+UNLIMITED: Final = 2**31 - 1
+# What a server takes that has said nothing: gRPC's default.
+_REQUEST_BYTES_DEFAULT: Final = 2**22
+# What a chunk costs on the wire beside its rows: lane, steps and first_step at their largest.
+_CHUNK_BYTES: Final = 5 + 5 + 10
+# What a message costs beside its chunks and opens.
+_MESSAGE_BYTES: Final = 4096
+
+
+def open_message(lane: Lane, received: int) -> OpenSequence:
+    """The open of a lane: as its handle asked at first, RESUME once it has been opened."""
+    opening = lane.opening
+    message = OpenSequence(
+        lane=lane.number,
+        sequence_id=opening.sequence_id,
+        writer=opening.writer,
+        attempt=lane.attempt,
+        expected_epoch=lane.expected_epoch,
+    )
+    if lane.was_opened:
+        message.mode = RESUME
+        message.received = received
+        return message
+    message.mode = opening.mode.value
+    if opening.state is not None:
+        state = SequenceState(
+            model_digest=opening.state.model_digest,
+            step=opening.state.step,
+            row=opening.state.row.astype("<f4").tobytes(),
+        )
+        message.state.CopyFrom(state)
+    return message
+
+
+def request_bytes_max(limits: Limits) -> int:
+    """The largest message the server takes."""
+    return limits.request_bytes_max or _REQUEST_BYTES_DEFAULT
+
+
+def rows_that_fit(limits: Limits, step_bytes: int, bytes_used: int, in_flight: int) -> int:
+    """The steps that may be sent now in one message: by its size, and by credit."""
+    room = request_bytes_max(limits) - _MESSAGE_BYTES - bytes_used
+    credit = limits.credit_steps or UNLIMITED
+    if limits.credit_bytes:
+        credit = min(credit, max(1, limits.credit_bytes // max(1, step_bytes)))
+    return min(max(1, room // (step_bytes + _CHUNK_BYTES)), credit - in_flight)
+
+
+def one_step_fits(limits: Limits, step_bytes: int) -> bool:
+    """False when no message could ever hold a step."""
+    return step_bytes + _CHUNK_BYTES + _MESSAGE_BYTES <= request_bytes_max(limits)
+
+
+def put_frame(request: InferRequest, frame: Frame) -> None:
+    """Write chunks into a message; `steps` is left out where each has one."""
+    request.lane.extend(frame.lanes.tolist())
+    request.first_step.extend(frame.first_steps.tolist())
+    if len(frame.inputs[0]) != len(frame.lanes):
+        request.steps.extend(frame.counts.tolist())
+    for array in frame.inputs:
+        request.inputs.add(data=array.tobytes())

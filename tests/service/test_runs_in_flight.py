@@ -255,6 +255,20 @@ async def test_a_stop_waits_for_the_run(gate, gated) -> None:
         await stopping
 
 
+async def test_a_stop_waits_no_longer_than_it_may(gate, sums, monkeypatch) -> None:
+    monkeypatch.setattr("sluice_service.server._GRACE_SECONDS", 0.05)
+    served = await sums(drain_seconds_max=0.05)
+    wire = served.wire("accumulator")
+    await wire.open(0)
+    await wire.push(0, floats([5]))
+    await gate.reached()
+    served.is_stopped = True
+    async with asyncio.timeout(SECONDS):
+        await served.server.stop()
+    assert await wire.status() != StatusCode.OK
+    await gate.let_through()
+
+
 async def test_a_defect_in_a_run_becomes_a_fault_that_tells_nothing(
     gate, gated, monkeypatch
 ) -> None:

@@ -166,7 +166,8 @@ class _Session:
             return
         self._stream.is_half_closed = True
         self._changed.set()
-        self._is_read.set_result(None)
+        if not self._is_read.done():
+            self._is_read.set_result(None)
 
     async def _answer(self, messages: AsyncIterator[bytes]) -> bool:
         """Send what came of a message at once, without a task switch; True if another reads on.

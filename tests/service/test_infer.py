@@ -108,6 +108,50 @@ async def _stream(served: Served, model: str, walks: list[Walk], seed: int) -> N
         wire.cut()
 
 
+async def _stumble(served: Served, model: str, walks: list[Walk], seed: int) -> None:
+    """Stream whole sequences with bad chunks and gaps on the way, and more sent behind each."""
+    generator = np.random.default_rng(seed)
+    wire = served.wire(model)
+    await _open(wire, walks)
+    stumbles = faults = 0
+    fallen = set[str]()
+    while any(walk.received < len(walk.x) for walk in walks):
+        lanes, steps, first, rows = [], [], [], []
+        for walk in walks:
+            kind = generator.choice(["good", "good", "good", "good", "bad", "gap", "none"])
+            # Behind a fault the expected step comes first: only then can a gap be told again.
+            if kind == "gap" and len(walk.x) - walk.sent > 5 and walk.sequence_id not in fallen:
+                walk.sent += int(generator.integers(1, 4))
+                stumbles += 1
+            count = min(int(generator.integers(1, 9)), len(walk.x) - walk.sent)
+            if kind == "none" or not count:
+                continue
+            chunk = walk.x[walk.sent : walk.sent + count].copy()
+            if kind == "bad":
+                chunk[generator.integers(count), 0] = np.nan
+                stumbles += 1
+            fallen.discard(walk.sequence_id)
+            lanes.append(walk.lane)
+            steps.append(count)
+            first.append(walk.sent)
+            rows.append(chunk)
+            walk.sent += count
+        if lanes:
+            data = np.concatenate(rows).tobytes()
+            await wire.send(lane=lanes, steps=steps, first_step=first, inputs=[Tensor(data=data)])
+        if generator.integers(3) and any(walk.sent > walk.received for walk in walks):
+            await wire.read()
+        for walk in walks:
+            walk.take(wire)
+            for fault in wire.faults.pop(walk.lane, []):
+                # Everything before the fault has come; a client goes on from there.
+                assert fault.expected_step == walk.received
+                walk.sent = fault.expected_step
+                fallen.add(walk.sequence_id)
+                faults += 1
+    assert 0 < faults <= stumbles
+
+
 def _run_twice(path: Path, x: np.ndarray) -> np.ndarray:
     """One whole sequence beside its own copy in plain onnxruntime: the RNN op alone, in a
     batch of 1, takes another way through its arithmetic."""
@@ -142,6 +186,21 @@ async def test_any_streaming_equals_one_offline_run(model, seed, served, request
             offline = _run_twice(path, walk.x)
         else:
             (offline,) = run_offline(path, {"x": walk.x})
+        assert (np.concatenate(walk.got) == offline).all()
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_faults_among_good_steps_change_nothing(served, lstm_file, seed) -> None:
+    generator = np.random.default_rng(seed)
+    walks = [
+        Walk(f"stumble-{seed}-{n}", generator.standard_normal((150, 8)).astype(np.float32))
+        for n in range(6)
+    ]
+    await asyncio.gather(
+        _stumble(served, "lstm", walks[:4], seed), _stumble(served, "lstm", walks[4:], seed + 9)
+    )
+    for walk in walks:
+        (offline,) = run_offline(lstm_file.path, {"x": walk.x})
         assert (np.concatenate(walk.got) == offline).all()
 
 

@@ -150,6 +150,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         has_strangers=st.sampled_from([False, False, True]),
     )
     def push(self, number, chunks, is_named, has_strangers) -> None:
+        """Whatever a client may send."""
+        self._push(number, chunks, is_named=is_named, has_strangers=has_strangers)
+
+    def _push(self, number, chunks, *, is_named, has_strangers) -> None:
         slots, steps, starts, first, errors = [], [], [], [], {}
         base, row = self.value, 0
         for which, count, offset, is_bad in chunks:
@@ -189,6 +193,19 @@ class SchedulerMachine(RuleBasedStateMachine):
                 0.0,
             )
         )
+
+    @rule(
+        number=st.integers(0, STREAMS - 1),
+        whose=st.sets(st.integers(0, SLOTS // STREAMS - 1), min_size=1),
+        steps=st.sampled_from([1, 1, 2]),
+        is_named=st.booleans(),
+        stumble=st.sampled_from([0, 0, 0, 0, 1, -1]),
+    )
+    def push_in_step(self, number, whose, steps, is_named, stumble) -> None:
+        """What most clients send: the next chunk of each of some sequences, all of one length."""
+        chunks = [(which, steps, 0, False) for which in whose]
+        chunks[-1] = (chunks[-1][0], steps, stumble, False)
+        self._push(number, chunks, is_named=is_named, has_strangers=False)
 
     @rule(slot=st.integers(0, SLOTS - 1), ending=st.sampled_from(Ending))
     def end_lane(self, slot, ending) -> None:
@@ -248,6 +265,31 @@ class SchedulerMachine(RuleBasedStateMachine):
         self._check(run)
         self.table.is_running[run.slots] = True
         self.run = run
+
+    @precondition(lambda self: self.run is None)
+    @rule(
+        number=st.integers(0, STREAMS - 1),
+        whose=st.sets(st.integers(0, SLOTS // STREAMS - 1), min_size=1),
+        is_named=st.booleans(),
+        stumble=st.sampled_from([0, 0, 0, 1, -1]),
+        refused=st.sampled_from([set(), set(), {0}]),
+        share=st.floats(0, 1),
+    )
+    def converse(self, number, whose, is_named, stumble, refused, share) -> None:
+        """A client sends, the server answers, the client acknowledges."""
+        chunks = [(which, 1, 0, False) for which in whose]
+        chunks[-1] = (chunks[-1][0], 1, stumble, False)
+        self._push(number, chunks, is_named=is_named, has_strangers=False)
+        self.run_at_once(refused)
+        for which in whose:
+            self.acknowledge(number + STREAMS * which, share)
+
+    @precondition(lambda self: self.run is None)
+    @rule(refused=st.sets(st.integers(0, 3), max_size=1))
+    def run_at_once(self, refused) -> None:
+        self.start_run()
+        if self.run is not None:
+            self.land_run(refused)
 
     def _end(self, slot: int, ending: Ending) -> None:
         self._part(slot)
@@ -324,7 +366,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 TestScheduler = SchedulerMachine.TestCase
 TestScheduler.settings = settings(
-    max_examples=150, stateful_step_count=40, deadline=None, derandomize=True
+    max_examples=300, stateful_step_count=50, deadline=None, derandomize=True
 )
 
 

@@ -163,7 +163,8 @@ async def test_metrics_move_as_things_happen(sums) -> None:
     assert read("model_load_seconds") > 0
     assert read("sequences_live") == 0
     await wire.send(open=[OpenSequence(lane=n, sequence_id=str(n), writer=b"w") for n in range(4)])
-    await wire.until(lambda: len(wire.opened) == 4)
+    for lane in range(4):
+        await wire.next_opened(lane)
     assert (read("sequences_live"), read("streams_open")) == (4, 1)
     assert read("sequences_opened_total", origin="create") == 4
     assert read("state_bytes") == 4 * 4

@@ -20,6 +20,7 @@ class Server:
 
     address: str
     pid: int
+    http: str = ""
 
     def usage(self) -> Usage:
         """CPU seconds of all its threads, and resident bytes."""
@@ -34,7 +35,8 @@ def sluice(models: dict[str, Path], *flags: str) -> Iterator[Server]:
     for name, path in models.items():
         command += ["--model", f"{name}={path}"]
     with _running(command, stderr=subprocess.STDOUT) as process:
-        yield Server(_read_ready(process)["listen"], process.pid)
+        ready = _read_ready(process)
+        yield Server(ready["listen"], process.pid, ready["http"])
 
 
 @contextmanager

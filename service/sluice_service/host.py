@@ -128,11 +128,16 @@ class Host:
         return ModelInfo(
             name=self.name,
             digest=self.contract.digest,
-            is_ready=not self._lanes.is_draining,
+            is_ready=self.is_welcoming,
             sequences_live=len(self._sequences),
             is_bit_exact=self._self_test.is_bit_exact,
             arithmetic=self._self_test.arithmetic,
         )
+
+    @property
+    def is_welcoming(self) -> bool:
+        """True until the server stops: new sequences may be opened."""
+        return not self._lanes.is_draining
 
     def list_sequences(self) -> Iterator[SequenceInfo]:
         """Every live sequence, as it stands now."""
@@ -180,10 +185,28 @@ class Host:
         self._lanes.detach(stream)
         self._runs.settle()
 
-    async def open(self, stream: Stream, requests: Iterable[OpenSequence]) -> None:
-        """Give each request its lane and its sequence, or tell its fault."""
-        await self._runs.between_runs(lambda: self._lanes.open(stream, requests))
+    async def open(
+        self, stream: Stream, requests: Iterable[OpenSequence], *, closing: Iterable[int] = ()
+    ) -> None:
+        """Give each request its lane and its sequence, or tell its fault.
+
+        Before that, drop the sequences of the lanes `closing`, on which nothing is queued.
+        """
+
+        def open_lanes() -> None:
+            for lane in closing:
+                if (slot := stream.slot(lane)) >= 0:
+                    self._lanes.end(self._sequences.at(slot), Closed.CLIENT, "its client ended it")
+            self._lanes.open(stream, requests)
+
+        await self._runs.between_runs(open_lanes)
         self._runs.settle()
+
+    def restart(self, stream: Stream, lanes: Iterable[int]) -> None:
+        """Set the states of `lanes`, on which nothing is queued or runs, to the initial one."""
+        for lane in lanes:
+            if (slot := stream.slot(lane)) >= 0:
+                self._arena.reset(slot)
 
     def submit(
         self,

@@ -187,27 +187,27 @@ class ModelMetrics:
         self.name = name
         self.all = metrics
         self.chunks = metrics.chunks.model(name)
-        self._steps = metrics.steps.model(name)
-        self._runs = metrics.runs.model(name)
+        self.steps = metrics.steps.model(name)
+        self.runs = metrics.runs.model(name)
         self._padding = metrics.padding.model(name)
         self._run_sequences = metrics.run_sequences.model(name)
-        self._run_seconds = metrics.run_seconds.model(name)
-        self._queue_seconds = metrics.queue_seconds.model(name)
+        self.run_seconds = metrics.run_seconds.model(name)
+        self.queue_seconds = metrics.queue_seconds.model(name)
         self._response_seconds = metrics.response_seconds.model(name)
 
     def run_started(self, arrived: list[float], chunks: list[int]) -> None:
         """A run takes chunks of messages that came at these times."""
         now = time.monotonic()
         for moment, weight in zip(arrived, chunks, strict=True):
-            self._queue_seconds.observe(now - moment, weight)
+            self.queue_seconds.observe(now - moment, weight)
 
     def run_ended(self, sequences: int, steps: int, cells: int, seconds: float) -> None:
         """A run of `cells` = sequences × longest chunk has applied `steps`."""
-        self._runs.add()
-        self._steps.add(steps)
+        self.runs.add()
+        self.steps.add(steps)
         self._padding.add(cells - steps)
         self._run_sequences.observe(sequences)
-        self._run_seconds.observe(seconds)
+        self.run_seconds.observe(seconds)
 
     def delivered(self, arrived: list[float], chunks: list[int]) -> None:
         """Outputs of chunks of messages that came at these times are with their streams."""

@@ -15,13 +15,14 @@ from aiohttp import web
 from grpc_reflection.v1alpha import reflection
 
 from sluice_model import Model, run_self_test
-from sluice_protos import sequences_pb2
+from sluice_protos import open_inference_pb2, sequences_pb2
 from sluice_protos.sequences_pb2_grpc import add_ModelsServicer_to_server
 from sluice_service.host import Host
 from sluice_service.metrics import Metrics, as_info
 from sluice_service.pages import make_app
 from sluice_service.rpc.health import Health
 from sluice_service.rpc.models import ModelsService
+from sluice_service.rpc.open_inference import OpenInferenceService
 from sluice_service.rpc.sequences import SequencesService
 from sluice_service.settings import Settings
 
@@ -51,6 +52,9 @@ class Server:
         )
         self._hosts = {name: self._load(name) for name in settings.model}
         self._health = Health(self._hosts)
+        self._open_inference = OpenInferenceService(
+            self._hosts, settings, self.metrics, lambda: self._is_ready
+        )
         self._tasks: list[asyncio.Task[None]] = []
         packages = ("sluice-serving", "onnxruntime", "grpcio", "numpy")
         self.metrics.build.info(as_info({package: version(package) for package in packages}))
@@ -92,8 +96,12 @@ class Server:
         self._grpc.add_generic_rpc_handlers((SequencesService(self._hosts).handler(),))
         add_ModelsServicer_to_server(ModelsService(self._hosts), self._grpc)
         self._health.register(self._grpc)
-        services = sequences_pb2.DESCRIPTOR.services_by_name.values()
-        names = [service.full_name for service in services]
+        self._grpc.add_generic_rpc_handlers((self._open_inference.handler(),))
+        names = [
+            service.full_name
+            for file in (sequences_pb2, open_inference_pb2)
+            for service in file.DESCRIPTOR.services_by_name.values()
+        ]
         reflection.enable_server_reflection(
             [*names, "grpc.health.v1.Health", reflection.SERVICE_NAME], self._grpc
         )
@@ -127,6 +135,7 @@ class Server:
             await asyncio.wait_for(drains, self.settings.drain_seconds_max)
         except TimeoutError:
             log.warning("drain_cut_off", seconds=self.settings.drain_seconds_max)
+        self._open_inference.stop()
         for task in self._tasks:
             task.cancel()
         await self._grpc.stop(_GRACE_SECONDS)

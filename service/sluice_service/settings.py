@@ -74,6 +74,12 @@ class Settings(BaseSettings):
         description="What becomes of a step with NaN or infinity in its input or new state: "
         "refused with the state as before, or let through.",
     )
+    duplicate_start: Literal["restart", "refuse"] = Field(
+        default="restart",
+        title="Sequences",
+        description="What the START flag of the Open Inference Protocol does to a sequence that "
+        "is alive: begin it again from the initial state, or refuse.",
+    )
     chunk_steps_max: Count = Field(
         default=100_000, title="Limits", description="Steps of one chunk."
     )

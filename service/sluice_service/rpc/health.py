@@ -12,7 +12,8 @@ class Health:
 
     def __init__(self, names: Iterable[str]) -> None:
         self._servicer = HealthServicer()
-        self._names = ["", "sluice.v1.Sequences", "sluice.v1.Models", *names]
+        services = ("sluice.v1.Sequences", "sluice.v1.Models", "inference.GRPCInferenceService")
+        self._names = ["", *services, *names]
 
     def register(self, server: grpc.aio.Server) -> None:
         """Answer grpc.health.v1 on that server."""

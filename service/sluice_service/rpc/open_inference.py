@@ -1,0 +1,292 @@
+"""The service inference.GRPCInferenceService: the field's own protocol, for existing clients."""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Mapping
+from importlib.metadata import version
+from typing import Any, TypeAlias
+
+import grpc
+from google.protobuf.message import DecodeError, Message
+
+from sluice_protos import open_inference_pb2 as pb
+from sluice_service.errors import ModelNotFoundError, RequestError, ServiceError
+from sluice_service.host import Host
+from sluice_service.metrics import Metrics
+from sluice_service.rpc import open_inference_models as models
+from sluice_service.rpc.open_inference_exchange import Exchange
+from sluice_service.rpc.open_inference_requests import VERSION, Format, Request
+from sluice_service.rpc.sequences import find_host
+from sluice_service.rpc.status import as_status
+from sluice_service.settings import Settings
+
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+NAME = "inference.GRPCInferenceService"
+EXTENSIONS = (
+    "model_configuration",
+    "sequence",
+    "sequence(string_id)",
+    "statistics",
+)
+# Requests of one stream that may wait for their answers.
+_PENDING_MAX = 4096
+
+
+class _Served:
+    """One model as this protocol sees it."""
+
+    def __init__(self, host: Host, settings: Settings) -> None:
+        self.host = host
+        self.format = Format(host.name, host.contract, batch_max=settings.run_sequences_max)
+        self.exchange = Exchange(host, settings)
+
+
+class OpenInferenceService:
+    """Answers the calls of inference.GRPCInferenceService."""
+
+    def __init__(
+        self,
+        hosts: Mapping[str, Host],
+        settings: Settings,
+        metrics: Metrics,
+        is_ready: Callable[[], bool],
+    ) -> None:
+        self._hosts = hosts
+        self._settings = settings
+        self._metrics = metrics
+        self._is_ready = is_ready
+        self._models = {name: _Served(host, settings) for name, host in hosts.items()}
+        self._conversations: set[_Conversation] = set()
+
+    def handler(self) -> "grpc.GenericRpcHandler[Any, Any]":
+        """What a server registers. Inference is handed bytes, so that bad ones get an answer."""
+        answers: dict[str, tuple[type[Message], Callable[[Any], Message]]] = {
+            "ServerLive": (pb.ServerLiveRequest, self._server_live),
+            "ServerReady": (pb.ServerReadyRequest, self._server_ready),
+            "ModelReady": (pb.ModelReadyRequest, self._model_ready),
+            "ServerMetadata": (pb.ServerMetadataRequest, self._server_metadata),
+            "ModelMetadata": (pb.ModelMetadataRequest, self._model_metadata),
+            "ModelConfig": (pb.ModelConfigRequest, self._model_config),
+            "ModelStatistics": (pb.ModelStatisticsRequest, self._model_statistics),
+            "RepositoryIndex": (pb.RepositoryIndexRequest, self._repository_index),
+        }
+        methods = {name: _unary(read.FromString, give) for name, (read, give) in answers.items()}
+        methods["ModelInfer"] = grpc.unary_unary_rpc_method_handler(
+            self.model_infer, None, pb.ModelInferResponse.SerializeToString
+        )
+        methods["ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(
+            self.model_stream_infer, None, pb.ModelStreamInferResponse.SerializeToString
+        )
+        for name in ("RepositoryModelLoad", "RepositoryModelUnload"):
+            methods[name] = grpc.unary_unary_rpc_method_handler(_refuse_repository)
+        return grpc.method_handlers_generic_handler(NAME, methods)
+
+    def stop(self) -> None:
+        """Let every stream end once it has its answers."""
+        for conversation in self._conversations:
+            conversation.stop()
+
+    # Inference.
+
+    async def model_infer(self, data: bytes, context: Context) -> pb.ModelInferResponse:
+        """Run one request."""
+        async with as_status(context):
+            done = asyncio.Event()
+            request = Request(done.set)
+            message = parse(data)
+            served = self.submit(message, request)
+            try:
+                await done.wait()
+            except asyncio.CancelledError:
+                request.is_cancelled = True
+                raise
+            if served is not None:
+                served.exchange.tally.count(request)
+            if served is None or request.error is not None:
+                raise request.error or ServiceError("an error inside the server")
+            return served.format.answer(request)
+        raise AssertionError
+
+    async def model_stream_infer(self, messages: AsyncIterator[bytes], context: Context) -> None:
+        """Run the requests of one stream, and answer them in their order."""
+        async with as_status(context):
+            conversation = _Conversation(self, context)
+            self._conversations.add(conversation)
+            try:
+                await conversation.serve(messages)
+            finally:
+                self._conversations.discard(conversation)
+
+    def submit(self, message: pb.ModelInferRequest, request: Request) -> "_Served | None":
+        """Read a request and take it in, or fail it; whose it is, where there is such a model."""
+        served = None
+        request.id = message.id
+        try:
+            served = self._find(message.model_name, message.model_version)
+            served.format.read(message, request)
+        except ServiceError as error:
+            request.fail(error)
+        else:
+            served.exchange.submit(request)
+        return served
+
+    def _find(self, name: str, number: str) -> _Served:
+        if number not in ("", VERSION):
+            raise ModelNotFoundError(
+                f"there is no version {number!r} of model {name!r}; leave it out, or ask for "
+                f"{VERSION!r}"
+            )
+        return self._models[find_host(self._hosts, name).name]
+
+    # Questions.
+
+    def _server_live(self, request: pb.ServerLiveRequest) -> pb.ServerLiveResponse:
+        return pb.ServerLiveResponse(live=True)
+
+    def _server_ready(self, request: pb.ServerReadyRequest) -> pb.ServerReadyResponse:
+        return pb.ServerReadyResponse(ready=self._is_ready())
+
+    def _model_ready(self, request: pb.ModelReadyRequest) -> pb.ModelReadyResponse:
+        is_there = request.name in self._models and request.version in ("", VERSION)
+        return pb.ModelReadyResponse(
+            ready=is_there and self._is_ready() and self._hosts[request.name].is_welcoming
+        )
+
+    def _server_metadata(self, request: pb.ServerMetadataRequest) -> pb.ServerMetadataResponse:
+        return pb.ServerMetadataResponse(
+            name="sluice", version=version("sluice-serving"), extensions=EXTENSIONS
+        )
+
+    def _model_metadata(self, request: pb.ModelMetadataRequest) -> pb.ModelMetadataResponse:
+        host = self._find(request.name, request.version).host
+        return models.describe(host.name, host.contract)
+
+    def _model_config(self, request: pb.ModelConfigRequest) -> pb.ModelConfigResponse:
+        host = self._find(request.name, request.version).host
+        config = models.configure(host.name, host.contract, self._settings)
+        return pb.ModelConfigResponse(config=config)
+
+    def _model_statistics(self, request: pb.ModelStatisticsRequest) -> pb.ModelStatisticsResponse:
+        chosen = (
+            [self._find(request.name, request.version)]
+            if request.name
+            else list(self._models.values())
+        )
+        return pb.ModelStatisticsResponse(
+            model_stats=[
+                models.count(
+                    served.host.name, self._metrics.model(served.host.name), served.exchange.tally
+                )
+                for served in chosen
+            ]
+        )
+
+    def _repository_index(self, request: pb.RepositoryIndexRequest) -> pb.RepositoryIndexResponse:
+        entries = (models.index(host) for host in self._hosts.values())
+        return pb.RepositoryIndexResponse(
+            models=[entry for entry in entries if entry.state == "READY" or not request.ready]
+        )
+
+
+class _Conversation:
+    """One stream: a reader that submits requests, a writer that answers them in their order."""
+
+    def __init__(self, service: OpenInferenceService, context: Context) -> None:
+        self._service = service
+        self._context = context
+        # Header of clients that want an error as the status of the call.
+        metadata = dict(context.invocation_metadata() or ())
+        self._ends_with_errors = metadata.get("triton_grpc_error") == "true"
+        self._pending: deque[tuple[Request, _Served | None, str]] = deque()
+        self._changed = asyncio.Event()
+        self._may_read = asyncio.Event()
+        self._is_stopping = False
+
+    def stop(self) -> None:
+        """End once every request has its answer."""
+        self._is_stopping = True
+        self._changed.set()
+
+    async def serve(self, messages: AsyncIterator[bytes]) -> None:
+        """Until the client sends no more and has all its answers, or the server stops."""
+        reader = asyncio.ensure_future(self._read(messages))
+        reader.add_done_callback(lambda _: self._changed.set())
+        try:
+            while True:
+                while self._pending and self._pending[0][0].is_done:
+                    await self._write(*self._pending.popleft())
+                self._may_read.set()
+                if not self._pending and (reader.done() or self._is_stopping):
+                    if reader.done():
+                        reader.result()
+                    return
+                self._changed.clear()
+                await self._changed.wait()
+        finally:
+            reader.cancel()
+            for request, _, _ in self._pending:
+                request.is_cancelled = True
+
+    async def _read(self, messages: AsyncIterator[bytes]) -> None:
+        async for data in messages:
+            message = parse(data)
+            request = Request(self._changed.set)
+            served = self._service.submit(message, request)
+            self._pending.append((request, served, message.model_name))
+            while self._pending and (
+                len(self._pending) >= _PENDING_MAX
+                or (served is not None and served.exchange.is_full)
+            ):
+                self._may_read.clear()
+                await self._may_read.wait()
+
+    async def _write(self, request: Request, served: _Served | None, name: str) -> None:
+        if served is not None:
+            served.exchange.tally.count(request)
+        if served is not None and request.error is None:
+            response = pb.ModelStreamInferResponse(infer_response=served.format.answer(request))
+        elif request.error is not None and self._ends_with_errors:
+            raise request.error
+        else:
+            response = pb.ModelStreamInferResponse(
+                error_message=str(request.error),
+                infer_response=pb.ModelInferResponse(
+                    model_name=name, model_version=VERSION, id=request.id
+                ),
+            )
+        await self._context.write(response)
+
+
+def parse(data: bytes) -> pb.ModelInferRequest:
+    """A request from its bytes. Raises RequestError."""
+    try:
+        return pb.ModelInferRequest.FromString(data)
+    except DecodeError as error:
+        raise RequestError(
+            "a message that is not an inference.ModelInferRequest (truncated, or of another call)"
+        ) from error
+
+
+def _unary(
+    read: Callable[[bytes], Any], give: Callable[[Any], Message]
+) -> "grpc.RpcMethodHandler[Any, Any]":
+    """A call whose answer is there at once."""
+
+    async def answer(request: Any, context: Context) -> Message:
+        async with as_status(context):
+            return give(request)
+        raise AssertionError
+
+    return grpc.unary_unary_rpc_method_handler(
+        answer, read, lambda message: message.SerializeToString()
+    )
+
+
+async def _refuse_repository(data: bytes, context: Context) -> bytes:
+    """Loading while running is no part of this server."""
+    await context.abort(
+        grpc.StatusCode.UNIMPLEMENTED,
+        "models are loaded when the server starts; name them with --model NAME=PATH and restart it",
+    )
+    raise AssertionError

@@ -1,0 +1,136 @@
+"""What requests of the Open Inference Protocol wait on: lanes, their frames, their errors."""
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from sluice_protos.sequences_pb2 import Closed, Fault
+from sluice_service.errors import (
+    GapError,
+    LaneError,
+    NotFoundError,
+    OutOfRangeError,
+    RequestError,
+    ServiceError,
+    StoppingError,
+)
+from sluice_service.ragged import Array, Integers, ones
+from sluice_service.rpc.open_inference_requests import Request
+
+NONE = -1
+ERRORS = {error.reason: error for error in LaneError.__subclasses__()}
+
+
+@dataclass(slots=True)
+class Answered:
+    """The last request of a sequence that counts its steps, kept for its repeat."""
+
+    first: int
+    inputs: list[Array]
+    outputs: list[bytes]
+
+    def answers(self, request: Request) -> bool:
+        """True when `request` is that request once more."""
+        return request.first == self.first and all(
+            mine.shape == theirs.shape and mine.tobytes() == theirs.tobytes()
+            for mine, theirs in zip(self.inputs, request.inputs, strict=True)
+        )
+
+
+class Tally:
+    """How many requests there were, and how long they took."""
+
+    def __init__(self) -> None:
+        self.succeeded = self.failed = 0
+        self.succeeded_seconds = self.failed_seconds = 0.0
+        self.last_time = 0.0  # seconds since 1970
+
+    def count(self, request: Request) -> None:
+        """Count a request that is done."""
+        seconds = time.monotonic() - request.arrived
+        if request.error is None:
+            self.succeeded += 1
+            self.succeeded_seconds += seconds
+            self.last_time = time.time()
+        else:
+            self.failed += 1
+            self.failed_seconds += seconds
+
+
+class Lane:
+    """A sequence, or a place for requests without one."""
+
+    __slots__ = ("current", "is_open", "key", "last", "missing", "number", "queue", "row", "step")
+
+    def __init__(self, key: str) -> None:
+        self.key = key  # "": no sequence
+        self.number = NONE
+        self.is_open = False
+        self.step = 0  # applied
+        self.queue: deque[Request] = deque()
+        self.current: Request | None = None
+        self.row = 0  # of the current request's batch
+        self.missing = 0  # steps of the current request that have not come back
+        self.last: Answered | None = None
+
+
+def misplaced(lane: Lane, request: Request) -> ServiceError | None:
+    """Why a request that counts its steps is not the next one of its sequence."""
+    first = request.first
+    if first is None or first == lane.step or request.is_start:
+        return None
+    if first > lane.step:
+        return GapError(
+            f"sequence {request.sequence} has {lane.step} steps applied, not {first}; send again "
+            f"from sequence_step {lane.step}"
+        )
+    return OutOfRangeError(
+        f"sequence {request.sequence} has {lane.step} steps applied; only its last request, as it "
+        f"was, can be repeated: go on with sequence_step {lane.step}"
+    )
+
+
+def not_started(request: Request, model: str, fault: Fault) -> ServiceError:
+    """What a request is told whose sequence is not there."""
+    text = (
+        f"inference request for sequence {request.sequence} to model {model!r} must specify the "
+        "START flag on the first request of the sequence"
+    )
+    if fault.reason == Fault.NOT_FOUND:
+        return RequestError(f"{text}: send sequence_start with it")
+    return NotFoundError(f"{text}; {fault.message}")
+
+
+def ended(request: Request, closed: Closed) -> ServiceError:
+    """What a request is told whose sequence ended before its turn."""
+    if closed.reason == Closed.DRAINING:
+        return StoppingError("this server is stopping; ask another")
+    return NotFoundError(
+        f"sequence {request.sequence} was ended ({Closed.Reason.Name(closed.reason)}) before this "
+        "request was run; start it again with the START flag"
+    )
+
+
+def as_frame(lanes: Sequence[Lane]) -> tuple[Integers, Integers, Integers, list[Array]]:
+    """The current requests of `lanes`: lanes, steps and first steps [chunks], inputs [rows, …]."""
+    count = len(lanes)
+    requests = [lane.current for lane in lanes if lane.current is not None]
+    steps = np.fromiter((request.steps for request in requests), np.int64, count)
+    inputs = []
+    for index in range(len(requests[0].inputs)):
+        parts = [
+            request.inputs[index]
+            if request.batch == 1
+            else request.inputs[index][lane.row * request.steps :][: request.steps]
+            for lane, request in zip(lanes, requests, strict=True)
+        ]
+        inputs.append(parts[0] if count == 1 else np.concatenate(parts))
+    return (
+        np.fromiter((lane.number for lane in lanes), np.int64, count),
+        ones(count) if int(steps.max()) == 1 else steps,
+        np.fromiter((lane.step for lane in lanes), np.int64, count),
+        inputs,
+    )

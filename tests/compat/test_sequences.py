@@ -67,6 +67,7 @@ async def test_a_second_start_is_refused_where_the_server_says_so(sums) -> None:
     assert await caller.infer(1, sequence_id=1, sequence_start=True) == [1]
     code, _ = await caller.fails(request(10, sequence_id=1, sequence_start=True))
     assert code is Code.ALREADY_EXISTS
+    assert await caller.infer(2, sequence_id=1) == [3]
 
 
 async def test_numbers_and_strings_that_look_alike_are_different_sequences(caller) -> None:
@@ -294,6 +295,13 @@ async def test_a_repeat_with_other_values_is_no_repeat(caller) -> None:
     assert code is Code.OUT_OF_RANGE
     assert "sequence_step 1" in text
     assert await caller.infer(2, sequence_id=131, sequence_start=True, sequence_step=0) == [2]
+
+
+async def test_an_end_that_was_forgotten_is_no_repeat(caller) -> None:
+    await caller.infer(1, sequence_id=133, sequence_start=True, sequence_step=0)
+    code, _ = await caller.fails(request(1, sequence_id=133, sequence_step=0, sequence_end=True))
+    assert code is Code.OUT_OF_RANGE
+    assert await caller.infer(2, sequence_id=133, sequence_step=1, sequence_end=True) == [3]
 
 
 async def test_a_gap_in_counted_steps_is_refused(caller) -> None:

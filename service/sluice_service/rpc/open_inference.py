@@ -29,8 +29,6 @@ EXTENSIONS = (
     "sequence(string_id)",
     "statistics",
 )
-# Requests of one stream that may wait for their answers.
-_PENDING_MAX = 4096
 
 
 class _Served:
@@ -201,6 +199,8 @@ class _Conversation:
         self._pending: deque[tuple[Request, _Served | None, str]] = deque()
         self._changed = asyncio.Event()
         self._may_read = asyncio.Event()
+        # Steps whose answers have not gone: a client that does not read must not fill the memory.
+        self._unsent_steps = 0
         self._is_stopping = False
 
     def stop(self) -> None:
@@ -216,7 +216,7 @@ class _Conversation:
             while True:
                 while self._pending and self._pending[0][0].is_done:
                     await self._write(*self._pending.popleft())
-                self._may_read.set()
+                    self._may_read.set()
                 if not self._pending and (reader.done() or self._is_stopping):
                     if reader.done():
                         reader.result()
@@ -234,12 +234,15 @@ class _Conversation:
             request = Request(self._changed.set)
             served = self._service.submit(message, request)
             self._pending.append((request, served, message.model_name))
-            while self._pending and (
-                len(self._pending) >= _PENDING_MAX
-                or (served is not None and served.exchange.is_full)
-            ):
+            self._unsent_steps += request.batch * request.steps
+            while self._pending and served is not None and self._is_ahead(served):
                 self._may_read.clear()
                 await self._may_read.wait()
+
+    def _is_ahead(self, served: _Served) -> bool:
+        """True while the client has to read, or the model to catch up, before more is read."""
+        unsent_max = served.host.limits.unacknowledged_steps_max
+        return self._unsent_steps >= unsent_max or served.exchange.is_full
 
     async def _write(self, request: Request, served: _Served | None, name: str) -> None:
         if served is not None:
@@ -256,6 +259,7 @@ class _Conversation:
                 ),
             )
         await self._context.write(response)
+        self._unsent_steps -= request.batch * request.steps
 
 
 def parse(data: bytes) -> pb.ModelInferRequest:

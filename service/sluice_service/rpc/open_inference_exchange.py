@@ -158,7 +158,7 @@ class Exchange:
         if request.first is None:
             lane.last = None
             return
-        lane.last = Answered(request.first, request.inputs, request.outputs)
+        lane.last = Answered(request)
         if request.is_end:
             self._ended[lane.key] = lane.last
             if len(self._ended) > _ENDED_MAX:

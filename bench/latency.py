@@ -3,6 +3,7 @@
 """
 
 from contextlib import ExitStack
+from dataclasses import asdict, replace
 
 from bench.models import export_model
 from bench.pingpong import reply_bytes
@@ -29,7 +30,7 @@ def main() -> None:
             progress = stack.enter_context(bar())
             for _ in progress.track(range(effort.rounds), description=f"latency, H={hidden}"):
                 for name, question in questions(server, echo, running).items():
-                    answer = client.ask(question(streams=1, connections=1, seconds=effort.seconds))
+                    answer = client.ask(asdict(replace(question, seconds=effort.seconds)))
                     figures.add(f"{name} {hidden}", answer["p50"])
                     figures.add(f"{name} {hidden} p99", answer["p99"])
                 answer = bare.ask({"batch": 1, "seconds": effort.seconds / 4})

@@ -5,15 +5,19 @@ that what differs is the server.
 """
 
 import asyncio
+import itertools
 import json
 import sys
 import time
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from functools import partial
 
 import grpc.aio
 import numpy as np
+from numpy.typing import NDArray
 
+from bench.processes import Server
 from sluice_cli.bench.watched import watch_process
 from sluice_protos.sequences_pb2 import InferRequest, InferResponse, OpenSequence, Tensor
 
@@ -21,6 +25,10 @@ ECHO = "/echo.Echo/Infer"
 SLUICE = "/sluice.v1.Sequences/Infer"
 _OPTIONS = (("grpc.use_local_subchannel_pool", 1),)
 _WARMUP_SECONDS = 0.5
+
+Stream = grpc.aio.StreamStreamCall[bytes, bytes]
+Exchange = Callable[[bytes], Awaitable[bytes]]
+Seconds = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -31,10 +39,12 @@ class Question:
     pid: int
     method: str
     message: str  # in hex
-    opening: str  # the first message of a stream, in hex; empty: none
-    streams: int
-    connections: int
-    seconds: float
+    opening: str = ""  # the first message of a stream, in hex; empty: none
+    is_unary: bool = False  # a call a message, in place of a stream
+    sequences: int = 0  # begin each message with the number of one of so many; 0: do not
+    streams: int = 1
+    connections: int = 1
+    seconds: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -44,37 +54,32 @@ class Answer:
     messages: int
     p50: float
     p99: float
+    max: float
     server_cpu: float  # a message
 
 
-def ask_sluice(
-    server: Any, model: str, features: int, *, streams: int, connections: int, seconds: float
-) -> dict[str, Any]:
+def make_step(features: int) -> bytes:
+    """One step of random inputs."""
+    return np.random.default_rng(0).standard_normal(features).astype(np.float32).tobytes()
+
+
+def ask_sluice(server: Server, model: str, step: bytes) -> Question:
     """A question to a Sluice server: one sequence a stream, one step a message."""
-    step = np.random.default_rng(0).standard_normal(features).astype(np.float32)
-    message = InferRequest(lane=[0], inputs=[Tensor(data=step.tobytes())])
+    message = InferRequest(lane=[0], inputs=[Tensor(data=step)])
     opening = InferRequest(model=model, open=[OpenSequence(lane=0)])
-    return asdict(
-        Question(
-            server.address,
-            server.pid,
-            SLUICE,
-            message.SerializeToString().hex(),
-            opening.SerializeToString().hex(),
-            streams,
-            connections,
-            seconds,
-        )
+    return Question(
+        server.address,
+        server.pid,
+        SLUICE,
+        message.SerializeToString().hex(),
+        opening.SerializeToString().hex(),
     )
 
 
-def ask_echo(
-    server: Any, message: str, *, streams: int, connections: int, seconds: float
-) -> dict[str, Any]:
-    """The same question to an echo."""
-    return asdict(
-        Question(server.address, server.pid, ECHO, message, "", streams, connections, seconds)
-    )
+def ask_echo(server: Server, step: bytes) -> Question:
+    """The same bytes to an echo."""
+    message = InferRequest(lane=[0], inputs=[Tensor(data=step)])
+    return Question(server.address, server.pid, ECHO, message.SerializeToString().hex())
 
 
 def reply_bytes(outputs: int) -> int:
@@ -90,44 +95,69 @@ async def _ask(question: Question) -> Answer:
         for _ in range(question.connections)
     ]
     try:
-        calls = [
-            channels[number % len(channels)].stream_stream(question.method, None, None)(None)
+        exchanges = [
+            await _start(channels[number % len(channels)], question)
             for number in range(question.streams)
         ]
-        if question.opening:
-            await asyncio.gather(*(_open(call, question.opening) for call in calls))
         usage = watch_process(question.pid)
         begin = time.perf_counter() + _WARMUP_SECONDS
         end = begin + question.seconds
-        message = bytes.fromhex(question.message)
-        pings = asyncio.gather(*(_ping(call, message, begin, end) for call in calls))
+        pings = asyncio.gather(
+            *(
+                _ping(exchange, _messages(question, number), begin, end)
+                for number, exchange in enumerate(exchanges)
+            )
+        )
         await asyncio.sleep(begin - time.perf_counter())
         before = usage()
         await asyncio.sleep(end - time.perf_counter())
         after = usage()
         latencies = 1e6 * np.concatenate(await pings)
-        for call in calls:
-            call.cancel()
     finally:
         for channel in channels:
             await channel.close(None)
     spent = 1e6 * (after.cpu_seconds - before.cpu_seconds)
     p50, p99 = np.percentile(latencies, [50, 99])
-    return Answer(len(latencies), float(p50), float(p99), spent / len(latencies))
+    return Answer(
+        len(latencies), float(p50), float(p99), float(latencies.max()), spent / len(latencies)
+    )
 
 
-async def _open(call: Any, opening: str) -> None:
-    await call.write(bytes.fromhex(opening))
-    while not InferResponse.FromString(await call.read()).opened:
-        pass
+async def _start(channel: grpc.aio.Channel, question: Question) -> Exchange:
+    """How to send a message and get its answer: over a stream of its own, or as calls."""
+    if question.is_unary:
+        return channel.unary_unary(question.method, None, None)
+    call = channel.stream_stream(question.method, None, None)(None)
+    if question.opening:
+        answer = await _exchange(call, bytes.fromhex(question.opening))
+        while not InferResponse.FromString(answer).opened:
+            answer = await _exchange(call)
+    return partial(_exchange, call)
 
 
-async def _ping(call: Any, message: bytes, begin: float, end: float) -> np.ndarray[Any, Any]:
+async def _exchange(call: Stream, message: bytes | None = None) -> bytes:
+    """Send a message, if there is one, and take the next answer."""
+    if message is not None:
+        await call.write(message)
+    answer = await call.read()
+    assert isinstance(answer, bytes), "the server has ended the stream"
+    return answer
+
+
+def _messages(question: Question, stream: int) -> Iterator[bytes]:
+    """What one stream sends, for ever."""
+    message = bytes.fromhex(question.message)
+    if not question.sequences:
+        return itertools.repeat(message)
+    numbers = range(stream, question.sequences, question.streams)
+    return itertools.cycle([number.to_bytes(8, "little") + message for number in numbers])
+
+
+async def _ping(exchange: Exchange, messages: Iterator[bytes], begin: float, end: float) -> Seconds:
     """The seconds of each message that was answered between two instants."""
     latencies = []
     while (sent := time.perf_counter()) < end:
-        await call.write(message)
-        await call.read()
+        await exchange(next(messages))
         if begin <= (now := time.perf_counter()) < end:
             latencies.append(now - sent)
     return np.array(latencies)

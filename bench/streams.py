@@ -2,12 +2,11 @@
 `python -m bench.streams`.
 """
 
-from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any
+from dataclasses import asdict, replace
 
 from bench.models import INPUTS, export_model
-from bench.pingpong import ask_echo, ask_sluice, reply_bytes
+from bench.pingpong import Question, ask_echo, ask_sluice, make_step, reply_bytes
 from bench.processes import Server, asked, rival, sluice
 from bench.table import Figures, bar, print_table, read_effort
 
@@ -30,13 +29,14 @@ def main() -> None:
         progress = stack.enter_context(bar())
         for _ in progress.track(range(effort.rounds), description="streams"):
             for streams, connections in cases:
-                load = {
-                    "streams": streams,
-                    "connections": connections,
-                    "seconds": effort.seconds,
-                }
                 for name, question in questions(server, echo, running).items():
-                    answer = client.ask(question(**load))
+                    load = replace(
+                        question,
+                        streams=streams,
+                        connections=connections,
+                        seconds=effort.seconds,
+                    )
+                    answer = client.ask(asdict(load))
                     figures.add(f"{name} {streams} {connections}", answer["server_cpu"])
     rows = []
     for streams, connections in cases:
@@ -68,15 +68,13 @@ def main() -> None:
     )
 
 
-def questions(
-    server: Server, echo: Server, running: Server
-) -> dict[str, Callable[..., dict[str, Any]]]:
+def questions(server: Server, echo: Server, running: Server) -> dict[str, Question]:
     """What is asked of each server, in turns."""
-    message = ask_sluice(server, "m", INPUTS, streams=1, connections=1, seconds=0)["message"]
+    step = make_step(INPUTS)
     return {
-        "echo": lambda **load: ask_echo(echo, message, **load),
-        "run": lambda **load: ask_echo(running, message, **load),
-        "sluice": lambda **load: ask_sluice(server, "m", INPUTS, **load),
+        "echo": ask_echo(echo, step),
+        "run": ask_echo(running, step),
+        "sluice": ask_sluice(server, "m", step),
     }
 
 

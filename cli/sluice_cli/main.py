@@ -2,7 +2,7 @@
 
 import typer
 
-from sluice_cli import bench, demo, export, inspect, serve, stream
+from sluice_cli import bench, demo, export, inspect, serve, stream, verify
 
 app = typer.Typer(
     name="sluice",
@@ -26,6 +26,7 @@ export.add_to(app)
 inspect.add_to(app)
 serve.add_to(app)
 stream.add_to(app)
+verify.add_to(app)
 
 
 def main() -> None:

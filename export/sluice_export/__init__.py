@@ -8,6 +8,7 @@ except ModuleNotFoundError as error:
         f"exporting needs {error.name}: pip install 'sluice-serving[export]'", name=error.name
     ) from error
 
+from sluice_export.delivery import TOLERANCE, Progress
 from sluice_export.errors import (
     BidirectionalError,
     CheckpointError,
@@ -18,11 +19,14 @@ from sluice_export.errors import (
     LayerError,
     NoRecurrentLayerError,
     OutputError,
+    PairingError,
     ParityError,
     TraceError,
     UnsupportedModuleError,
 )
-from sluice_export.exporter import TOLERANCE, Progress, export
+from sluice_export.exporter import export
+from sluice_export.foreign import export_onnx
+from sluice_export.verification import verify
 
 __all__ = [
     "TOLERANCE",
@@ -35,9 +39,12 @@ __all__ = [
     "LayerError",
     "NoRecurrentLayerError",
     "OutputError",
+    "PairingError",
     "ParityError",
     "Progress",
     "TraceError",
     "UnsupportedModuleError",
     "export",
+    "export_onnx",
+    "verify",
 ]

@@ -65,7 +65,7 @@ def _expose(
             continue
         reached.update(node.output)
         for name in node.output:
-            spec = _spec(described.get(name))
+            spec = _spec(described.get(name), is_one_step=contract.is_one_step)
             if spec is not None:
                 specs.append(spec)
                 axes = [spec.time_axis]
@@ -87,13 +87,15 @@ def _expose(
     return exposed, specs
 
 
-def _spec(value: onnx.ValueInfoProto | None) -> TensorSpec | None:
+def _spec(value: onnx.ValueInfoProto | None, *, is_one_step: bool) -> TensorSpec | None:
     """How to read a float value with a batch axis; None for all others."""
     if value is None or value.type.tensor_type.elem_type != onnx.TensorProto.FLOAT:
         return None
     dims = [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
     if dims.count("batch") != 1 or any(d not in {"batch", "steps"} for d in dims if _is_text(d)):
         return None
+    if is_one_step:
+        return TensorSpec(name=value.name, datatype="FP32", batch_axis=dims.index("batch"))
     has_steps = "steps" in dims
     return TensorSpec(
         name=value.name if has_steps else value.name + _ONCE,

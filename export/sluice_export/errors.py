@@ -9,6 +9,7 @@ ExportError
 ├── InputError                   the example inputs do not fit the module, or say too little
 ├── TraceError                   PyTorch's exporter failed
 ├── ParityError                  a proof failed: the graph is not the module
+├── PairingError                 which output is which input's state cannot be told
 ├── FactoryError                 `package.module:factory` cannot be called
 └── CheckpointError              a checkpoint cannot be read or does not fit
 """
@@ -48,6 +49,10 @@ class TraceError(ExportError):
 
 class ParityError(ExportError):
     """A proof failed: what the graph computes is not what the module computes."""
+
+
+class PairingError(ExportError):
+    """Which inputs of an ONNX file are its state, and where it comes out, cannot be told."""
 
 
 class FactoryError(ExportError):

@@ -2,42 +2,22 @@
 
 import copy
 import os
-import tempfile
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Final
 
-import onnx
 import torch
 from torch import nn
 
-from sluice_export.culprit import explain_failure
-from sluice_export.errors import (
-    ExportNotice,
-    NoRecurrentLayerError,
-    ParityError,
-    UnsupportedModuleError,
-)
+from sluice_export.delivery import TOLERANCE, Progress, deliver, notify
+from sluice_export.errors import NoRecurrentLayerError, UnsupportedModuleError
 from sluice_export.graph import make_graph, without_traces
 from sluice_export.layers import RecurrentLayer, find_layers
-from sluice_export.minimums import measure_minimums
-from sluice_export.proofs import PROOFS, Evidence, is_required
 from sluice_export.reference import Reference
 from sluice_export.signature import LENGTHS, STATE, STATE_OUT
 from sluice_export.survey import Survey, take_survey
-from sluice_model.contract import write_contract
-from sluice_model.model import Model
-from sluice_protos.contract_pb2 import Cell, ModelContract, Proof, StatePart, TensorSpec, ValueRange
+from sluice_protos.contract_pb2 import Cell, ModelContract, StatePart, TensorSpec, ValueRange
 from sluice_protos.datatypes import DATATYPES
-
-# Relative to the largest value of each output: float32 keeps about seven digits,
-# a wrong gate or a lost bias leaves none.
-TOLERANCE: Final = 1e-4
-
-# Told what is going on, and which share of the export is done (0 to 1).
-Progress = Callable[[str, float], None]
 
 
 def export(
@@ -70,7 +50,7 @@ def export(
     path = Path(path)
     tell = on_progress or (lambda what, share: None)
     tell("looking at the module", 0.0)
-    original = _prepare(module)
+    original = prepare(module)
     layers = find_layers(original)
     if not layers:
         raise NoRecurrentLayerError(
@@ -88,27 +68,16 @@ def export(
     tell("making the graph", 0.1)
     proto = make_graph(original, survey.signature.as_float(), state_size=contract.state_size)
     bare = without_traces(proto)
-    write_contract(bare, contract)
-    data = bare.SerializeToString()
     reference = Reference(original, layers, survey.signature)
-    tell("measuring the smallest batch and length", 0.3)
-    contract.batch_min, contract.length_min, sizes = measure_minimums(Model(data, contract))
-    evidence = Evidence(Model(data, contract), reference, tolerance=tolerance)
-    contract.proofs.extend([*_prove(evidence, proto, tell), sizes])
-    for proof in contract.proofs:
-        if not proof.passed:
-            _notice(f"{proof.name} does not hold: {proof.figure:g} {proof.detail}")
-    write_contract(bare, contract)
-    _write(bare, path)
-    tell("done", 1.0)
+    deliver(bare, contract, reference, path, noted=proto, tolerance=tolerance, tell=tell)
     return contract
 
 
-def _prepare(module: nn.Module) -> nn.Module:
+def prepare(module: nn.Module) -> nn.Module:
     """A copy of `module` on the CPU in eval mode, in float32 or, where it has any, float64."""
     module = getattr(module, "_orig_mod", module)  # what torch.compile wraps
     if module.training and any(map(_differs_in_training, module.modules())):
-        _notice(
+        notify(
             "the module is in training mode; it is exported as in eval mode: dropout off, also "
             "between recurrent layers, and batch normalisation by its running statistics"
         )
@@ -121,7 +90,7 @@ def _prepare(module: nn.Module) -> nn.Module:
         ) from error
     tensors = (*original.parameters(), *original.buffers())
     if any(tensor.dtype == torch.float64 for tensor in tensors):
-        _notice("the module computes in float64; it is exported, and proven, in float32")
+        notify("the module computes in float64; it is exported, and proven, in float32")
         return original.double()
     return original.float()
 
@@ -179,40 +148,3 @@ def _tensor_spec(
     return TensorSpec(
         name=name, datatype=datatype, shape=shape, batch_axis=0, time_axis=1, valid=valid
     )
-
-
-def _prove(evidence: Evidence, proto: onnx.ModelProto, tell: Progress) -> list[Proof]:
-    """Every proof, in order; `proto` is the graph with the exporter's notes.
-
-    Raises ParityError for the first that fails and matters.
-    """
-    proofs = []
-    for place, (what, prove) in enumerate(PROOFS.items()):
-        tell(what, 0.4 + 0.6 * place / len(PROOFS))
-        proof = prove(evidence)
-        if not proof.passed and is_required(proof):
-            raise ParityError(
-                f"{proof.name} failed: {proof.figure:.3g}, at most {proof.tolerance:.3g} is "
-                f"allowed ({proof.detail}). {explain_failure(proto, evidence)}"
-            )
-        proofs.append(proof)
-    return proofs
-
-
-def _notice(message: str) -> None:
-    """Tell the caller of export() something that is not wrong."""
-    warnings.warn(message, ExportNotice, stacklevel=4)
-
-
-def _write(proto: onnx.ModelProto, path: Path) -> None:
-    """Put the file in its place whole, or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(proto.SerializeToString())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -7,7 +7,7 @@ from typing import Final
 import numpy as np
 
 from sluice_model.model import Array, Model, example_inputs
-from sluice_protos.contract_pb2 import Proof
+from sluice_protos.contract_pb2 import ModelContract, Proof
 
 _BATCHES: Final = (1, 2, 3, 4, 5, 8, 16, 33, 64)
 _LENGTHS: Final = (1, 2, 3, 4, 7, 16)
@@ -29,9 +29,9 @@ def measure_minimums(model: Model) -> tuple[int, int, Proof]:
     if any(cell.kind.startswith("RNN") for cell in model.contract.cells):
         # ONNX Runtime multiplies a lone row of an RNN in another order: never exact,
         # even where a small sample happens to agree.
-        batches.remove(1)
+        batches = [batch for batch in batches if batch > 1] or batches
     differing = dict(_count_differing(model, batches))
-    for length_min in filter(lambda length: length <= _LENGTH_MIN_MAX, _LENGTHS):
+    for length_min in _lengths_to_pad(model.contract):
         for batch_min in filter(lambda batch: batch <= _BATCH_MIN_MAX, batches):
             if not any(
                 count
@@ -42,10 +42,18 @@ def measure_minimums(model: Model) -> tuple[int, int, Proof]:
     return 1, 1, _proof(sum(differing.values()), (1, batches[-1]), 1)
 
 
+def _lengths_to_pad(contract: ModelContract) -> list[int]:
+    """The smallest lengths that runs may be padded to: 1 where a graph cannot tell padding."""
+    is_padded = bool(contract.lengths_input) or not contract.state_size
+    longest = _LENGTH_MIN_MAX if is_padded and not contract.is_one_step else 1
+    return [length for length in _LENGTHS if length <= longest]
+
+
 def _affordable_batches(model: Model) -> list[int]:
     """The batches to try: fewer where the outputs of one run would fill the memory."""
     row = sum(math.prod(spec.shape) for spec in model.contract.outputs) * _LENGTHS[-1]
     largest = max(_BATCH_MIN_MAX * 2, _VALUES_MAX // row)
+    largest = min(largest, model.contract.batch_max or largest)
     return [batch for batch in _BATCHES if batch <= largest]
 
 

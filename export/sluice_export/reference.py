@@ -18,6 +18,8 @@ Array = NDArray[Any]
 class Reference:
     """The module as its author wrote it, in eval mode."""
 
+    name = "the PyTorch module"
+
     def __init__(
         self, module: nn.Module, layers: Sequence[RecurrentLayer], signature: Signature
     ) -> None:

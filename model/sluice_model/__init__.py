@@ -13,6 +13,7 @@ from sluice_model.contract import (
     write_contract,
 )
 from sluice_model.errors import ContractError, ModelError, NotAModelError, RunError
+from sluice_model.graph import Graph
 from sluice_model.model import Model, example_inputs
 from sluice_model.self_test import SelfTest, run_self_test
 
@@ -20,6 +21,7 @@ __all__ = [
     "METADATA_KEY",
     "SCHEMA_VERSION",
     "ContractError",
+    "Graph",
     "Model",
     "ModelError",
     "NotAModelError",

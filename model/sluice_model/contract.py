@@ -172,9 +172,9 @@ def _check(proto: onnx.ModelProto, contract: ModelContract, *, name: str) -> Non
     expected = {spec.name for spec in contract.outputs} | ({contract.state_output} - {""})
     require(expected <= set(outputs), f"names outputs {sorted(expected)}, not {sorted(outputs)}")
     for spec in contract.inputs:
-        _check_tensor(inputs[spec.name], spec, require)
+        _check_tensor(inputs[spec.name], spec, contract, require)
     for spec in contract.outputs:
-        _check_tensor(outputs[spec.name], spec, require)
+        _check_tensor(outputs[spec.name], spec, contract, require)
 
     offset = 0
     for part in contract.state:
@@ -185,16 +185,29 @@ def _check(proto: onnx.ModelProto, contract: ModelContract, *, name: str) -> Non
     require(offset == contract.state_size, f"has {offset} floats of state parts, not state_size")
     require((contract.state_size > 0) == bool(contract.state_input), "has a state without input")
     require(contract.batch_min >= 1 and contract.length_min >= 1, "has no smallest batch or length")
+    require(
+        contract.batch_max == 0 or contract.batch_min <= contract.batch_max,
+        "has a smallest batch beyond its largest",
+    )
+    is_padded_by_lengths = bool(contract.lengths_input) or not contract.state_size
+    require(
+        contract.length_min == 1 or (is_padded_by_lengths and not contract.is_one_step),
+        "has a smallest length, but no lengths to tell steps from padding",
+    )
 
 
-def _check_tensor(value: onnx.ValueInfoProto, spec: TensorSpec, require: object) -> None:
+def _check_tensor(
+    value: onnx.ValueInfoProto, spec: TensorSpec, contract: ModelContract, require: object
+) -> None:
     assert callable(require)
     tensor = value.type.tensor_type
     datatype = _ELEMENT_TYPES.get(tensor.elem_type)
     require(spec.datatype in DTYPES, f"gives {spec.name!r} the unknown datatype {spec.datatype!r}")
     require(spec.datatype == datatype, f"gives {spec.name!r} {spec.datatype}, not {datatype}")
-    axes = {spec.batch_axis, spec.time_axis}
+    is_one_step = contract.is_one_step
+    axes = {spec.batch_axis} if is_one_step else {spec.batch_axis, spec.time_axis}
     rank = len(tensor.shape.dim)
-    require(len(axes) == 2 and max(axes) < rank, f"has wrong axes for {spec.name!r}")
+    is_placed = len(axes) == 2 - is_one_step and max(axes) < rank
+    require(is_placed, f"has wrong axes for {spec.name!r}")
     shape = [dim.dim_value for axis, dim in enumerate(tensor.shape.dim) if axis not in axes]
     require(shape == list(spec.shape), f"gives {spec.name!r} shape {list(spec.shape)}, not {shape}")

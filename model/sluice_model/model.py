@@ -1,18 +1,15 @@
-"""Runs a model: (inputs, lengths, state) → (outputs, state), a pure function on arrays.
+"""Runs a model: (inputs, lengths, state) → (outputs, state), a pure function on arrays."""
 
-The only module that calls ONNX Runtime.
-"""
-
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 
 from sluice_model.contract import initial_row, load_proto, parse_contract
-from sluice_model.errors import NotAModelError, RunError
+from sluice_model.errors import RunError
+from sluice_model.graph import open_session
 from sluice_protos.contract_pb2 import ModelContract, TensorSpec
 from sluice_protos.datatypes import DTYPES
 
@@ -31,34 +28,24 @@ class Model:
         `threads` is what one run may use inside an operator. Raises
         NotAModelError when ONNX Runtime cannot load the graph.
         """
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
-        # A thread that spins between runs takes the core from the next decode.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        # Denormals stay: flushing them would differ from a plain run of the file.
-        options.add_session_config_entry("session.set_denormal_as_zero", "0")
-        options.log_severity_level = 3
-        try:
-            self._session = onnxruntime.InferenceSession(
-                data, options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:
-            raise NotAModelError(
-                f"{contract.name}: ONNX Runtime cannot load it ({error})"
-            ) from error
+        self._session = open_session(data, name=contract.name, threads=threads)
         self.contract = contract
         self.initial_state = initial_row(contract)
         # What every run asks of the contract, looked up once: protobuf fields cost time.
-        self._inputs = [(spec.name, _axes(spec)) for spec in contract.inputs]
-        self._output_axes = [_axes(spec) for spec in contract.outputs]
+        self._is_one_step = contract.is_one_step
+        self._inputs = [(spec.name, self._axes(spec)) for spec in contract.inputs]
+        self._output_axes = [self._axes(spec) for spec in contract.outputs]
         self._lengths_input = contract.lengths_input
         self._state_input = contract.state_input
         self._batch_min, self._length_min = contract.batch_min, contract.length_min
         self._output_names = [spec.name for spec in contract.outputs]
         if self._state_input:
             self._output_names.append(contract.state_output)
+        self._batch_max = contract.batch_max
+        # Without lengths a graph would carry the state on through the padding.
+        self._is_whole = not self._is_one_step and bool(
+            self._lengths_input or not self._state_input
+        )
 
     @classmethod
     def load(cls, path: str | Path, *, threads: int = 1) -> "Model":
@@ -92,6 +79,49 @@ class Model:
         if batch < 1 or steps < 1:
             # ONNX Runtime would abort the process at batch 0, zero a state at length 0.
             raise RunError(f"a run needs rows and steps; it was given {batch} rows of {steps}")
+        if not self._is_whole or 0 < self._batch_max < batch:
+            return self._run_pieces(inputs, lengths, state)
+        return self._run_graph(inputs, lengths, state)
+
+    def _run_pieces(
+        self, inputs: Sequence[Array], lengths: NDArray[np.int32], state: NDArray[np.float32]
+    ) -> tuple[list[Array], NDArray[np.float32]]:
+        """As `run`, in as many runs of the graph as its limits ask for."""
+        state = state.copy()
+        outputs: list[Array] = []
+        for rows, steps in self._pieces(lengths):
+            piece = [array[rows, steps] for array in inputs]
+            lengths_run = np.minimum(lengths[rows], piece[0].shape[1])
+            results, state[rows] = self._run_graph(piece, lengths_run, state[rows])
+            if not outputs:
+                whole = inputs[0].shape[:2]
+                outputs = [np.zeros((*whole, *array.shape[2:]), array.dtype) for array in results]
+            for output, result in zip(outputs, results, strict=True):
+                output[rows, steps] = result
+        return outputs, state
+
+    def _pieces(self, lengths: NDArray[np.int32]) -> Iterator[tuple[NDArray[np.intp], slice]]:
+        """Which rows run which steps together, in an order that carries each row's state."""
+        for rows, steps in self._groups(lengths):
+            size = self._batch_max or len(rows)
+            for start in range(0, len(rows), size):
+                yield rows[start : start + size], steps
+
+    def _groups(self, lengths: NDArray[np.int32]) -> Iterator[tuple[NDArray[np.intp], slice]]:
+        if self._is_one_step:
+            for step in range(int(lengths.max())):
+                yield np.flatnonzero(lengths > step), slice(step, step + 1)
+        elif self._is_whole:
+            yield np.arange(len(lengths)), slice(None)
+        else:
+            for length in np.unique(lengths).tolist():
+                yield np.flatnonzero(lengths == length), slice(0, length)
+
+    def _run_graph(
+        self, inputs: Sequence[Array], lengths: NDArray[np.int32], state: NDArray[np.float32]
+    ) -> tuple[list[Array], NDArray[np.float32]]:
+        """As `run`, in one run of the graph, padded up to its smallest batch and length."""
+        batch, steps = inputs[0].shape[:2]
         is_small = batch < self._batch_min or steps < self._length_min
         if is_small:
             batch_run = max(batch, self._batch_min)
@@ -118,6 +148,13 @@ class Model:
         if is_small:
             return [array[:batch, :steps] for array in outputs], state_out[:batch]
         return outputs, state_out
+
+    def _axes(self, spec: TensorSpec) -> tuple[int, int | None] | None:
+        """Where the graph has the batch and, if any, the time axis; None: first and second."""
+        if self._is_one_step:
+            return spec.batch_axis, None
+        axes = spec.batch_axis, spec.time_axis
+        return None if axes == (0, 1) else axes
 
 
 def example_inputs(
@@ -147,19 +184,21 @@ def _pad(array: Array, batch: int, steps: int) -> Array:
     return padded
 
 
-def _axes(spec: TensorSpec) -> tuple[int, int] | None:
-    """Where the graph has the batch and the time axis; None: first and second."""
-    axes = spec.batch_axis, spec.time_axis
-    return None if axes == (0, 1) else axes
-
-
-def _to_graph(array: Array, axes: tuple[int, int] | None) -> Array:
+def _to_graph(array: Array, axes: tuple[int, int | None] | None) -> Array:
     """[batch, steps, …] with the axes where the graph has them."""
     if axes is None:
         return array
-    return np.ascontiguousarray(np.moveaxis(array, (0, 1), axes))
+    batch, time = axes
+    if time is None:
+        return np.ascontiguousarray(np.moveaxis(array[:, 0], 0, batch))
+    return np.ascontiguousarray(np.moveaxis(array, (0, 1), (batch, time)))
 
 
-def _from_graph(array: Array, axes: tuple[int, int] | None) -> Array:
+def _from_graph(array: Array, axes: tuple[int, int | None] | None) -> Array:
     """The inverse of `_to_graph`."""
-    return array if axes is None else np.moveaxis(array, axes, (0, 1))
+    if axes is None:
+        return array
+    batch, time = axes
+    if time is None:
+        return np.moveaxis(array, batch, 0)[:, np.newaxis]
+    return np.moveaxis(array, (batch, time), (0, 1))

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1csluice_protos/contract.proto\x12\tsluice.v1\"\xe4\x03\n\rModelContract\x12\x16\n\x0eschema_version\x18\x01 \x01(\r\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12%\n\x06inputs\x18\x04 \x03(\x0b\x32\x15.sluice.v1.TensorSpec\x12&\n\x07outputs\x18\x05 \x03(\x0b\x32\x15.sluice.v1.TensorSpec\x12\x13\n\x0bstate_input\x18\x06 \x01(\t\x12\x14\n\x0cstate_output\x18\x07 \x01(\t\x12\x15\n\rlengths_input\x18\x08 \x01(\t\x12\x12\n\nstate_size\x18\t \x01(\r\x12#\n\x05state\x18\n \x03(\x0b\x32\x14.sluice.v1.StatePart\x12\x1e\n\x05\x63\x65lls\x18\x0b \x03(\x0b\x32\x0f.sluice.v1.Cell\x12\x11\n\tbatch_min\x18\x0c \x01(\r\x12\x12\n\nlength_min\x18\r \x01(\r\x12 \n\x06proofs\x18\x0e \x03(\x0b\x32\x10.sluice.v1.Proof\x12\x39\n\tmade_with\x18\x0f \x03(\x0b\x32&.sluice.v1.ModelContract.MadeWithEntry\x1a/\n\rMadeWithEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x97\x01\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08\x64\x61tatype\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\r\x12\x12\n\nbatch_axis\x18\x04 \x01(\r\x12\x11\n\ttime_axis\x18\x05 \x01(\r\x12)\n\x05valid\x18\x06 \x01(\x0b\x32\x15.sluice.v1.ValueRangeH\x00\x88\x01\x01\x42\x08\n\x06_valid\"&\n\nValueRange\x12\x0b\n\x03min\x18\x01 \x01(\x03\x12\x0b\n\x03max\x18\x02 \x01(\x03\"I\n\tStatePart\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\r\x12\r\n\x05shape\x18\x03 \x03(\r\x12\x0f\n\x07initial\x18\x04 \x03(\x02\"j\n\x04\x43\x65ll\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0e\n\x06layers\x18\x03 \x01(\r\x12\x12\n\ninput_size\x18\x04 \x01(\r\x12\x13\n\x0bhidden_size\x18\x05 \x01(\r\x12\r\n\x05gates\x18\x06 \x03(\t\"X\n\x05Proof\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06passed\x18\x02 \x01(\x08\x12\x0e\n\x06\x66igure\x18\x03 \x01(\x01\x12\x11\n\ttolerance\x18\x04 \x01(\x01\x12\x0e\n\x06\x64\x65tail\x18\x05 \x01(\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1csluice_protos/contract.proto\x12\tsluice.v1\"\x8c\x04\n\rModelContract\x12\x16\n\x0eschema_version\x18\x01 \x01(\r\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12%\n\x06inputs\x18\x04 \x03(\x0b\x32\x15.sluice.v1.TensorSpec\x12&\n\x07outputs\x18\x05 \x03(\x0b\x32\x15.sluice.v1.TensorSpec\x12\x13\n\x0bstate_input\x18\x06 \x01(\t\x12\x14\n\x0cstate_output\x18\x07 \x01(\t\x12\x15\n\rlengths_input\x18\x08 \x01(\t\x12\x12\n\nstate_size\x18\t \x01(\r\x12#\n\x05state\x18\n \x03(\x0b\x32\x14.sluice.v1.StatePart\x12\x1e\n\x05\x63\x65lls\x18\x0b \x03(\x0b\x32\x0f.sluice.v1.Cell\x12\x11\n\tbatch_min\x18\x0c \x01(\r\x12\x12\n\nlength_min\x18\r \x01(\r\x12 \n\x06proofs\x18\x0e \x03(\x0b\x32\x10.sluice.v1.Proof\x12\x39\n\tmade_with\x18\x0f \x03(\x0b\x32&.sluice.v1.ModelContract.MadeWithEntry\x12\x13\n\x0bis_one_step\x18\x10 \x01(\x08\x12\x11\n\tbatch_max\x18\x11 \x01(\r\x1a/\n\rMadeWithEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x97\x01\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08\x64\x61tatype\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\r\x12\x12\n\nbatch_axis\x18\x04 \x01(\r\x12\x11\n\ttime_axis\x18\x05 \x01(\r\x12)\n\x05valid\x18\x06 \x01(\x0b\x32\x15.sluice.v1.ValueRangeH\x00\x88\x01\x01\x42\x08\n\x06_valid\"&\n\nValueRange\x12\x0b\n\x03min\x18\x01 \x01(\x03\x12\x0b\n\x03max\x18\x02 \x01(\x03\"I\n\tStatePart\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\r\x12\r\n\x05shape\x18\x03 \x03(\r\x12\x0f\n\x07initial\x18\x04 \x03(\x02\"j\n\x04\x43\x65ll\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0e\n\x06layers\x18\x03 \x01(\r\x12\x12\n\ninput_size\x18\x04 \x01(\r\x12\x13\n\x0bhidden_size\x18\x05 \x01(\r\x12\r\n\x05gates\x18\x06 \x03(\t\"f\n\x05Proof\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06passed\x18\x02 \x01(\x08\x12\x0e\n\x06\x66igure\x18\x03 \x01(\x01\x12\x11\n\ttolerance\x18\x04 \x01(\x01\x12\x0e\n\x06\x64\x65tail\x18\x05 \x01(\t\x12\x0c\n\x04ulps\x18\x06 \x01(\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,17 +34,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MODELCONTRACT_MADEWITHENTRY']._loaded_options = None
   _globals['_MODELCONTRACT_MADEWITHENTRY']._serialized_options = b'8\001'
   _globals['_MODELCONTRACT']._serialized_start=44
-  _globals['_MODELCONTRACT']._serialized_end=528
-  _globals['_MODELCONTRACT_MADEWITHENTRY']._serialized_start=481
-  _globals['_MODELCONTRACT_MADEWITHENTRY']._serialized_end=528
-  _globals['_TENSORSPEC']._serialized_start=531
-  _globals['_TENSORSPEC']._serialized_end=682
-  _globals['_VALUERANGE']._serialized_start=684
-  _globals['_VALUERANGE']._serialized_end=722
-  _globals['_STATEPART']._serialized_start=724
-  _globals['_STATEPART']._serialized_end=797
-  _globals['_CELL']._serialized_start=799
-  _globals['_CELL']._serialized_end=905
-  _globals['_PROOF']._serialized_start=907
-  _globals['_PROOF']._serialized_end=995
+  _globals['_MODELCONTRACT']._serialized_end=568
+  _globals['_MODELCONTRACT_MADEWITHENTRY']._serialized_start=521
+  _globals['_MODELCONTRACT_MADEWITHENTRY']._serialized_end=568
+  _globals['_TENSORSPEC']._serialized_start=571
+  _globals['_TENSORSPEC']._serialized_end=722
+  _globals['_VALUERANGE']._serialized_start=724
+  _globals['_VALUERANGE']._serialized_end=762
+  _globals['_STATEPART']._serialized_start=764
+  _globals['_STATEPART']._serialized_end=837
+  _globals['_CELL']._serialized_start=839
+  _globals['_CELL']._serialized_end=945
+  _globals['_PROOF']._serialized_start=947
+  _globals['_PROOF']._serialized_end=1049
 # @@protoc_insertion_point(module_scope)

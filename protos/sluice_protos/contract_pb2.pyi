@@ -7,7 +7,8 @@ metadata_props["sluice.contract"], in protobuf's JSON form.
 The graph the contract describes has, for a batch of B sequences of up to T
 steps:
   inputs    every TensorSpec of `inputs`, with a batch and a time axis;
-            `lengths` [B] int32, the steps of each row that count;
+            `lengths` [B] int32, the steps of each row that count (where
+            the graph takes none, rows of a run have one length);
             `state` [B, state_size] float32, the packed state before
   outputs   every TensorSpec of `outputs`, with a batch and a time axis;
             `state_out` [B, state_size] float32, the packed state after
@@ -68,6 +69,8 @@ class ModelContract(_message.Message):
     LENGTH_MIN_FIELD_NUMBER: _builtins.int
     PROOFS_FIELD_NUMBER: _builtins.int
     MADE_WITH_FIELD_NUMBER: _builtins.int
+    IS_ONE_STEP_FIELD_NUMBER: _builtins.int
+    BATCH_MAX_FIELD_NUMBER: _builtins.int
     schema_version: _builtins.int
     """The version of this schema. This file describes version 1."""
     name: _builtins.str
@@ -87,6 +90,12 @@ class ModelContract(_message.Message):
     longer runs; whoever runs the model pads up to them.
     """
     length_min: _builtins.int
+    is_one_step: _builtins.bool
+    """The graph has no time axis: one run of it is one step of every row, and a
+    chunk of T steps is T runs. The time_axis of its tensors means nothing.
+    """
+    batch_max: _builtins.int
+    """The largest batch that the graph takes; larger ones run in pieces. 0: any."""
     @_builtins.property
     def inputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TensorSpec]: ...
     @_builtins.property
@@ -119,10 +128,12 @@ class ModelContract(_message.Message):
         length_min: _builtins.int = ...,
         proofs: _abc.Iterable[Global___Proof] | None = ...,
         made_with: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        is_one_step: _builtins.bool = ...,
+        batch_max: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_min", b"batch_min", "cells", b"cells", "digest", b"digest", "inputs", b"inputs", "length_min", b"length_min", "lengths_input", b"lengths_input", "made_with", b"made_with", "name", b"name", "outputs", b"outputs", "proofs", b"proofs", "schema_version", b"schema_version", "state", b"state", "state_input", b"state_input", "state_output", b"state_output", "state_size", b"state_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_max", b"batch_max", "batch_min", b"batch_min", "cells", b"cells", "digest", b"digest", "inputs", b"inputs", "is_one_step", b"is_one_step", "length_min", b"length_min", "lengths_input", b"lengths_input", "made_with", b"made_with", "name", b"name", "outputs", b"outputs", "proofs", b"proofs", "schema_version", b"schema_version", "state", b"state", "state_input", b"state_input", "state_output", b"state_output", "state_size", b"state_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -285,6 +296,7 @@ class Proof(_message.Message):
     FIGURE_FIELD_NUMBER: _builtins.int
     TOLERANCE_FIELD_NUMBER: _builtins.int
     DETAIL_FIELD_NUMBER: _builtins.int
+    ULPS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """such as "parity.stepwise" """
     passed: _builtins.bool
@@ -293,6 +305,10 @@ class Proof(_message.Message):
     tolerance: _builtins.float
     detail: _builtins.str
     """one sentence: what was compared with what"""
+    ulps: _builtins.float
+    """The largest difference in units in the last place of float32, among values
+    of at least a thousandth of the largest (nearer to zero it means little).
+    """
     def __init__(
         self,
         *,
@@ -301,10 +317,11 @@ class Proof(_message.Message):
         figure: _builtins.float = ...,
         tolerance: _builtins.float = ...,
         detail: _builtins.str = ...,
+        ulps: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["detail", b"detail", "figure", b"figure", "name", b"name", "passed", b"passed", "tolerance", b"tolerance"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["detail", b"detail", "figure", b"figure", "name", b"name", "passed", b"passed", "tolerance", b"tolerance", "ulps", b"ulps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -7,7 +7,8 @@ metadata_props["sluice.contract"], in protobuf's JSON form.
 The graph the contract describes has, for a batch of B sequences of up to T
 steps:
   inputs    every TensorSpec of `inputs`, with a batch and a time axis;
-            `lengths` [B] int32, the steps of each row that count;
+            `lengths` [B] int32, the steps of each row that count (where
+            the graph takes none, rows of a run have one length);
             `state` [B, state_size] float32, the packed state before
   outputs   every TensorSpec of `outputs`, with a batch and a time axis;
             `state_out` [B, state_size] float32, the packed state after

@@ -22,6 +22,7 @@ PROOFS = [
     "leak.padding",
     "bits.chunks",
     "bits.ragged",
+    "drift.long",
     "bits.sizes",
 ]
 
@@ -61,8 +62,9 @@ def test_every_proof_is_told_with_its_figure(lstm_file):
     assert [proof.name for proof in contract.proofs] == PROOFS
     for proof in contract.proofs:
         assert proof.passed and proof.detail
-        is_parity = proof.name.startswith("parity")
+        is_parity = proof.name.startswith(("parity", "drift"))
         assert (0 < proof.figure < proof.tolerance) if is_parity else proof.figure == 0
+        assert (proof.ulps > 0) == is_parity
     assert set(contract.made_with) == {
         "sluice-serving",
         "torch",

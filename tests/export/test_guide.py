@@ -19,6 +19,6 @@ def test_the_guides_example_runs_and_prints_what_it_says(tmp_path, monkeypatch, 
 
 
 def test_the_guide_explains_every_proof_and_no_other(lstm_file):
-    named = re.findall(r"^\| `((?:parity|leak|bits)\.\w+)` \|", GUIDE, flags=re.MULTILINE)
+    named = re.findall(r"^\| `((?:parity|leak|bits|drift)\.\w+)` \|", GUIDE, flags=re.MULTILINE)
     assert named == [proof.name for proof in read_contract(lstm_file.path).proofs]
     assert len(named) == len(PROOFS) + 1

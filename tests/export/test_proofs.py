@@ -7,7 +7,7 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor, nn
 
-from sluice_export import ExportNotice, ParityError, export, layers
+from sluice_export import ExportNotice, ParityError, TraceError, export, layers
 from sluice_export.minimums import measure_minimums
 from sluice_model import Model, write_contract
 from sluice_protos.contract_pb2 import ModelContract, StatePart, TensorSpec
@@ -54,6 +54,34 @@ def test_a_state_that_is_lost_between_chunks_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(layers.NativeLayer, "forward", forget)
     with pytest.raises(ParityError, match=r"parity.stepwise failed"):
         export(gru_module(), X, tmp_path / "model.onnx")
+
+
+def test_swapped_h_and_c_are_refused(tmp_path, monkeypatch):
+    def swap(self: layers.NativeLayer, *arguments: object) -> object:
+        before = self._carry[0].before
+        self._carry[0].before = {
+            name: before[name.replace(".h.", ".?.").replace(".c.", ".h.").replace(".?.", ".c.")]
+            for name in before
+        }
+        return forward(self, *arguments)
+
+    forward = layers.NativeLayer.forward
+    monkeypatch.setattr(layers.NativeLayer, "forward", swap)
+    with pytest.raises(ParityError, match=r"parity.stepwise failed"):
+        export(lstm_module(), X, tmp_path / "model.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_time_axis_that_is_frozen_is_refused(tmp_path, monkeypatch):
+    def freeze(*arguments, dynamic_shapes, **options):
+        fixed = [tuple({0: axes[0]} for axes in dynamic_shapes[0]), *dynamic_shapes[1:]]
+        return trace(*arguments, dynamic_shapes=tuple(fixed), **options)
+
+    trace = torch.onnx.export
+    monkeypatch.setattr(torch.onnx, "export", freeze)
+    with pytest.raises(TraceError, match="froze an axis of 'x'"):
+        export(gru_module(), X, tmp_path / "model.onnx")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_lengths_that_are_ignored_are_refused(tmp_path, monkeypatch):
@@ -123,6 +151,7 @@ def sizes_model(condition: list[onnx.NodeProto]) -> Model:
         "sizes",
         [
             helper.make_tensor_value_info("x", TensorProto.FLOAT, shape),
+            helper.make_tensor_value_info("lengths", TensorProto.INT32, ["batch"]),
             helper.make_tensor_value_info("state", TensorProto.FLOAT, ["batch", 1]),
         ],
         [
@@ -139,6 +168,7 @@ def sizes_model(condition: list[onnx.NodeProto]) -> Model:
         outputs=[TensorSpec(name="y", **spec)],
         state_input="state",
         state_output="state_out",
+        lengths_input="lengths",
         state_size=1,
         state=[StatePart(name="sum", shape=[1])],
         batch_min=1,

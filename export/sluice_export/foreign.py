@@ -1,0 +1,269 @@
+"""Exports an ONNX file made by others: finds its state, packs it, proves it, writes it."""
+
+import itertools
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import onnx
+from onnx import helper
+
+from sluice_export.axes import BATCH, Axes, Layout, declare_axes, find_layout
+from sluice_export.delivery import TOLERANCE, Progress, deliver, notify, set_minimums
+from sluice_export.draft import Draft
+from sluice_export.errors import ExportError, InputError, NoRecurrentLayerError
+from sluice_export.exposure import expose_states
+from sluice_export.original import Original
+from sluice_export.packing import Part, check_state_type
+from sluice_export.pairing import StatePair, could_be_states, pair_states
+from sluice_export.proofs import measure_difference
+from sluice_export.surgery import (
+    constants_of,
+    fix_inputs,
+    fold_conditions,
+    inputs_of,
+    keep_batch,
+    read_attribute,
+)
+from sluice_model.contract import load_proto
+from sluice_model.errors import ModelError, NotAModelError
+from sluice_model.model import Model, example_inputs
+from sluice_protos.contract_pb2 import ModelContract
+
+_OPSET_MIN: Final = 10
+# How many ways of placing the batch axis are tried before rows run one by one.
+_PLACEMENTS_MAX: Final = 64
+
+
+def export_onnx(
+    source: str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    *,
+    name: str | None = None,
+    states: Mapping[str, str] | None = None,
+    fixed: Mapping[str, float] | None = None,
+    axes: Mapping[str, Axes] | None = None,
+    valid: Mapping[str, tuple[int, int]] | None = None,
+    tolerance: float = TOLERANCE,
+    on_progress: Progress | None = None,
+) -> ModelContract:
+    """Write the ONNX file `source` to `path` in the form that Sluice serves, once proven equal.
+
+    states      which input is the state that comes out of which output, where the file
+                does not tell: {"h": "h_out"}, or "stack[0]" for a part of an output
+    fixed       inputs of a single value, and that value: {"sr": 16000}
+    axes        of inputs whose shape does not tell: {"x": ("batch", "steps", 80)}
+    valid       the first and last valid value of integer inputs, by name
+    tolerance   the largest difference to the file as it was, relative to the largest value
+
+    Returns the contract that the new file carries. Raises ExportError, and writes
+    nothing then.
+    """
+    tell = on_progress or (lambda what, share: None)
+    tell("looking at the file", 0.0)
+    path = Path(path)
+    proto = _load(Path(source), fixed or {})
+    pairs = pair_states(proto, states or {})
+    layout = find_layout(proto.graph, [pair.input for pair in pairs], axes or {})
+    known = layout.inputs | layout.states
+    declare_axes(proto.graph.input, known, has_batch=layout.has_batch)
+    ranges = _find_ranges(proto.graph, layout, valid or {})
+    given = _parts(proto.graph, layout, pairs)
+    kept = {pair.output for pair in pairs}
+    outputs = [value.name for value in proto.graph.output if value.name not in kept]
+    original = Original(proto, layout, given, outputs)
+    found = original.learn(ranges)
+    _tell_doubts(proto.graph, pairs)
+    bare = onnx.ModelProto()
+    bare.CopyFrom(proto)
+    hidden: list[StatePair] = []
+    if layout.has_time:
+        hidden = expose_states(bare.graph, [pair.input for pair in pairs])
+    if not pairs and not hidden:
+        raise NoRecurrentLayerError(
+            f"{source}: no state was found in it: no input comes back as an output, and no LSTM, "
+            "GRU or RNN runs over a time axis; name it: --state input=output"
+        )
+    original.gives_state = not hidden
+    layout.states.update({pair.input: (1, BATCH, _hidden(bare.graph, pair)) for pair in hidden})
+    parts = _parts(bare.graph, layout, [*pairs, *hidden])
+    draft = Draft(bare, name or path.stem, layout, parts, found, ranges)
+    tell("packing the state", 0.1)
+    proto, contract = _choose_form(draft, original, tolerance)
+    noted = onnx.shape_inference.infer_shapes(proto)
+    deliver(proto, contract, original, path, noted=noted, tolerance=tolerance, tell=tell)
+    return contract
+
+
+def _load(source: Path, fixed: Mapping[str, float]) -> onnx.ModelProto:
+    """The file, its fixed inputs and the conditions that hang on them folded."""
+    try:
+        proto = load_proto(source)
+    except NotAModelError as error:
+        raise InputError(str(error)) from error
+    opset = next((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), 0)
+    if opset < _OPSET_MIN:
+        raise InputError(
+            f"{source}: is of opset {opset}, at least {_OPSET_MIN} is needed; convert it: "
+            "onnx.version_converter.convert_version(model, 17)"
+        )
+    fix_inputs(proto.graph, fixed)
+    fold_conditions(proto)
+    del proto.graph.value_info[:]
+    return proto
+
+
+def _parts(graph: onnx.GraphProto, layout: Layout, pairs: Sequence[StatePair]) -> list[Part]:
+    """Where each state lies in the packed row."""
+    values = {value.name: value for value in graph.input}
+    defaults = constants_of(graph)
+    parts: list[Part] = []
+    offset = 0
+    for pair in pairs:
+        element_type = values[pair.input].type.tensor_type.elem_type
+        check_state_type(pair.input, element_type)
+        part = Part(pair, layout.states[pair.input], element_type, offset)
+        if pair.input in defaults:
+            value = np.broadcast_to(defaults[pair.input], layout.shape(pair.input, 1, 0))
+            part = replace(part, initial=value.astype(np.float32).reshape(-1).tolist())
+        offset += part.size
+        parts.append(part)
+    return parts
+
+
+def _find_ranges(
+    graph: onnx.GraphProto, layout: Layout, valid: Mapping[str, tuple[int, int]]
+) -> dict[str, tuple[int, int]]:
+    """The valid values of the integer inputs: those told, or those of the tables they index."""
+    unknown = valid.keys() - layout.inputs.keys()
+    if unknown:
+        raise InputError(f"--valid names {sorted(unknown)}; the inputs are {[*layout.inputs]}")
+    values, constants = inputs_of(graph), constants_of(graph)
+    producers = {name: node for node in graph.node for name in node.output}
+    ranges = dict(valid)
+    for node in graph.node:
+        if node.op_type == "Gather" and node.input[0] in constants:
+            name = node.input[1]
+            while name in producers and producers[name].op_type in _MOVES:
+                name = producers[name].input[0]
+            axis = read_attribute(node, "axis", 0)
+            rows = constants[node.input[0]].shape[axis]
+            if name in layout.inputs and name not in valid:
+                ranges[name] = (0, min(rows - 1, ranges.get(name, (0, rows))[1]))
+    for name in layout.inputs:
+        kind = helper.tensor_dtype_to_np_dtype(values[name].type.tensor_type.elem_type).kind
+        if kind in "iu" and name not in ranges:
+            raise InputError(
+                f"input {name!r} has integers that go into no table directly, so their range is "
+                f"unknown; name it: --valid {name}:0:9"
+            )
+    return ranges
+
+
+_MOVES: Final = {"Cast", "Squeeze", "Unsqueeze", "Reshape", "Transpose", "Identity", "Flatten"}
+
+
+def _hidden(graph: onnx.GraphProto, pair: StatePair) -> int:
+    value = next(value for value in graph.input if value.name == pair.input)
+    return int(value.type.tensor_type.shape.dim[2].dim_value)
+
+
+def _tell_doubts(graph: onnx.GraphProto, pairs: Sequence[StatePair]) -> None:
+    """Say what was decided where it could be thought otherwise."""
+    for name in could_be_states(graph, pairs) if pairs else ():
+        notify(
+            f"input {name!r} is taken for data: an output has its shape, but nothing else says "
+            "that it comes back. If it is a state, name all states: --state input=output"
+        )
+
+
+def _choose_form(
+    draft: Draft, original: Original, tolerance: float
+) -> tuple[onnx.ModelProto, ModelContract]:
+    """The graph in the form that serves best of those that give what the file gives."""
+    candidates = _with_lengths(draft) if draft.layout.has_batch else _widened(draft, original)
+    for proto, contract in candidates:
+        if _is_equal(proto, contract, original, tolerance):
+            return proto, contract
+    proto, contract = draft.build()
+    if contract.batch_max:
+        notify(
+            "the file takes one row at a time, and no way was found to give it several that "
+            "gives the same: its sequences run one by one, which is slower"
+        )
+    elif not contract.is_one_step:
+        notify("the file does not tell steps from padding: only chunks of equal length share a run")
+    return proto, contract
+
+
+def _with_lengths(draft: Draft) -> Iterator[tuple[onnx.ModelProto, ModelContract]]:
+    """The graph with lengths for its recurrent operators, where all of the state is theirs."""
+    if draft.layout.has_time:
+        built = draft.build(has_lengths=True)
+        if built[1].lengths_input:
+            yield built
+
+
+def _widened(draft: Draft, original: Original) -> Iterator[tuple[onnx.ModelProto, ModelContract]]:
+    """A graph of one row as one of many, in each way that its batch axes might lie."""
+    names = [*draft.layout.inputs, *(part.pair.input for part in draft.parts)]
+    choices = [_placements(draft.layout.inputs[name]) for name in draft.layout.inputs]
+    choices += [_placements(part.axes) for part in draft.parts]
+    for chosen in itertools.islice(itertools.product(*choices), _PLACEMENTS_MAX):
+        axes = dict(zip(names, chosen, strict=True))
+        layout = Layout(
+            {name: axes[name] for name in draft.layout.inputs},
+            {part.pair.input: axes[part.pair.input] for part in draft.parts},
+        )
+        parts = [replace(part, axes=axes[part.pair.input]) for part in draft.parts]
+        for proto in _loosened(draft.proto, layout):
+            try:
+                wide = Original(proto, layout, parts, list(draft.outputs))
+                found = wide.learn(draft.ranges)
+                yield replace(draft, proto=proto, layout=layout, parts=parts, outputs=found).build()
+            except (ExportError, ModelError):
+                continue
+
+
+def _placements(axes: Axes) -> list[Axes]:
+    """Every way in which an axis of size 1 may be the batch axis, the likeliest first."""
+    bare = tuple(1 if axis == BATCH else axis for axis in axes)
+    places = [place for place, axis in enumerate(bare) if axis == 1]
+    return [(*bare[:place], BATCH, *bare[place + 1 :]) for place in places]
+
+
+def _loosened(proto: onnx.ModelProto, layout: Layout) -> Iterator[onnx.ModelProto]:
+    """The graph with a batch of any size: as it is, and with its reshapes keeping the batch."""
+    wide = onnx.ModelProto()
+    wide.CopyFrom(proto)
+    declare_axes(wide.graph.input, layout.inputs | layout.states, has_batch=True)
+    for value in wide.graph.output:
+        value.type.tensor_type.ClearField("shape")
+    yield wide
+    if keep_batch(wide):
+        yield wide
+
+
+def _is_equal(
+    proto: onnx.ModelProto, contract: ModelContract, original: Original, tolerance: float
+) -> bool:
+    """Whether rows of many lengths in one run give what each gives alone, in any batch."""
+    try:
+        sizes = set_minimums(proto, contract)
+        model = Model(proto.SerializeToString(), contract)
+        lengths = np.array([4, 1, 3], np.int32)
+        inputs = example_inputs(contract, len(lengths), int(lengths.max()), seed=7)
+        initial = np.tile(model.initial_state, (len(lengths), 1))
+        outputs, state = model.run(inputs, lengths, initial)
+        for row, length in enumerate(lengths):
+            rows, last = original.run([a[row : row + 1, :length] for a in inputs])
+            pairs = [(one[row, :length], two[0]) for one, two in zip(outputs, rows, strict=True)]
+            pairs += [(state[row], last[0])] if last is not None else []
+            if any(not measure_difference(one, two) <= tolerance for one, two in pairs):
+                return False
+    except ModelError:
+        return False
+    return sizes.passed or bool(contract.lengths_input)

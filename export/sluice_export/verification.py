@@ -1,0 +1,118 @@
+"""Repeats the proofs of a file that was written earlier, on the machine that will serve it."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from sluice_export.delivery import TOLERANCE, Progress
+from sluice_export.errors import InputError
+from sluice_export.exporter import prepare
+from sluice_export.layers import find_layers
+from sluice_export.minimums import measure_minimums
+from sluice_export.proofs import PROOFS, Evidence, Source
+from sluice_export.reference import Reference
+from sluice_export.survey import take_survey
+from sluice_model.errors import ModelError
+from sluice_model.model import Array, Model
+from sluice_protos.contract_pb2 import ModelContract, Proof
+
+
+class Alone:
+    """A file as its own reference: each row alone, in one run."""
+
+    name = "each row alone in one run"
+
+    def __init__(self, model: Model) -> None:
+        """Compare `model` with itself."""
+        self._model = model
+
+    def run(self, inputs: Sequence[Array]) -> tuple[list[Array], NDArray[np.float32] | None]:
+        """As Source.run."""
+        initial = self._model.initial_state[np.newaxis]
+        rows = [
+            self._model.run([array[row : row + 1] for array in inputs], None, initial)
+            for row in range(len(inputs[0]))
+        ]
+        outputs = [np.concatenate(arrays) for arrays in zip(*(r[0] for r in rows), strict=True)]
+        return outputs, np.concatenate([row[1] for row in rows])
+
+
+def verify(
+    path: str | os.PathLike[str],
+    module: nn.Module | None = None,
+    example_inputs: object = None,
+    *,
+    valid: Mapping[str, tuple[int, int]] | None = None,
+    tolerance: float = TOLERANCE,
+    on_progress: Progress | None = None,
+) -> list[Proof]:
+    """Every proof of the file at `path`, made anew; none is left out where one fails.
+
+    Compared with `module` on `example_inputs`, as export() takes them, or, where it
+    is None, with the file itself. Raises InputError where the file cannot be read or
+    is not of that module.
+    """
+    tell = on_progress or (lambda what, share: None)
+    try:
+        model = Model.load(Path(path))
+    except ModelError as error:
+        raise InputError(str(error)) from error
+    source: Source = Alone(model)
+    if module is not None:
+        source = _reference(module, example_inputs, valid or {}, model.contract)
+    evidence = Evidence(model, source, tolerance=tolerance)
+    proofs = []
+    for place, (what, prove) in enumerate(PROOFS.items()):
+        tell(what, place / len(PROOFS))
+        proofs.append(prove(evidence))
+    proofs.append(_measure_again(Path(path), model.contract))
+    tell("done", 1.0)
+    return proofs
+
+
+def _measure_again(path: Path, contract: ModelContract) -> Proof:
+    """Whether bits depend on no batch or length beyond those that the contract knows of."""
+    bare = ModelContract()
+    bare.CopyFrom(contract)
+    bare.batch_min = bare.length_min = 1
+    batch_min, length_min, proof = measure_minimums(Model(path.read_bytes(), bare))
+    if batch_min > contract.batch_min or length_min > contract.length_min:
+        proof.passed = False
+        proof.detail = (
+            f"here bits are exact from batch {batch_min} and length {length_min} on, not from "
+            f"{contract.batch_min} and {contract.length_min} as the contract says"
+        )
+    return proof
+
+
+def _reference(
+    module: nn.Module,
+    example_inputs: object,
+    valid: Mapping[str, tuple[int, int]],
+    contract: ModelContract,
+) -> Reference:
+    original = prepare(module)
+    layers = find_layers(original)
+    told = {
+        spec.name: (spec.valid.min, spec.valid.max)
+        for spec in contract.inputs
+        if spec.HasField("valid")
+    }
+    survey = take_survey(
+        original, layers, example_inputs, valid={**told, **valid}, output_names=None
+    )
+    found = [(leaf.name, list(leaf.shape)) for leaf in survey.signature.inputs]
+    expected = [(spec.name, list(spec.shape)) for spec in contract.inputs]
+    if found != expected:
+        raise InputError(f"the module takes {found}, the file {expected}: not the same model")
+    parts = [part for layer in layers for part in layer.parts]
+    if parts != [part.name for part in contract.state]:
+        raise InputError(
+            f"the module's states are {parts}, the file's {[p.name for p in contract.state]}: "
+            "not the same model"
+        )
+    return Reference(original, layers, survey.signature)

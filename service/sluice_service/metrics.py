@@ -120,6 +120,7 @@ class Metrics:
 
     def __init__(self) -> None:
         registry = self.registry = CollectorRegistry()
+        self._models: dict[str, ModelMetrics] = {}
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
         GCCollector(registry=registry)
@@ -172,7 +173,9 @@ class Metrics:
 
     def model(self, name: str) -> "ModelMetrics":
         """What one model's host counts."""
-        return ModelMetrics(self, name)
+        if name not in self._models:
+            self._models[name] = ModelMetrics(self, name)
+        return self._models[name]
 
     def expose(self, accept: str) -> tuple[bytes, str]:
         """The page for a scrape that accepts `accept`: (body, content type)."""
@@ -190,10 +193,12 @@ class ModelMetrics:
         self.steps = metrics.steps.model(name)
         self.runs = metrics.runs.model(name)
         self._padding = metrics.padding.model(name)
-        self._run_sequences = metrics.run_sequences.model(name)
+        self.run_sequences = metrics.run_sequences.model(name)
         self.run_seconds = metrics.run_seconds.model(name)
         self.queue_seconds = metrics.queue_seconds.model(name)
         self._response_seconds = metrics.response_seconds.model(name)
+        # How long runs took, once for each sequence in them.
+        self.computed_seconds = 0.0
 
     def run_started(self, arrived: list[float], chunks: list[int]) -> None:
         """A run takes chunks of messages that came at these times."""
@@ -206,8 +211,9 @@ class ModelMetrics:
         self.runs.add()
         self.steps.add(steps)
         self._padding.add(cells - steps)
-        self._run_sequences.observe(sequences)
+        self.run_sequences.observe(sequences)
         self.run_seconds.observe(seconds)
+        self.computed_seconds += seconds * sequences
 
     def delivered(self, arrived: list[float], chunks: list[int]) -> None:
         """Outputs of chunks of messages that came at these times are with their streams."""

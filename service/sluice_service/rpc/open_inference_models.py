@@ -80,22 +80,25 @@ def configure(name: str, contract: ModelContract, settings: Settings) -> ModelCo
 def count(name: str, metrics: ModelMetrics, tally: Tally) -> ModelStatistics:
     """What the model has done since the server started.
 
-    Requests are those of this protocol; steps, runs and the time chunks waited
-    are those of every protocol, because they share runs.
+    Requests are those of this protocol; steps, runs and the time in them are those of
+    every protocol, because they share runs. Clients expect the three parts of computing
+    to count alike; only the run itself is timed.
     """
-    runs = metrics.runs.value
-    queue, run = metrics.queue_seconds, metrics.run_seconds
+    queue = metrics.queue_seconds
+    computed = round(metrics.run_sequences.sum)
     return ModelStatistics(
         name=name,
         version=VERSION,
         last_inference=round(tally.last_time * 1e3),
         inference_count=metrics.steps.value,
-        execution_count=runs,
+        execution_count=metrics.runs.value,
         inference_stats=InferStatistics(
             success=_duration(tally.succeeded, tally.succeeded_seconds),
             fail=_duration(tally.failed, tally.failed_seconds),
             queue=_duration(sum(queue.counts), queue.sum),
-            compute_infer=_duration(runs, run.sum),
+            compute_input=_duration(computed, 0),
+            compute_infer=_duration(computed, metrics.computed_seconds),
+            compute_output=_duration(computed, 0),
         ),
     )
 

@@ -12,11 +12,11 @@ from typing import Any
 import grpc
 import numpy as np
 
-from bench.models import export_model
+from bench.models import INPUTS, export_model
 from bench.processes import Server, rival, sluice
 from bench.table import Figures, bar, print_table, read_effort
 from sluice_protos.open_inference_pb2 import ModelInferRequest
-from sluice_protos.sequences_pb2 import InferRequest, OpenSequence, Tensor
+from sluice_protos.sequences_pb2 import InferRequest, InferResponse, OpenSequence, Tensor
 
 HIDDEN = 128
 SEQUENCES = (1, 64)
@@ -41,8 +41,8 @@ async def load_stream(channel: grpc.aio.Channel, sequences: int, seconds: float)
     """Every answer sends the next step of its sequence; the answers counted."""
     call = channel.stream_stream(f"{PATH}ModelStreamInfer")()
     for sequence in range(sequences):
-        await call.write(make_request(sequence + 1, HIDDEN, is_start=True))
-    steps = [make_request(sequence + 1, HIDDEN) for sequence in range(sequences)]
+        await call.write(make_request(sequence + 1, INPUTS, is_start=True))
+    steps = [make_request(sequence + 1, INPUTS) for sequence in range(sequences)]
     count, end = 0, time.monotonic() + seconds
     while time.monotonic() < end:
         await call.read()
@@ -58,8 +58,8 @@ async def load_unary(channel: grpc.aio.Channel, sequences: int, seconds: float) 
     end = time.monotonic() + seconds
 
     async def run(sequence: int) -> int:
-        await infer(make_request(sequence, HIDDEN, is_start=True))
-        count, step = 1, make_request(sequence, HIDDEN)
+        await infer(make_request(sequence, INPUTS, is_start=True))
+        count, step = 1, make_request(sequence, INPUTS)
         while time.monotonic() < end:
             await infer(step)
             count += 1
@@ -70,12 +70,10 @@ async def load_unary(channel: grpc.aio.Channel, sequences: int, seconds: float) 
 
 async def load_native(channel: grpc.aio.Channel, sequences: int, seconds: float) -> int:
     """The native stream with one message a step, as many as answers came; steps counted."""
-    from sluice_protos.sequences_pb2 import InferResponse
-
     call = channel.stream_stream("/sluice.v1.Sequences/Infer")()
     lanes = [OpenSequence(lane=lane) for lane in range(sequences)]
     await call.write(InferRequest(model="model", open=lanes).SerializeToString())
-    row = Tensor(data=np.zeros(HIDDEN, np.float32).tobytes())
+    row = Tensor(data=np.zeros(INPUTS, np.float32).tobytes())
     steps = [
         InferRequest(lane=[lane], inputs=[row]).SerializeToString() for lane in range(sequences)
     ]

@@ -24,7 +24,6 @@ NAMES = {
     "step threads": "threads, a call a step, dict of states",
     "stateless threads": "threads, a call a step, state sent by the client",
 }
-RIVALS = list(NAMES)[2:]
 
 
 def rival_question(name: str, server: Server, state_bytes: int, sequences: int) -> Question:
@@ -62,7 +61,7 @@ def measure_streams(client: Asked, server: Server, sequences: int, effort: Effor
     return 1e6 / float(client.ask(asdict(asking))["server_cpu"])
 
 
-def measure(hidden: int, figures: Figures, effort: Effort) -> None:
+def measure(hidden: int, names: list[str], figures: Figures, effort: Effort) -> None:
     """One model, all servers in turns."""
     model = export_model(hidden)
     (state,) = (value for value in load(str(model)).get_inputs() if value.name == "state")
@@ -75,7 +74,7 @@ def measure(hidden: int, figures: Figures, effort: Effort) -> None:
             (sequences, name)
             for _ in range(effort.rounds)
             for sequences in SEQUENCES
-            for name in NAMES
+            for name in names
         ]
         for sequences, name in progress.track(rounds, description=f"rivals, H={hidden}"):
             if name == "frames":
@@ -94,8 +93,9 @@ def main() -> None:
     """Measure and print."""
     effort = read_effort(__doc__ or "", rounds=2, seconds=1.0)
     figures = Figures()
+    names = list(NAMES)[:3] if effort.is_quick else list(NAMES)
     for hidden in HIDDEN[:1] if effort.is_quick else HIDDEN:
-        measure(hidden, figures, effort)
+        measure(hidden, names, figures, effort)
         for sequences in SEQUENCES:
             case = f"{hidden} {sequences}"
             rows = [
@@ -105,7 +105,7 @@ def main() -> None:
                     f"{figures.ratio(f'frames {case}', f'{name} {case}'):.2f}",
                     f"{figures.ratio(f'streams {case}', f'{name} {case}'):.2f}",
                 ]
-                for name in NAMES
+                for name in names
             ]
             target = "≥ 10 in frames" if sequences > 1 else "≥ 1"
             print_table(

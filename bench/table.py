@@ -45,10 +45,6 @@ class Figures:
         """The smallest: CPU time is only ever too large, by what others did to the caches."""
         return min(self._values[name])
 
-    def most(self, name: str) -> float:
-        """The largest."""
-        return max(self._values[name])
-
     def median(self, name: str) -> float:
         """The middle one."""
         return statistics.median(self._values[name])

@@ -138,13 +138,21 @@ def export(
     """Export a PyTorch module to one ONNX file."""
     try:
         import sluice_export
-        from sluice_export.factory import guess_inputs, load_checkpoint, make_input, make_module
+        from sluice_export.factory import (
+            guess_inputs,
+            load_checkpoint,
+            make_input,
+            make_module,
+            read_weights,
+        )
+        from sluice_export.weights import make_layer
     except ModuleNotFoundError as error:
         fail(f"export needs {error.name}: pip install 'sluice-serving[export]'")
     _check_source(
         factory,
         onnx,
-        of_modules=bool(checkpoint or argument or output_name),
+        checkpoint,
+        of_modules=bool(argument or output_name),
         of_files=bool(state or fixed),
     )
     console = Console(file=sys.stderr, markup=False, highlight=False)
@@ -169,9 +177,13 @@ def export(
     def make(tell: "Tell") -> "ModelContract":
         if onnx is not None:
             return sluice_export.export_onnx(onnx, output, on_progress=tell, **options)
-        module = make_module(factory or "", dict(parse_argument(text) for text in argument or []))
-        if checkpoint is not None:
-            load_checkpoint(module.eval(), checkpoint)
+        arguments = dict(parse_argument(text) for text in argument or [])
+        if factory is None and checkpoint is not None:
+            module: Any = make_layer(read_weights(checkpoint), checkpoint, arguments)
+        else:
+            module = make_module(factory or "", arguments)
+            if checkpoint is not None:
+                load_checkpoint(module.eval(), checkpoint)
         inputs = examples or guess_inputs(module)
         return sluice_export.export(module.eval(), inputs, output, on_progress=tell, **options)
 
@@ -195,14 +207,24 @@ def export(
 
 
 def _check_source(
-    factory: str | None, onnx: Path | None, *, of_modules: bool, of_files: bool
+    factory: str | None,
+    onnx: Path | None,
+    checkpoint: Path | None,
+    *,
+    of_modules: bool,
+    of_files: bool,
 ) -> None:
     """Raise BadParameter unless there is one source, and no option of the other kind."""
-    if (factory is None) == (onnx is None):
+    if onnx is not None and factory is not None:
         raise typer.BadParameter("give PACKAGE.MODULE:FACTORY or --onnx FILE, one of the two")
+    if onnx is None and factory is None and checkpoint is None:
+        raise typer.BadParameter(
+            "give PACKAGE.MODULE:FACTORY or --onnx FILE, one of the two, or the --checkpoint of "
+            "a recurrent layer alone"
+        )
     if onnx is None and of_files:
         raise typer.BadParameter("--state and --set need --onnx")
-    if onnx is not None and of_modules:
+    if onnx is not None and (checkpoint is not None or of_modules):
         raise typer.BadParameter("--checkpoint, --arg and --output-name need a factory")
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sluice_export.errors import CheckpointError, FactoryError, InputError
+from sluice_export.weights import read_safetensors
 
 # Under which training scripts keep the weights beside optimizer and step.
 _WRAPPERS: Final = ("state_dict", "model_state_dict", "model")
@@ -70,12 +71,7 @@ def load_checkpoint(module: nn.Module, path: Path) -> None:
     Takes a state_dict, or one under "state_dict", "model_state_dict" or "model".
     Loads weights only: nothing in the file is run. Raises CheckpointError.
     """
-    try:
-        with path.open("rb") as file:
-            content = _read(file, path)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
-    weights = _find_weights(content, path)
+    weights = read_weights(path)
     try:
         module.load_state_dict(weights, strict=True)
     except RuntimeError as error:
@@ -84,6 +80,18 @@ def load_checkpoint(module: nn.Module, path: Path) -> None:
             f"{path}: its weights are not those of {type(module).__name__}: "
             f"{' '.join(problems[:3])} Make the module as it was trained (--arg name=value)"
         ) from error
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The weights in a checkpoint or .safetensors file, by name. Raises CheckpointError."""
+    try:
+        with path.open("rb") as file:
+            if path.suffix == ".safetensors":
+                return read_safetensors(file.read(), path)
+            content = _read(file, path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
+    return _find_weights(content, path)
 
 
 def _read(file: BinaryIO, path: Path) -> object:

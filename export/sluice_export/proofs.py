@@ -291,14 +291,14 @@ def measure_difference(actual: Array, expected: Array) -> float:
 def count_ulps(actual: Array, expected: Array) -> float:
     """The largest difference in units in the last place of float32, of values that are not tiny.
 
-    Tiny is less than a thousandth of the largest: what rounds at the size of the large
+    Tiny is less than a tenth of the largest: what rounds at the size of the large
     values is many units of the small ones. 0 for integers.
     """
     if actual.shape != expected.shape or expected.dtype.kind != "f" or not expected.size:
         return 0.0
     sizes = np.abs(expected)
     largest = np.max(sizes, initial=0, where=np.isfinite(sizes))
-    counts = np.isfinite(actual) & np.isfinite(expected) & (sizes >= largest / 1000) & (sizes > 0)
+    counts = np.isfinite(actual) & np.isfinite(expected) & (sizes >= largest / 10) & (sizes > 0)
     one, two = actual[counts], expected[counts]
     units = np.spacing(np.abs(two).astype(np.float32)).astype(np.float64)
     return float(np.max(np.abs(one.astype(np.float64) - two) / units, initial=0))

@@ -307,7 +307,7 @@ class Proof(_message.Message):
     """one sentence: what was compared with what"""
     ulps: _builtins.float
     """The largest difference in units in the last place of float32, among values
-    of at least a thousandth of the largest (nearer to zero it means little).
+    of at least a tenth of the largest (nearer to zero it means little).
     """
     def __init__(
         self,

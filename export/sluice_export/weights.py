@@ -1,0 +1,102 @@
+"""Makes a recurrent layer from its weights alone: what it is follows from names and shapes."""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from sluice_export.errors import BidirectionalError, CheckpointError
+
+_NAMES: Final = re.compile(r"(?P<layer>.*\.)?(weight|bias)_(ih|hh)_l(?P<depth>\d+)$")
+_LAYERS: Final[dict[int, Callable[..., nn.RNNBase]]] = {4: nn.LSTM, 3: nn.GRU, 1: nn.RNN}
+_DTYPES: Final = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+def read_safetensors(data: bytes, path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, by name. Raises CheckpointError.
+
+    Source: the format as https://github.com/huggingface/safetensors describes it: the
+    header's length in 8 bytes, the header in JSON, the tensors.
+    """
+    try:
+        start = 8 + int.from_bytes(data[:8], "little")
+        header: dict[str, Any] = json.loads(data[8:start])
+        header.pop("__metadata__", None)
+        tensors = {}
+        for name, entry in header.items():
+            first, last = entry["data_offsets"]
+            content = bytearray(data[start + first : start + last])
+            flat = torch.frombuffer(content, dtype=_DTYPES[entry["dtype"]])
+            tensors[name] = flat.reshape(entry["shape"])
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path}: is no safetensors file, or is cut short; write it with "
+            "safetensors.torch.save_file(module.state_dict(), path)"
+        ) from error
+    return tensors
+
+
+def make_layer(weights: Mapping[str, Tensor], path: Path, options: Mapping[str, Any]) -> nn.RNNBase:
+    """The nn.LSTM, nn.GRU or nn.RNN whose state_dict `weights` is, batch first.
+
+    `options` are further arguments of the layer. Raises CheckpointError or
+    BidirectionalError, naming what is not of one such layer.
+    """
+    if any(name.endswith("_reverse") for name in weights):
+        raise BidirectionalError(
+            f"{path}: holds a bidirectional layer: each of its outputs needs the whole future of "
+            "the sequence; train it with bidirectional=False"
+        )
+    matches = {name: _NAMES.fullmatch(name) for name in weights}
+    foreign = [name for name, match in matches.items() if match is None]
+    layers = {match["layer"] or "" for match in matches.values() if match}
+    if foreign or len(layers) != 1:
+        what = ", ".join(foreign or sorted(layers)) or "nothing"
+        raise CheckpointError(
+            f"{path}: is not of one recurrent layer without proj_size (it has {what}); name what "
+            "makes the module: sluice export package.module:factory --checkpoint …"
+        )
+    prefix = layers.pop()
+    bare = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
+    recurrent, first = bare.get("weight_hh_l0"), bare.get("weight_ih_l0")
+    if recurrent is None or first is None or recurrent.dim() != 2 or first.dim() != 2:
+        raise CheckpointError(f"{path}: has no matrices weight_ih_l0 and weight_hh_l0")
+    gates, remainder = divmod(recurrent.shape[0], max(recurrent.shape[1], 1))
+    if remainder or gates not in _LAYERS:
+        raise CheckpointError(
+            f"{path}: weight_hh_l0 has shape {list(recurrent.shape)}; an LSTM has four times as "
+            "many rows as columns, a GRU three times, an RNN as many"
+        )
+    if gates == 1 and "nonlinearity" not in options:
+        raise CheckpointError(
+            f"{path}: is of an nn.RNN, whose weights do not tell its nonlinearity; say it: "
+            "--arg nonlinearity=tanh (or relu)"
+        )
+    depths = {int(match["depth"]) for match in matches.values() if match}
+    try:
+        layer = _LAYERS[gates](
+            first.shape[1],
+            recurrent.shape[1],
+            num_layers=max(depths) + 1,
+            bias="bias_ih_l0" in bare,
+            batch_first=True,
+            **options,
+        )
+        layer.load_state_dict(bare)
+    except (RuntimeError, TypeError, ValueError) as error:
+        problem = " ".join(str(error).split())
+        raise CheckpointError(f"{path}: its weights are of no whole layer ({problem})") from error
+    return layer.eval()

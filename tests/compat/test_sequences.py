@@ -8,8 +8,8 @@ import pytest
 
 from sluice_protos.open_inference_pb2 import InferParameter
 from sluice_protos.sequences_pb2 import OpenSequence
-from tests.compat.caller import Caller, request
-from tests.service.wire import floats
+from tests.compat.caller import Caller, request, values
+from tests.service.wire import eventually, floats
 
 Code = grpc.StatusCode
 
@@ -177,6 +177,45 @@ async def test_a_fault_leaves_the_sequence_as_it_was(caller) -> None:
     assert not first.error_message
     assert "NaN" in bad.error_message
     assert np.frombuffer(last.infer_response.raw_output_contents[0], "<f4") == [3]
+
+
+async def test_a_request_that_fails_in_the_middle_tells_what_was_applied(sums) -> None:
+    caller = Caller((await sums(run_steps_max=2)).channel)
+    steps = [[[1], [2], [3e38], [3e38], [4]]]
+    code, text = await caller.fails(
+        request(steps, sequence_id=1, sequence_start=True, sequence_end=True)
+    )
+    assert code is Code.INVALID_ARGUMENT
+    assert "first 2 steps were applied" in text
+    assert await caller.infer(4, sequence_id=1, sequence_step=2, sequence_end=True) == [7]
+
+
+async def test_sequences_that_have_ended_leave_nothing_behind(sums) -> None:
+    served = await sums()
+    caller = Caller(served.channel)
+    for sequence in range(1, 20):
+        ends = {"sequence_start": True, "sequence_end": sequence > 1}
+        await caller.infer(1, sequence_id=sequence, **ends)
+        await caller.fails(request(1, sequence_id=1000 + sequence))
+    exchange = served.server._open_inference._models["accumulator"].exchange
+    assert list(exchange._by_key) == ["int64:1"]
+    assert served.metric("sluice_streams_open", model="accumulator") == 1
+    await caller.infer(1, sequence_id=1, sequence_end=True)
+    await eventually(lambda: not served.metric("sluice_streams_open", model="accumulator"))
+    assert not exchange._by_key
+    assert await caller.infer(2, sequence_id=1, sequence_start=True) == [2]
+
+
+async def test_sequences_that_come_and_go_all_at_once_all_go(sums) -> None:
+    served = await sums()
+    caller = Caller(served.channel)
+    ends = {"sequence_start": True, "sequence_end": True}
+    for _ in range(10):
+        messages = [request(number, sequence_id=number, **ends) for number in range(1, 30)]
+        answers = await asyncio.gather(*map(caller.send, messages))
+        assert [values(answer) for answer in answers] == [[number] for number in range(1, 30)]
+    await eventually(lambda: not served.metric("sluice_streams_open", model="accumulator"))
+    assert await served.list("accumulator") == {}
 
 
 async def test_beyond_the_limit_a_sequence_is_refused_and_a_place_is_given_again(sums) -> None:

@@ -186,9 +186,13 @@ class Exchange:
         if self._opening or self._closing:
             task = asyncio.ensure_future(self._open())
             self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            task.add_done_callback(self._opened_all)
         elif self._chunks:
             self._send()
+
+    def _opened_all(self, task: "asyncio.Task[None]") -> None:
+        self._tasks.discard(task)
+        self._detach_if_unused()
 
     async def _open(self) -> None:
         """Close and open lanes, then send what waited for them."""
@@ -295,7 +299,6 @@ class Exchange:
         error: ServiceError = ERRORS[fault.reason](fault.message)
         request = lane.current
         if lane.is_open:
-            lane.step = fault.expected_step
             done = request.steps - lane.missing
             if done and lane.key:
                 error = ERRORS[fault.reason](
@@ -336,7 +339,8 @@ class Exchange:
 
     def _detach_if_unused(self) -> None:
         """Be no stream of the host's while there is nothing to say."""
-        if self._stream is not None and not (self._by_number or self._opening or self._tasks):
+        is_used = self._by_number or self._opening or self._closing or self._tasks
+        if self._stream is not None and not is_used:
             self._host.detach(self._stream)
             self._stream = None
             self._numbers = 0

@@ -81,12 +81,22 @@ def show(console: Console, contract: "ModelContract", *, parameters: int, size: 
         "exact from",
         f"batch {contract.batch_min}, length {contract.length_min}; smaller runs are padded",
     )
+    facts.add_row("one run takes", _run(contract))
     facts.add_row("made with", ", ".join(f"{k} {v}" for k, v in sorted(contract.made_with.items())))
     console.print(facts)
     for table in (_tensors(contract), _cells(contract), _state(contract), _proofs(contract)):
         if table.row_count:
             console.print()
             console.print(table)
+
+
+def _run(contract: "ModelContract") -> str:
+    """What the graph does in one run."""
+    rows = f"at most {contract.batch_max} rows at once" if contract.batch_max else "any rows"
+    if contract.is_one_step:
+        return f"one step of {rows}; a chunk is as many runs"
+    is_ragged = contract.lengths_input or not contract.state_size
+    return f"chunks of {'any lengths' if is_ragged else 'one length'} of {rows}"
 
 
 def _table(title: str, *columns: str, numbers: tuple[str, ...] = ()) -> Table:
@@ -138,11 +148,12 @@ def _state(contract: "ModelContract") -> Table:
 
 
 def _proofs(contract: "ModelContract") -> Table:
-    numbers = ("figure", "at most")
+    numbers = ("figure", "at most", "ulps")
     table = _table("Proofs", "proof", "", *numbers, "what was compared", numbers=numbers)
     table.caption_justify = "left"
     table.caption = (
-        "Figures: parity is the largest difference relative to the largest value; "
+        "Figures: parity and drift are the largest difference relative to the largest value, "
+        "ulps the same in units in the last place of values that are not tiny; "
         "leak and bits count values that differ at all."
     )
     for proof in contract.proofs:
@@ -151,6 +162,7 @@ def _proofs(contract: "ModelContract") -> Table:
             Text("holds") if proof.passed else Text("does not hold", style="red"),
             f"{proof.figure:.2g}",
             f"{proof.tolerance:.2g}",
+            f"{proof.ulps:.0f}",
             proof.detail,
         )
     return table

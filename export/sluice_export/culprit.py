@@ -139,6 +139,8 @@ def _comparisons(
         alone, _ = model.run(mine, full[:1], evidence.initial[:1])
         together = [a[row : row + 1] for a in whole]
         yield "between a row among others and the same row alone", together, alone
+        if not model.contract.lengths_input:
+            continue  # rows of other lengths never share a run
         short, _ = model.run([a[:, :length] for a in mine], LENGTHS[row : row + 1], state[:1] * 0)
         padded = [a[row : row + 1, :length] for a in ragged]
         yield "between a row with padding behind it and the same row without", padded, short

@@ -79,7 +79,9 @@ class Model:
         if batch < 1 or steps < 1:
             # ONNX Runtime would abort the process at batch 0, zero a state at length 0.
             raise RunError(f"a run needs rows and steps; it was given {batch} rows of {steps}")
-        if not self._is_whole or 0 < self._batch_max < batch:
+        if not self._is_whole and (self._is_one_step or int(lengths.min()) < steps):
+            return self._run_pieces(inputs, lengths, state)
+        if 0 < self._batch_max < batch:
             return self._run_pieces(inputs, lengths, state)
         return self._run_graph(inputs, lengths, state)
 

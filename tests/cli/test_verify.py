@@ -94,6 +94,8 @@ def test_a_file_of_others_is_exported_from_the_command_line(run, tmp_path):
     assert "no --checkpoint" not in result.output
     contract = read_contract(tmp_path / "voice.onnx")
     assert (contract.is_one_step, contract.state_size) == (True, 256)
+    shown = run("inspect", "voice.onnx").stdout
+    assert "one step of any rows; a chunk is as many runs" in shown
 
 
 @pytest.mark.parametrize(

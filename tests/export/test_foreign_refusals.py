@@ -9,7 +9,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from sluice_export import ExportError, PairingError, export_onnx
+from sluice_export import ExportError, PairingError, ParityError, export_onnx
 from sluice_model import Model
 from tests.export.foreign_models import (
     Builder,
@@ -251,3 +251,33 @@ def test_a_default_of_a_state_is_what_sequences_start_from(tmp_path):
     assert model.initial_state.tolist() == [3]
     outputs, _ = model.run([np.ones((1, 2, 1), np.float32)], None, model.initial_state[np.newaxis])
     assert outputs[0].reshape(-1).tolist() == [8, 10]
+
+
+def reads_the_whole(b: Builder) -> Graph:
+    y = gru_over_time(b)
+    b.add("Sub", y, b.add("ReduceMean", y, axes=[1], keepdims=1), gives=["y"])
+    return b, SEQUENCE, RESULT
+
+
+def mixes_rows(b: Builder) -> Graph:
+    total = b.add("Add", "x", "h_in")
+    b.add("Tanh", total, gives=["h_out"])
+    b.add("Sub", total, b.add("ReduceMean", total, axes=[0], keepdims=1), gives=["y"])
+    shape = ["batch", 4]
+    return b, {"x": shape, "h_in": shape}, {"y": shape, "h_out": shape}
+
+
+@pytest.mark.parametrize(
+    "make, proof, node",
+    [
+        (reads_the_whole, "parity.stepwise", "ReduceMean"),
+        (mixes_rows, "parity.whole", "(ReduceMean|Sub)"),
+    ],
+    ids=lambda v: getattr(v, "__name__", ""),
+)
+def test_a_proof_that_fails_names_the_first_node_at_fault(tmp_path, make, proof, node):
+    builder, inputs, outputs = make(Builder())
+    source = builder.save(tmp_path / "model.onnx", inputs, outputs)
+    with pytest.raises(ParityError, match=rf"{proof} failed.*comes from {node} \(node /{node}"):
+        export_onnx(source, tmp_path / "served.onnx")
+    assert not (tmp_path / "served.onnx").exists()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 
@@ -214,3 +215,31 @@ def test_every_proof_of_a_foreign_file_is_against_the_file_as_it_was(files):
 def test_the_range_of_tokens_is_that_of_the_table(files):
     (spec,) = Model.load(files["predictor"]).contract.inputs
     assert (spec.valid.min, spec.valid.max) == (0, 39)
+
+
+def test_a_state_of_half_floats_and_one_of_truths_are_carried_exactly(tmp_path):
+    b = made.Builder()
+    half = b.add("Cast", "x", to=onnx.TensorProto.FLOAT16)
+    b.add("Add", "sum_in", half, gives=["sum_out"])
+    b.add("Or", "seen_in", b.add("Greater", "x", b.put(1, np.float32)), gives=["seen_out"])
+    total = b.add("Cast", "sum_out", to=onnx.TensorProto.FLOAT)
+    b.add("Mul", total, b.add("Cast", "seen_out", to=onnx.TensorProto.FLOAT), gives=["y"])
+    shape = ["batch", 3]
+    states = {"sum": (onnx.TensorProto.FLOAT16, shape), "seen": (onnx.TensorProto.BOOL, shape)}
+    source = b.save(
+        tmp_path / "model.onnx",
+        {"x": shape, **{f"{name}_in": value for name, value in states.items()}},
+        {"y": shape, **{f"{name}_out": value for name, value in states.items()}},
+    )
+    export_onnx(source, tmp_path / "served.onnx")
+    model = Model.load(tmp_path / "served.onnx")
+    (x,) = example_inputs(model.contract, 4, 6)
+    outputs, _ = model.run([x], None, np.zeros((4, 6), np.float32))
+    session = onnxruntime.InferenceSession(source, providers=["CPUExecutionProvider"])
+    feed = {"sum_in": np.zeros((4, 3), np.float16), "seen_in": np.zeros((4, 3), bool)}
+    for step in range(6):
+        y, feed["sum_in"], feed["seen_in"] = session.run(
+            ["y", "sum_out", "seen_out"], {"x": x[:, step], **feed}
+        )
+        assert np.array_equal(outputs[0][:, step], y)
+    assert y.any()

@@ -20,7 +20,7 @@ from sluice_service.sequences import ALL, NONE, Sequences
 
 SLOTS = 6
 STREAMS = 2
-UNACKNOWLEDGED_MAX = 5
+UNACKNOWLEDGED_MAX = 3
 RUN_STEPS_MAX = 3
 RUN_CELLS_MAX = 8
 
@@ -273,7 +273,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         is_named=st.booleans(),
         stumble=st.sampled_from([0, 0, 0, 1, -1]),
         refused=st.sampled_from([set(), set(), {0}]),
-        share=st.floats(0, 1),
+        share=st.sampled_from([0, 0, 0.5, 1]),
     )
     def converse(self, number, whose, is_named, stumble, refused, share) -> None:
         """A client sends, the server answers, the client acknowledges."""
@@ -422,6 +422,32 @@ def test_queues_grow_beyond_where_they_started_and_keep_every_chunk() -> None:
         runs += 1
     assert table.step[:2].tolist() == [2000, 2000]
     assert runs == 2000
+
+
+def test_steps_beyond_what_may_be_unacknowledged_never_run_whichever_way_they_come() -> None:
+    table, scheduler = _scheduler(2)
+    for sent in range(1, 121):
+        scheduler.push(_frame([0], 1))
+        while (run := scheduler.next_run()) is not None:
+            table.step[run.slots] += run.lengths
+            scheduler.finish(run)
+        assert table.step[0] == min(sent, 100)
+    table.received[0] = 100
+    scheduler.acknowledged(np.array([0]))
+    assert scheduler.next_run().lengths.tolist() == [1]
+
+
+def test_a_lane_that_waited_for_acknowledgements_and_was_dropped_waits_no_more() -> None:
+    table, scheduler = _scheduler(1)
+    scheduler.push(_frame([0], 101))
+    while (run := scheduler.next_run()) is not None:
+        table.step[run.slots] += run.lengths
+        scheduler.finish(run)
+    assert scheduler.is_stuck(np.array([0]))
+    scheduler.drop(0)
+    table.received[0] = table.sent[0] = 100
+    scheduler.push(_frame([0], 1))
+    assert not scheduler.is_stuck(np.array([0]))
 
 
 def test_slots_on_no_stream_have_no_number() -> None:

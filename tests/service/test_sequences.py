@@ -135,7 +135,7 @@ def test_a_sequence_that_starts_over_has_no_tombstone_and_its_next_one_lasts() -
     table.end(_create(table, "b"), "over", now=1)
     again = _create(table, "a")
     assert table.record("a").is_alive
-    table.forget_tombstones(now=10)
+    table.forget_tombstones(now=9)
     assert table.record("a").is_alive
     table.end(again, "over again", now=8)
     table.forget_tombstones(now=17)

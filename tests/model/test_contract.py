@@ -149,6 +149,11 @@ UNTRUE = {
     "has no smallest batch": lambda c: setattr(c, "batch_min", 0),
     "has no smallest length": lambda c: setattr(c, "length_min", 0),
     "has no state input": lambda c: setattr(c, "state_input", ""),
+    "pads beyond its largest batch": lambda c: c.MergeFrom(ModelContract(batch_min=3, batch_max=2)),
+    "pads steps without time axis": lambda c: c.MergeFrom(
+        ModelContract(is_one_step=True, length_min=2)
+    ),
+    "denies its time axis": lambda c: setattr(c, "is_one_step", True),
 }
 
 

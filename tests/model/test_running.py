@@ -173,3 +173,17 @@ def test_the_self_test_finds_bits_that_depend_on_the_batch(rnn_file):
 def test_more_threads_give_the_same_bits(lstm_file):
     one, four = (run_self_test(Model.load(lstm_file.path, threads=n)) for n in (1, 4))
     assert one == four
+
+
+@pytest.mark.parametrize("batch_max", [1, 2, 3])
+def test_a_batch_beyond_the_largest_runs_in_pieces_with_the_same_bits(lstm_file, batch_max):
+    whole = Model.load(lstm_file.path)
+    contract = read_contract(lstm_file.path)
+    contract.batch_max = batch_max
+    pieces = Model(lstm_file.path.read_bytes(), contract)
+    inputs, lengths = example_inputs(contract, 5, 6), np.array([6, 1, 3, 6, 2], np.int32)
+    one, first = whole.run(inputs, lengths, initial(whole, 5))
+    two, second = pieces.run(inputs, lengths, initial(whole, 5))
+    assert np.array_equal(first, second)
+    for row, length in enumerate(lengths):
+        assert np.array_equal(one[0][row, :length], two[0][row, :length])

@@ -23,7 +23,7 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 INSTALL := -m pip install -qq --constraint constraints.txt --build-constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format protos wheel test-wheel constraints setup tools clean
+.PHONY: help demo test bench check format protos wheel test-wheel constraints setup tools clean
 
 help: ## show this page
 	@echo "Sluice: stateful streaming inference for LSTM, GRU and RNN models."
@@ -37,6 +37,9 @@ demo: $(READY) ## two minutes: train, export, serve, stream, watch
 
 test: $(READY) tools ## every test, against this checkout
 	@$(BIN)/python -m pytest
+
+bench: $(READY) ## measure everything, and write bench/README.md (15 minutes)
+	@$(BIN)/python -m bench.report
 
 check: $(READY) ## style, types, and the rules of the layout
 	$(BIN)/ruff check
@@ -60,7 +63,7 @@ wheel: $(READY) ## build dist/*.whl, by way of the source distribution
 test-wheel: wheel tools ## the tests against the built wheel, in a clean environment
 	@rm -rf $(WHEEL_TESTS) && mkdir -p $(WHEEL_TESTS)
 	@cp -R $(WHEEL_TEST_FILES) $(WHEEL_TESTS)
-	@rm -rf $(WHEEL_TESTS)/tests/structure $(WHEEL_TESTS)/tests/deploy
+	@rm -rf $(WHEEL_TESTS)/tests/structure $(WHEEL_TESTS)/tests/deploy $(WHEEL_TESTS)/tests/bench
 	@echo "Installing the wheel into $(WHEEL_VENV)"
 	@$(BIN)/python -m venv --clear $(WHEEL_VENV)
 	@$(WHEEL_VENV)/bin/python -m pip install -qq --constraint constraints.txt pip

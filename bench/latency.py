@@ -5,7 +5,7 @@
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 
-from bench.models import export_model
+from bench.models import QUICK_HIDDEN, export_model
 from bench.pingpong import reply_bytes
 from bench.processes import asked, rival, sluice
 from bench.streams import questions
@@ -17,7 +17,7 @@ HIDDEN = (128, 512)
 def main() -> None:
     """Measure and print."""
     effort = read_effort(__doc__ or "", rounds=7, seconds=1.0)
-    cases = HIDDEN[:1] if effort.is_quick else HIDDEN
+    cases = (QUICK_HIDDEN,) if effort.is_quick else HIDDEN
     figures = Figures()
     for hidden in cases:
         model = export_model(hidden)

@@ -7,9 +7,11 @@ from torch import nn
 
 from sluice_export import export
 
-FOLDER = Path("build/bench")
+FOLDER = Path(__file__).parents[1] / "build" / "bench"
 INPUTS = 64
 LAYERS = 2
+# What --quick measures.
+QUICK_HIDDEN = 128
 
 
 def export_model(hidden: int) -> Path:

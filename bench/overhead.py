@@ -2,7 +2,7 @@
 
 from contextlib import ExitStack
 
-from bench.models import export_model
+from bench.models import QUICK_HIDDEN, export_model
 from bench.processes import Asked, Server, asked, sluice
 from bench.table import Figures, bar, print_table, read_effort
 from sluice_cli.bench.plan import Plan, Sizes
@@ -44,7 +44,7 @@ def main() -> None:
     models = {hidden: export_model(hidden) for hidden in HIDDEN}
     cases = [(hidden, sequences) for hidden in HIDDEN for sequences in SEQUENCES]
     if effort.is_quick:
-        cases = [(128, 1), (128, 256)]
+        cases = [(QUICK_HIDDEN, 1), (QUICK_HIDDEN, 256)]
     figures = Figures()
     with ExitStack() as stack:
         server = stack.enter_context(sluice({f"h{hidden}": models[hidden] for hidden in HIDDEN}))

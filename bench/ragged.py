@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import asdict
 
 from bench.frames import Order
-from bench.models import INPUTS, export_model
+from bench.models import INPUTS, QUICK_HIDDEN, export_model
 from bench.processes import Asked, Server, asked, sluice
 from bench.table import Effort, Figures, bar, print_table, read_effort
 from sluice_cli.bench.plan import Plan, Sizes
@@ -57,7 +57,7 @@ def measure_singles(server: Server, model: str, effort: Effort) -> float:
 def main() -> None:
     """Measure and print."""
     effort = read_effort(__doc__ or "", rounds=3)
-    hiddens = HIDDEN[:1] if effort.is_quick else HIDDEN
+    hiddens = (QUICK_HIDDEN,) if effort.is_quick else HIDDEN
     figures = Figures()
     with ExitStack() as stack:
         server = stack.enter_context(sluice({f"h{one}": export_model(one) for one in hiddens}))

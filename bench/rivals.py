@@ -4,7 +4,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, replace
 
 from bench.bare import load
-from bench.models import INPUTS, export_model
+from bench.models import INPUTS, QUICK_HIDDEN, export_model
 from bench.overhead import measure_server
 from bench.pingpong import Question, ask_sluice, make_step
 from bench.processes import Asked, Server, asked, rival, sluice
@@ -94,7 +94,7 @@ def main() -> None:
     effort = read_effort(__doc__ or "", rounds=2, seconds=1.0)
     figures = Figures()
     names = list(NAMES)[:3] if effort.is_quick else list(NAMES)
-    for hidden in HIDDEN[:1] if effort.is_quick else HIDDEN:
+    for hidden in (QUICK_HIDDEN,) if effort.is_quick else HIDDEN:
         measure(hidden, names, figures, effort)
         for sequences in SEQUENCES:
             case = f"{hidden} {sequences}"

@@ -1,0 +1,65 @@
+"""Every table of bench/ can be made, and has its place on the page."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bench.models import QUICK_HIDDEN, export_model
+from bench.report import README, TABLES, place
+from bench.table import Figures
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def commands() -> Iterator[dict[str, subprocess.Popen[str]]]:
+    """All of them at once: that spoils the figures and saves a minute."""
+    export_model(QUICK_HIDDEN)
+    started = {
+        name: subprocess.Popen(
+            [sys.executable, "-m", f"bench.{name}", "--quick"],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for name in TABLES
+    }
+    yield started
+    for process in started.values():
+        process.terminate()
+        process.communicate()
+
+
+# Together they are a minute's work for two cores, and other tests may share these.
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_is_made_by_one_command(name, commands) -> None:
+    shown, errors = commands[name].communicate()
+    assert commands[name].returncode == 0, errors
+    lines = [line for line in shown.splitlines() if line.startswith("|")]
+    assert len(lines) >= 3
+    assert "nan" not in shown
+
+
+def test_every_table_has_its_place_on_the_page() -> None:
+    text = README.read_text()
+    for name in TABLES:
+        assert "| new |" in place(text, name, "| new |")
+        assert f"python -m bench.{name}" in text
+    with pytest.raises(ValueError, match="no <!-- other -->"):
+        place(text, "other", "")
+
+
+def test_ratios_compare_what_was_measured_side_by_side() -> None:
+    figures = Figures()
+    for ours, bare in ((2, 1), (30, 10), (8, 2)):
+        figures.add("ours", ours)
+        figures.add("bare", bare)
+    assert figures.ratio("ours", "bare") == 3
+    assert figures.excess("ours", "bare") == 6
+    assert figures.least("ours") == 2
+    assert figures.median("ours") == 8

@@ -303,7 +303,11 @@ class Host:
         """Expire what is idle, forget what is over; until cancelled."""
         while True:
             await asyncio.sleep(_TICK_SECONDS)
-            await self.expire()
+            try:
+                await self.expire()
+            except Exception:
+                # A defect of ours must not keep sequences alive for ever: look again.
+                log.exception("expiry_broke", model=self.name)
 
     async def expire(self) -> None:
         """Close the sequences that were idle for too long and tell their clients."""

@@ -134,6 +134,25 @@ async def test_a_server_looks_for_idle_sequences_by_itself(sums, monkeypatch) ->
     assert await wire.next_closed(0) == Closed.IDLE
 
 
+async def test_a_defect_in_looking_for_idle_sequences_does_not_end_the_looking(
+    sums, monkeypatch
+) -> None:
+    monkeypatch.setattr("sluice_service.host._TICK_SECONDS", 0.02)
+    looks = []
+
+    def forget(*_: object, **__: object) -> None:
+        looks.append(len(looks))
+        if len(looks) < 3:
+            raise ZeroDivisionError
+
+    monkeypatch.setattr("sluice_service.sequences.Sequences.forget_tombstones", forget)
+    served = await sums(sequence_idle_seconds_max=0.03)
+    wire = served.wire("accumulator")
+    await wire.open(0, "idle")
+    assert await wire.next_closed(0) == Closed.IDLE
+    assert len(looks) >= 3
+
+
 async def test_at_the_limit_new_sequences_are_refused_and_none_is_evicted(sums) -> None:
     served = await sums(sequences_max=3)
     wire = served.wire("accumulator")

@@ -327,10 +327,15 @@ class Host:
             log.info("sequences_expired", model=self.name, sequences=expired)
 
     async def drain(self) -> None:
-        """Open nothing new, finish what is queued, then tell every lane that the server stops."""
+        """Open nothing new, finish what is queued, then tell every lane that the server stops.
+
+        Cancelled, it finishes nothing more and tells them at once.
+        """
         self._lanes.stop_reading()
-        await self._runs.idle()
-        self._lanes.drain()
+        try:
+            await self._runs.idle()
+        finally:
+            self._lanes.drain()
 
 
 def _limits(settings: Settings, inputs: InputRules) -> Limits:

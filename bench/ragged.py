@@ -18,7 +18,7 @@ SEQUENCES = 256
 MIX, EQUAL = "1:90,64:10", "64"
 # Beside the single steps: sequences that push chunks of so many steps.
 PUSHERS, PUSHED = 4, "10000"
-SINGLES = 64
+SINGLES, SINGLES_RATE = 16, 500.0
 
 
 def read_counts(server: Server, model: str) -> tuple[float, float]:
@@ -36,8 +36,8 @@ def measure_mix(client: Asked, sizes: str, effort: Effort) -> dict[str, float]:
     return client.ask(asdict(order))
 
 
-def measure_singles(server: Server, model: str, effort: Effort) -> dict[str, float]:
-    """The latencies, in ms, of sequences that each have one step in flight."""
+def measure_singles(server: Server, model: str, effort: Effort) -> float:
+    """The p99, in ms, of single steps that are due at a low rate."""
     plan = Plan(
         model=model,
         addresses=(server.address,),
@@ -46,12 +46,12 @@ def measure_singles(server: Server, model: str, effort: Effort) -> dict[str, flo
         streams=1,
         processes=1,
         sizes=Sizes((1,), (1.0,)),
-        rate=None,
+        rate=SINGLES_RATE,
         warmup=0.3,
         duration=2 * effort.seconds,
         kept_steps=0,
     )
-    return run_load(plan).tally.of_chunks()
+    return run_load(plan).tally.of_chunks()["p99"]
 
 
 def main() -> None:
@@ -82,14 +82,11 @@ def main() -> None:
                 for name, figure in (("equal", equal), ("mixed", mixed)):
                     figures.add(f"{name} rate {hidden}", figure["steps_per_second"])
                     figures.add(f"{name} cpu {hidden}", figure["cpu_us"])
-                alone = measure_singles(server, model, effort)
+                figures.add(f"alone {hidden}", measure_singles(server, model, effort))
                 order = Order(in_flight=PUSHERS, sizes=PUSHED, seconds=2 * effort.seconds + 2)
                 pushing = threads.submit(pushers[hidden].ask, asdict(order))
-                pushed = measure_singles(server, model, effort)
+                figures.add(f"pushed {hidden}", measure_singles(server, model, effort))
                 pushing.result()
-                for quantile in ("p50", "p99"):
-                    figures.add(f"alone {quantile} {hidden}", alone[quantile])
-                    figures.add(f"pushed {quantile} {hidden}", pushed[quantile])
     print_mix(figures, hiddens)
     print_singles(figures, hiddens)
 
@@ -127,18 +124,17 @@ def print_singles(figures: Figures, hiddens: tuple[int, ...]) -> None:
     """What long chunks do to single steps."""
     rows = [
         [
-            f"H={hidden}, {quantile}",
-            f"{figures.median(f'alone {quantile} {hidden}'):.2f}",
-            f"{figures.median(f'pushed {quantile} {hidden}'):.2f}",
-            f"{figures.ratio(f'pushed {quantile} {hidden}', f'alone {quantile} {hidden}'):.2f}",
-            "≤ 2" if quantile == "p99" else "",
+            f"H={hidden}",
+            f"{figures.median(f'alone {hidden}'):.2f}",
+            f"{figures.median(f'pushed {hidden}'):.2f}",
+            f"{figures.ratio(f'pushed {hidden}', f'alone {hidden}'):.2f}",
+            "≤ 2",
         ]
         for hidden in hiddens
-        for quantile in ("p50", "p99")
     ]
     print_table(
-        f"Single steps of {SINGLES} sequences, in ms, beside {PUSHERS} sequences that push chunks "
-        f"of {PUSHED}",
+        f"p99 of single steps, {SINGLES_RATE:.0f} a second, in ms, beside {PUSHERS} sequences "
+        f"that push chunks of {PUSHED}",
         ["", "alone", "beside them", "ratio", "target"],
         rows,
     )

@@ -29,6 +29,34 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _Durability:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _DurabilityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Durability.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SERVER_DEFAULT: _Durability.ValueType  # 0
+    """what the server is set to"""
+    OFF: _Durability.ValueType  # 1
+    """nothing"""
+    PERIODIC: _Durability.ValueType  # 2
+    """the state, every so many steps or seconds: `durable` tells how far"""
+    STRICT: _Durability.ValueType  # 3
+    """everything: an output that has arrived is durable"""
+
+class Durability(_Durability, metaclass=_DurabilityEnumTypeWrapper):
+    """What survives the death of the server's process."""
+
+SERVER_DEFAULT: Durability.ValueType  # 0
+"""what the server is set to"""
+OFF: Durability.ValueType  # 1
+"""nothing"""
+PERIODIC: Durability.ValueType  # 2
+"""the state, every so many steps or seconds: `durable` tells how far"""
+STRICT: Durability.ValueType  # 3
+"""everything: an output that has arrived is durable"""
+Global___Durability: _TypeAlias = Durability  # noqa: Y015
+
 class _OpenMode:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -155,6 +183,7 @@ class OpenSequence(_message.Message):
     WRITER_FIELD_NUMBER: _builtins.int
     ATTEMPT_FIELD_NUMBER: _builtins.int
     EXPECTED_EPOCH_FIELD_NUMBER: _builtins.int
+    DURABILITY_FIELD_NUMBER: _builtins.int
     lane: _builtins.int
     """The number chunks of this sequence will carry on this stream. May be used
     again once its Closed has arrived.
@@ -174,6 +203,8 @@ class OpenSequence(_message.Message):
     """For taking over a sequence of another writer, and for starting over a
     closed one: the epoch a CONFLICT fault has told.
     """
+    durability: Global___Durability.ValueType
+    """No more than what the server is set to, which is also the default."""
     @_builtins.property
     def state(self) -> Global___SequenceState:
         """START (and its kin) from this state instead of the model's initial one."""
@@ -189,10 +220,11 @@ class OpenSequence(_message.Message):
         writer: _builtins.bytes = ...,
         attempt: _builtins.int = ...,
         expected_epoch: _builtins.int = ...,
+        durability: Global___Durability.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_received", b"_received", "received", b"received", "state", b"state"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_received", b"_received", "attempt", b"attempt", "expected_epoch", b"expected_epoch", "lane", b"lane", "mode", b"mode", "received", b"received", "sequence_id", b"sequence_id", "state", b"state", "writer", b"writer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_received", b"_received", "attempt", b"attempt", "durability", b"durability", "expected_epoch", b"expected_epoch", "lane", b"lane", "mode", b"mode", "received", b"received", "sequence_id", b"sequence_id", "state", b"state", "writer", b"writer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__received: _TypeAlias = _typing.Literal["received"]  # noqa: Y015
     _WhichOneofArgType__received: _TypeAlias = _typing.Literal["_received", b"_received"]  # noqa: Y015
@@ -262,7 +294,9 @@ class InferResponse(_message.Message):
     def closed(self) -> _containers.RepeatedCompositeFieldContainer[Global___Closed]: ...
     @_builtins.property
     def durable(self) -> _containers.RepeatedCompositeFieldContainer[Global___Durable]:
-        """Safe on disk up to here; inputs may be forgotten."""
+        """Safe in the store up to here; inputs may be forgotten. Not sent for STRICT
+        sequences, whose outputs say the same.
+        """
 
     @_builtins.property
     def limits(self) -> Global___Limits:
@@ -299,6 +333,7 @@ class Opened(_message.Message):
     APPLIED_FIELD_NUMBER: _builtins.int
     DURABLE_FIELD_NUMBER: _builtins.int
     HELD_FROM_FIELD_NUMBER: _builtins.int
+    DURABILITY_FIELD_NUMBER: _builtins.int
     lane: _builtins.int
     sequence_id: _builtins.str
     epoch: _builtins.int
@@ -308,6 +343,8 @@ class Opened(_message.Message):
     """Steps that are safe from the server's death."""
     held_from: _builtins.int
     """The first output that is still held; held ones follow from `received`."""
+    durability: Global___Durability.ValueType
+    """What this sequence has; never SERVER_DEFAULT."""
     def __init__(
         self,
         *,
@@ -317,10 +354,11 @@ class Opened(_message.Message):
         applied: _builtins.int = ...,
         durable: _builtins.int = ...,
         held_from: _builtins.int = ...,
+        durability: Global___Durability.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied", b"applied", "durable", b"durable", "epoch", b"epoch", "held_from", b"held_from", "lane", b"lane", "sequence_id", b"sequence_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied", b"applied", "durability", b"durability", "durable", b"durable", "epoch", b"epoch", "held_from", b"held_from", "lane", b"lane", "sequence_id", b"sequence_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -369,6 +407,10 @@ class Fault(_message.Message):
         """a state made by another model"""
         DRAINING: Fault._Reason.ValueType  # 16
         """the server stops and opens nothing new; try another"""
+        UNAVAILABLE: Fault._Reason.ValueType  # 17
+        """the store does not answer; nothing was changed, try again"""
+        DATA_LOSS: Fault._Reason.ValueType  # 18
+        """what the store has of this sequence cannot be used"""
 
     class Reason(_Reason, metaclass=_ReasonEnumTypeWrapper): ...
     UNSPECIFIED: Fault.Reason.ValueType  # 0
@@ -404,6 +446,10 @@ class Fault(_message.Message):
     """a state made by another model"""
     DRAINING: Fault.Reason.ValueType  # 16
     """the server stops and opens nothing new; try another"""
+    UNAVAILABLE: Fault.Reason.ValueType  # 17
+    """the store does not answer; nothing was changed, try again"""
+    DATA_LOSS: Fault.Reason.ValueType  # 18
+    """what the store has of this sequence cannot be used"""
 
     LANE_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
@@ -639,6 +685,67 @@ class GetStateRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetStateRequest: _TypeAlias = GetStateRequest  # noqa: Y015
+
+@_typing.final
+class ForkRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    SEQUENCE_ID_FIELD_NUMBER: _builtins.int
+    FORK_ID_FIELD_NUMBER: _builtins.int
+    WRITER_FIELD_NUMBER: _builtins.int
+    DURABILITY_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    sequence_id: _builtins.str
+    """which sequence"""
+    fork_id: _builtins.str
+    """of the copy. Empty: the server draws one"""
+    writer: _builtins.bytes
+    """who will open the copy, with START"""
+    durability: Global___Durability.ValueType
+    """of the copy"""
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        sequence_id: _builtins.str = ...,
+        fork_id: _builtins.str = ...,
+        writer: _builtins.bytes = ...,
+        durability: Global___Durability.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["durability", b"durability", "fork_id", b"fork_id", "model", b"model", "sequence_id", b"sequence_id", "writer", b"writer"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ForkRequest: _TypeAlias = ForkRequest  # noqa: Y015
+
+@_typing.final
+class ForkResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FORK_ID_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    fork_id: _builtins.str
+    step: _builtins.int
+    """steps the copy holds"""
+    epoch: _builtins.int
+    def __init__(
+        self,
+        *,
+        fork_id: _builtins.str = ...,
+        step: _builtins.int = ...,
+        epoch: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "fork_id", b"fork_id", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ForkResponse: _TypeAlias = ForkResponse  # noqa: Y015
 
 @_typing.final
 class CloseSequenceRequest(_message.Message):

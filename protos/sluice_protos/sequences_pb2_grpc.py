@@ -45,6 +45,11 @@ class SequencesStub:
                 request_serializer=sluice__protos_dot_sequences__pb2.GetStateRequest.SerializeToString,
                 response_deserializer=sluice__protos_dot_sequences__pb2.SequenceState.FromString,
                 _registered_method=True)
+        self.Fork = channel.unary_unary(
+                '/sluice.v1.Sequences/Fork',
+                request_serializer=sluice__protos_dot_sequences__pb2.ForkRequest.SerializeToString,
+                response_deserializer=sluice__protos_dot_sequences__pb2.ForkResponse.FromString,
+                _registered_method=True)
         self.CloseSequence = channel.unary_unary(
                 '/sluice.v1.Sequences/CloseSequence',
                 request_serializer=sluice__protos_dot_sequences__pb2.CloseSequenceRequest.SerializeToString,
@@ -69,6 +74,13 @@ class SequencesServicer:
 
     def GetState(self, request, context):
         """The state of a live sequence after its last applied step.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Fork(self, request, context):
+        """Copies a live sequence to a new id: the copy goes on from the same state.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -100,6 +112,11 @@ def add_SequencesServicer_to_server(servicer, server):
                     servicer.GetState,
                     request_deserializer=sluice__protos_dot_sequences__pb2.GetStateRequest.FromString,
                     response_serializer=sluice__protos_dot_sequences__pb2.SequenceState.SerializeToString,
+            ),
+            'Fork': grpc.unary_unary_rpc_method_handler(
+                    servicer.Fork,
+                    request_deserializer=sluice__protos_dot_sequences__pb2.ForkRequest.FromString,
+                    response_serializer=sluice__protos_dot_sequences__pb2.ForkResponse.SerializeToString,
             ),
             'CloseSequence': grpc.unary_unary_rpc_method_handler(
                     servicer.CloseSequence,
@@ -166,6 +183,33 @@ class Sequences:
             '/sluice.v1.Sequences/GetState',
             sluice__protos_dot_sequences__pb2.GetStateRequest.SerializeToString,
             sluice__protos_dot_sequences__pb2.SequenceState.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Fork(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sluice.v1.Sequences/Fork',
+            sluice__protos_dot_sequences__pb2.ForkRequest.SerializeToString,
+            sluice__protos_dot_sequences__pb2.ForkResponse.FromString,
             options,
             channel_credentials,
             insecure,

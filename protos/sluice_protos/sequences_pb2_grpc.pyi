@@ -46,6 +46,8 @@ class SequencesStub:
     """Runs any number of sequences of one model."""
     GetState: _grpc.UnaryUnaryMultiCallable[_sequences_pb2.GetStateRequest, _sequences_pb2.SequenceState]
     """The state of a live sequence after its last applied step."""
+    Fork: _grpc.UnaryUnaryMultiCallable[_sequences_pb2.ForkRequest, _sequences_pb2.ForkResponse]
+    """Copies a live sequence to a new id: the copy goes on from the same state."""
     CloseSequence: _grpc.UnaryUnaryMultiCallable[_sequences_pb2.CloseSequenceRequest, _sequences_pb2.CloseSequenceResponse]
     """Drops a live sequence, whoever holds it."""
     ListSequences: _grpc.UnaryStreamMultiCallable[_sequences_pb2.ListSequencesRequest, _sequences_pb2.SequenceInfo]
@@ -58,6 +60,8 @@ class SequencesAsyncStub(SequencesStub):
     """Runs any number of sequences of one model."""
     GetState: _aio.UnaryUnaryMultiCallable[_sequences_pb2.GetStateRequest, _sequences_pb2.SequenceState]  # type: ignore[assignment]
     """The state of a live sequence after its last applied step."""
+    Fork: _aio.UnaryUnaryMultiCallable[_sequences_pb2.ForkRequest, _sequences_pb2.ForkResponse]  # type: ignore[assignment]
+    """Copies a live sequence to a new id: the copy goes on from the same state."""
     CloseSequence: _aio.UnaryUnaryMultiCallable[_sequences_pb2.CloseSequenceRequest, _sequences_pb2.CloseSequenceResponse]  # type: ignore[assignment]
     """Drops a live sequence, whoever holds it."""
     ListSequences: _aio.UnaryStreamMultiCallable[_sequences_pb2.ListSequencesRequest, _sequences_pb2.SequenceInfo]  # type: ignore[assignment]
@@ -79,6 +83,14 @@ class SequencesServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_sequences_pb2.SequenceState, _abc.Awaitable[_sequences_pb2.SequenceState]]:
         """The state of a live sequence after its last applied step."""
+
+    @_abc_1.abstractmethod
+    def Fork(
+        self,
+        request: _sequences_pb2.ForkRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_sequences_pb2.ForkResponse, _abc.Awaitable[_sequences_pb2.ForkResponse]]:
+        """Copies a live sequence to a new id: the copy goes on from the same state."""
 
     @_abc_1.abstractmethod
     def CloseSequence(

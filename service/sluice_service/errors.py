@@ -20,7 +20,9 @@
         ├── OutOfRangeError       OUT_OF_RANGE
         ├── WrongModelError       FAILED_PRECONDITION
         ├── LimitError            RESOURCE_EXHAUSTED
-        └── DrainingError         UNAVAILABLE
+        ├── DrainingError         UNAVAILABLE
+        ├── StoreDownError        UNAVAILABLE
+        └── DataLossError         DATA_LOSS
 
 Anything else that is raised becomes INTERNAL with a fixed text, and a traceback
 in the log only.
@@ -189,3 +191,17 @@ class DrainingError(LaneError):
 
     status = StatusCode.UNAVAILABLE
     reason = Fault.DRAINING
+
+
+class StoreDownError(LaneError):
+    """The store does not answer; nothing was changed."""
+
+    status = StatusCode.UNAVAILABLE
+    reason = Fault.UNAVAILABLE
+
+
+class DataLossError(LaneError):
+    """What the store has of a sequence cannot be used."""
+
+    status = StatusCode.DATA_LOSS
+    reason = Fault.DATA_LOSS

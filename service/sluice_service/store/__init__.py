@@ -1,0 +1,33 @@
+"""Where sequences outlive their server: one small protocol, and the stores that keep it."""
+
+from sluice_service.store.checkpoint import Checkpoint, pack, unpack
+from sluice_service.store.protocol import (
+    ClaimRequest,
+    Closing,
+    Granted,
+    Key,
+    Packed,
+    Store,
+    Stored,
+    StoreError,
+    StoreSetupError,
+    Verdict,
+    Write,
+)
+
+__all__ = [
+    "Checkpoint",
+    "ClaimRequest",
+    "Closing",
+    "Granted",
+    "Key",
+    "Packed",
+    "Store",
+    "StoreError",
+    "StoreSetupError",
+    "Stored",
+    "Verdict",
+    "Write",
+    "pack",
+    "unpack",
+]

@@ -1,0 +1,81 @@
+"""A sequence at one instant between two runs, as a value and as bytes that prove themselves."""
+
+import hashlib
+import struct
+from dataclasses import dataclass
+
+from sluice_service.errors import DataLossError
+
+_MAGIC = b"sluice\x00\x01"  # the last byte is the version of the layout
+_CHECKSUM_BYTES = 16
+_FIXED = struct.Struct("<QQB")  # step, floor, is_clean
+_SIZE = struct.Struct("<I")
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """All that is needed to go on from `step`, on any server with the same model."""
+
+    model_digest: str
+    # Hash of known outputs where it was made: equal hashes, equal bits.
+    arithmetic: str
+    step: int
+    # Outputs from here to `step` are held: their writer may ask for them.
+    floor: int
+    # Nothing had left beyond `step` when it was taken: also a caller that numbers
+    # no steps may go on from here.
+    is_clean: bool
+    row: bytes  # float32, little-endian, [state_size]
+    outputs: tuple[bytes, ...]  # of each model output: rows [step - floor, …]
+
+
+def pack(checkpoint: Checkpoint) -> bytes:
+    """The checkpoint as bytes with a checksum; the inverse of `unpack`."""
+    parts = [
+        checkpoint.model_digest.encode(),
+        checkpoint.arithmetic.encode(),
+        checkpoint.row,
+        *checkpoint.outputs,
+    ]
+    body = b"".join(
+        [
+            _FIXED.pack(checkpoint.step, checkpoint.floor, checkpoint.is_clean),
+            _SIZE.pack(len(parts)),
+            *(piece for part in parts for piece in (_SIZE.pack(len(part)), part)),
+        ]
+    )
+    return _MAGIC + _checksum(body) + body
+
+
+def unpack(data: bytes) -> Checkpoint:
+    """The inverse of `pack`. Raises DataLossError where the bytes are not what was packed."""
+    start = len(_MAGIC) + _CHECKSUM_BYTES
+    body = data[start:]
+    if data[: len(_MAGIC)] != _MAGIC:
+        raise DataLossError(
+            "the stored record is not a checkpoint of this version of Sluice; "
+            "close the sequence and start it again"
+        )
+    if data[len(_MAGIC) : start] != _checksum(body):
+        raise DataLossError(
+            "the stored checkpoint fails its checksum; restore the store from a backup, or close "
+            "the sequence and start it again"
+        )
+    step, floor, is_clean = _FIXED.unpack_from(body)
+    position = _FIXED.size
+    (count,) = _SIZE.unpack_from(body, position)
+    position += _SIZE.size
+    parts = []
+    for _ in range(count):
+        (size,) = _SIZE.unpack_from(body, position)
+        position += _SIZE.size
+        parts.append(body[position : position + size])
+        position += size
+    digest, arithmetic, row, *outputs = parts
+    return Checkpoint(
+        digest.decode(), arithmetic.decode(), step, floor, bool(is_clean), row, tuple(outputs)
+    )
+
+
+def _checksum(body: bytes) -> bytes:
+    return hashlib.blake2b(body, digest_size=_CHECKSUM_BYTES).digest()

@@ -27,6 +27,7 @@ MAY_IMPORT = {
 SERVICE_LAYERS = (
     ("errors", "settings", "ragged", "clock", "metrics"),
     ("arena", "claims", "inputs", "logs"),
+    ("store",),
     ("sequences", "streams"),
     ("queues",),
     ("scheduler",),

@@ -8,7 +8,7 @@ from sluice_service.errors import DataLossError
 
 _MAGIC = b"sluice\x00\x01"  # the last byte is the version of the layout
 _CHECKSUM_BYTES = 16
-_FIXED = struct.Struct("<QQB")  # step, floor, is_clean
+_FIXED = struct.Struct("<QQ")  # step, floor
 _SIZE = struct.Struct("<I")
 
 
@@ -22,9 +22,10 @@ class Checkpoint:
     step: int
     # Outputs from here to `step` are held: their writer may ask for them.
     floor: int
-    # Nothing had left beyond `step` when it was taken: also a caller that numbers
-    # no steps may go on from here.
-    is_clean: bool
+    # The claim under which nothing leaves beyond `step`, because it is strict, or
+    # parked, or drained: while the record has no later claim, also a caller that
+    # numbers no steps may go on from here. Empty: more may have left.
+    clean_under: bytes
     row: bytes  # float32, little-endian, [state_size]
     outputs: tuple[bytes, ...]  # of each model output: rows [step - floor, …]
 
@@ -34,12 +35,13 @@ def pack(checkpoint: Checkpoint) -> bytes:
     parts = [
         checkpoint.model_digest.encode(),
         checkpoint.arithmetic.encode(),
+        checkpoint.clean_under,
         checkpoint.row,
         *checkpoint.outputs,
     ]
     body = b"".join(
         [
-            _FIXED.pack(checkpoint.step, checkpoint.floor, checkpoint.is_clean),
+            _FIXED.pack(checkpoint.step, checkpoint.floor),
             _SIZE.pack(len(parts)),
             *(piece for part in parts for piece in (_SIZE.pack(len(part)), part)),
         ]
@@ -61,7 +63,7 @@ def unpack(data: bytes) -> Checkpoint:
             "the stored checkpoint fails its checksum; restore the store from a backup, or close "
             "the sequence and start it again"
         )
-    step, floor, is_clean = _FIXED.unpack_from(body)
+    step, floor = _FIXED.unpack_from(body)
     position = _FIXED.size
     (count,) = _SIZE.unpack_from(body, position)
     position += _SIZE.size
@@ -71,9 +73,9 @@ def unpack(data: bytes) -> Checkpoint:
         position += _SIZE.size
         parts.append(body[position : position + size])
         position += size
-    digest, arithmetic, row, *outputs = parts
+    digest, arithmetic, clean_under, row, *outputs = parts
     return Checkpoint(
-        digest.decode(), arithmetic.decode(), step, floor, bool(is_clean), row, tuple(outputs)
+        digest.decode(), arithmetic.decode(), step, floor, clean_under, row, tuple(outputs)
     )
 
 

@@ -1,4 +1,4 @@
-"""What every store does for a host: claim, write, close, renew, read. Nothing is ever half done.
+"""What every store does for a host: claim, write, close, renew, read; nothing is ever half done.
 
 A store keeps one record a sequence: who owns it (claim_id, epoch, writer, attempt)
 and its last checkpoint, which it does not look into. It is the only arbiter of
@@ -56,6 +56,8 @@ class Granted:
     # True when the record was under the claim `held`: what is in memory is the
     # newest there is. False: another process has had it, and memory is stale.
     is_held: bool
+    # The claim the record was under before; empty where there was none.
+    previous: bytes
     # The record's checkpoint now.
     checkpoint: Packed
 

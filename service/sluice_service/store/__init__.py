@@ -14,6 +14,7 @@ from sluice_service.store.protocol import (
     Verdict,
     Write,
 )
+from sluice_service.store.urls import open_store, redact
 
 __all__ = [
     "Checkpoint",
@@ -28,6 +29,8 @@ __all__ = [
     "Stored",
     "Verdict",
     "Write",
+    "open_store",
     "pack",
+    "redact",
     "unpack",
 ]

@@ -6,8 +6,9 @@ ownership: each call is atomic for each sequence it names, and a host that has b
 fenced learns it from the answer to its next call.
 """
 
+import secrets
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import NamedTuple, Protocol
 
@@ -31,9 +32,19 @@ class Packed:
     data: bytes  # of `pack`
 
 
+def draw_claim_id() -> bytes:
+    """A name for one claim that no other claim ever has."""
+    return secrets.token_bytes(16)
+
+
 @dataclass(frozen=True, slots=True)
 class ClaimRequest:
-    """One open, with what this process knows of the sequence."""
+    """One open, with what this process knows of the sequence.
+
+    One request is one claim however often it is asked: after a StoreError the same
+    request may be asked again, and is answered as it would have been the first time.
+    Another open is another request.
+    """
 
     key: Key
     # sequence_id, mode, writer, attempt, expected_epoch: what the table of claims reads.
@@ -44,6 +55,8 @@ class ClaimRequest:
     held: bytes = b""
     # With `held`: the sequence as it stands in memory, what a TAKE goes on from.
     snapshot: Packed | None = None
+    # The claim's name if it is granted. Never given: each request draws its own.
+    claim_id: bytes = field(default_factory=draw_claim_id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +73,10 @@ class Granted:
     previous: bytes
     # The record's checkpoint now.
     checkpoint: Packed
+    # True when the owner before this one wrote the checkpoint, or this claim did. False:
+    # others have claimed the sequence since and ended without a word, so outputs beyond
+    # the checkpoint may have left even where it says that it is clean.
+    is_last_word: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +100,7 @@ class Closing:
 class Verdict(Enum):
     """What became of a write, a close or a renewal."""
 
-    DONE = auto()  # durable; or a newer one under the same claim is
+    DONE = auto()  # durable; or a newer one under the same claim is; or closed under it before
     REFUSED = auto()  # the claim is not this process's any more, or there is no live record
 
 
@@ -124,7 +141,7 @@ class Store(Protocol):
         A LaneError is the refusal the client is told. A claim draws a fresh claim_id.
         The epoch rises where the record was not under `held`, where the writer
         changes, and on a WIPE. A snapshot older than the record is not taken: the
-        record stands. What is granted is durable.
+        record stands, and `is_held` is false. What is granted is durable.
         """
         ...
 

@@ -1,0 +1,33 @@
+"""Which store a URL names."""
+
+from urllib.parse import urlsplit
+
+from sluice_service.store.memory import MemoryStore
+from sluice_service.store.protocol import Store, StoreSetupError
+
+_FORMS = (
+    "memory, sqlite:///relative/path.db, sqlite:////absolute/path.db, "
+    "redis://HOST:PORT/0 or rediss://:PASSWORD@HOST:PORT/0"
+)
+
+
+def open_store(url: str, *, tombstone_seconds: float, record_seconds: float) -> Store:
+    """The store at `url`, not started yet. Raises StoreSetupError for a URL of none.
+
+    A closed sequence is remembered for `tombstone_seconds`; a live one that nobody
+    renews is dropped after `record_seconds`.
+    """
+    if url == "memory":
+        return MemoryStore(tombstone_seconds=tombstone_seconds, record_seconds=record_seconds)
+    raise StoreSetupError(f"{redact(url)!r} is not a store; a store is one of {_FORMS}")
+
+
+def redact(url: str) -> str:
+    """The URL as it may be shown: without a password."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return url.partition(":")[0] + ":…"
+    if "@" not in parts.netloc:
+        return url
+    return parts._replace(netloc="…@" + parts.netloc.rpartition("@")[2]).geturl()

@@ -3,6 +3,7 @@
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 
 from sluice_service.clock import AwakeClock
 from sluice_service.errors import LaneError
@@ -90,7 +91,7 @@ class MemoryStore:
         if found is None or not found.is_under(write.claim_id):
             return Verdict.REFUSED
         if write.checkpoint.step >= found.step:
-            found, data = found.with_step(write.checkpoint.step), write.checkpoint.data
+            found, data = replace(found, step=write.checkpoint.step), write.checkpoint.data
         self._put(write.key, found, data, now)
         return Verdict.DONE
 
@@ -153,7 +154,8 @@ class MemoryStore:
     def _tick(self) -> float:
         """Drop what has expired; the time."""
         now = self._clock.now()
-        for entries in (self._live, self._tombstones):
-            while entries and next(iter(entries.values()))[0] <= now:
-                entries.popitem(last=False)
+        while self._live and next(iter(self._live.values()))[0] <= now:
+            self._live.popitem(last=False)
+        while self._tombstones and next(iter(self._tombstones.values()))[0] <= now:
+            self._tombstones.popitem(last=False)
         return now

@@ -73,10 +73,6 @@ class Granted:
     previous: bytes
     # The record's checkpoint now.
     checkpoint: Packed
-    # True when the owner before this one wrote the checkpoint, or this claim did. False:
-    # others have claimed the sequence since and ended without a word, so outputs beyond
-    # the checkpoint may have left even where it says that it is clean.
-    is_last_word: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,23 +15,13 @@ class Header:
     claim_id: bytes
     claim: Claim
     is_held: bool
-    # The checkpoint's.
-    step: int
-    # Claims since the checkpoint was written.
-    claims_since: int
-
-    @property
-    def is_last_word(self) -> bool:
-        """True when the owner before the last claim, or that claim, wrote the checkpoint."""
-        return self.claims_since <= 1
+    # The claim before it; empty where there was none.
+    previous: bytes
+    step: int  # the checkpoint's
 
     def is_under(self, claim_id: bytes) -> bool:
         """True for a live sequence that this claim owns."""
         return self.record.is_alive and self.claim_id == claim_id
-
-    def with_step(self, step: int) -> "Header":
-        """The header of a checkpoint that its owner has just written."""
-        return replace(self, step=step, claims_since=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +60,8 @@ def grant(found: Header | None, request: ClaimRequest) -> Grant:
         claim_id=request.claim_id,
         claim=claim,
         is_held=is_held,
+        previous=found.claim_id if found is not None else b"",
         step=checkpoint.step if checkpoint is not None else found.step if found is not None else 0,
-        claims_since=found.claims_since + 1 if checkpoint is None and found is not None else 0,
     )
     return Grant(header, raises_epoch, checkpoint)
 
@@ -88,8 +78,8 @@ def answer(header: Header, data: bytes) -> Granted:
         claim_id=header.claim_id,
         epoch=header.record.epoch,
         is_held=header.is_held,
+        previous=header.previous,
         checkpoint=Packed(header.step, data),
-        is_last_word=header.is_last_word,
     )
 
 

@@ -1,6 +1,7 @@
-"""What the clients send: every sequence's length and inputs follow from its id alone.
+"""What the clients send: all that a sequence is follows from its id.
 
-So a client that was killed can go on, and whoever judges it can work out what it must have got.
+So a client that was killed can go on, and whoever judges it can work out what it must
+have got.
 """
 
 import random
@@ -12,16 +13,8 @@ from numpy.typing import NDArray
 # Sums stay exact in float32 for as long as they are below 2^24.
 ADDEND_MAX = 2**9
 STEPS_MAX = 2**14
-LSTM_FEATURES = 8
-
-
-@dataclass(frozen=True, slots=True)
-class Manner:
-    """How a client hands the steps of one sequence to the library."""
-
-    # "step" one by one, "chunk" several at once, "stream" many under way.
-    kind: str
-    size: int  # of a chunk, or of what is under way
+FEATURES = {"accumulator": 1, "lstm": 8}
+OUTPUT_SIZES = {"accumulator": 1, "lstm": 4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,32 +24,35 @@ class Assignment:
     model: str
     sequence_id: str
     steps: int
-    manner: Manner
+    # How the client hands its steps over: "step" by step, a "chunk" of several at
+    # once, or a "stream" with many under way; `size` is of the chunk or of what is
+    # under way.
+    manner: str
+    size: int
 
     def inputs(self) -> NDArray[np.float32]:
-        """All of them: [steps, features]."""
-        return inputs(self.model, self.sequence_id, self.steps)
+        """All of them: [steps, features].
+
+        The accumulator's are whole numbers from 1 on, others in every sequence: what
+        is lost, doubled or taken from another sequence shows in every sum after it.
+        """
+        draw = np.random.default_rng(list(self.sequence_id.encode()))
+        if self.model == "accumulator":
+            return draw.integers(1, ADDEND_MAX, (self.steps, 1)).astype(np.float32)
+        return draw.standard_normal((self.steps, FEATURES[self.model])).astype(np.float32)
 
 
-def assignment(seed: int, client: int, worker: int, number: int, *, steps_max: int) -> Assignment:
-    """The sequence that comes as `number` on one worker of one client."""
-    sequence_id = f"{seed}-{client}-{worker}-{number}"
+def make_id(seed: int, client: int, worker: int, number: int, steps_max: int) -> str:
+    """The id of the sequence that comes as `number` on one worker of one client."""
+    return f"{seed}-{client}-{worker}-{number}-{min(steps_max, STEPS_MAX)}"
+
+
+def read_id(sequence_id: str) -> Assignment:
+    """What is to be done in the sequence of that id."""
+    _, _, worker, _, steps_max = map(int, sequence_id.split("-"))
     draw = random.Random(sequence_id)
     model = "lstm" if worker % 4 == 3 else "accumulator"
-    kind = draw.choice(["step", "step", "chunk", "stream"])
-    size = draw.choice([2, 7, 33]) if kind == "chunk" else draw.choice([4, 64])
-    steps = draw.randint(steps_max // 8, steps_max)
-    return Assignment(model, sequence_id, steps, Manner(kind, size))
-
-
-def inputs(model: str, sequence_id: str, steps: int) -> NDArray[np.float32]:
-    """The inputs of a sequence, [steps, features].
-
-    The accumulator's are whole numbers from 1 on, different in every sequence: what is
-    lost, doubled or taken from another sequence changes every sum after it.
-    """
-    assert steps <= STEPS_MAX
-    draw = np.random.default_rng(list(sequence_id.encode()))
-    if model == "accumulator":
-        return draw.integers(1, ADDEND_MAX, (steps, 1)).astype(np.float32)
-    return draw.standard_normal((steps, LSTM_FEATURES)).astype(np.float32)
+    manner = draw.choice(["step", "step", "chunk", "stream"])
+    size = draw.choice([2, 7, 33]) if manner == "chunk" else draw.choice([4, 64])
+    steps = draw.randint(max(1, steps_max // 4), steps_max)
+    return Assignment(model, sequence_id, steps, manner, size)

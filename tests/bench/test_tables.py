@@ -1,5 +1,7 @@
 """Every table of bench/ can be made, and has its place on the page."""
 
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -25,12 +27,15 @@ def commands() -> Iterator[dict[str, subprocess.Popen[str]]]:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            # With the servers it starts it can then be ended as one.
+            start_new_session=True,
         )
         for name in TABLES
     }
     yield started
     for process in started.values():
-        process.terminate()
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
 
 

@@ -15,7 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sluice_cli.bench.plan import Sizes
+from sluice_cli.bench.plan import Plan, Sizes
+from sluice_cli.bench.run import run_load
 from sluice_cli.bench.tally import Tally, quantiles
 from sluice_cli.bench.traffic import Rotation
 from sluice_cli.bench.watched import watch_process
@@ -91,10 +92,23 @@ def test_models_with_several_inputs_and_outputs_are_verified(bench, multi_file) 
     assert found["chunk_latency_ms_by_steps"].keys() == {"1", "4"}
 
 
-def test_an_open_loop_keeps_its_rate(bench) -> None:
-    found = bench("sum", "--rate", "400", "--duration", "2")
-    # Poisson arrivals: 800 are due, five standard deviations to either side.
-    assert 800 - 142 < 2 * found["steps_per_second"] < 800 + 142
+def test_an_open_loop_sends_at_its_rate_whatever_comes_of_it(server) -> None:
+    plan = Plan(
+        model="sum",
+        addresses=(server[0],),
+        sequences=8,
+        in_flight=8,
+        streams=1,
+        processes=1,
+        sizes=Sizes.parse("1"),
+        rate=400,
+        warmup=0.1,
+        duration=2,
+        kept_steps=0,
+    )
+    # Poisson arrivals: 800 are due, five standard deviations to either side. When they are
+    # answered is another question.
+    assert 800 - 142 < run_load(plan).tally.chunks.sum() < 800 + 142
 
 
 def test_a_pause_of_the_server_is_felt_by_all_that_was_due_in_it(server) -> None:
@@ -112,12 +126,11 @@ def test_a_pause_of_the_server_is_felt_by_all_that_was_due_in_it(server) -> None
     # Of 800 steps 400 were due in the pause, 200 of them in its first second. A generator
     # that waits for answers would have sent two.
     assert found["latency_ms"]["p90"] > 500
-    assert found["steps_per_second"] > 150
 
 
 def read_steps(page: str) -> str:
     """The line of the metrics page that counts the steps of model `sum`."""
-    with urllib.request.urlopen(f"http://{page}/metrics", timeout=5) as response:
+    with urllib.request.urlopen(f"http://{page}/metrics", timeout=60) as response:
         lines = response.read().decode().splitlines()
     return next(line for line in lines if line.startswith('sluice_steps_total{model="sum"}'))
 

@@ -56,7 +56,7 @@ class Serving:
         return self.process.returncode
 
     def page(self, path: str) -> str:
-        with urllib.request.urlopen(f"http://{self.ready['http']}{path}", timeout=10) as page:
+        with urllib.request.urlopen(f"http://{self.ready['http']}{path}", timeout=SECONDS) as page:
             return page.read().decode()
 
 
@@ -117,7 +117,7 @@ def test_a_server_starts_answers_and_ends_well_on_sigterm(model) -> None:
                 steps=[2],
                 inputs=[Tensor(data=bytes.fromhex("0000803f00000040"))],  # 1.0 and 2.0
             )
-            responses = SequencesStub(channel).Infer(iter([request]), timeout=10)
+            responses = SequencesStub(channel).Infer(iter([request]), timeout=SECONDS)
             outputs = b"".join(t.data for response in responses for t in response.outputs)
             assert outputs == bytes.fromhex("0000803f00004040")  # 1.0 and 3.0
         assert server.stop() == 0
@@ -279,7 +279,7 @@ def test_flags_are_stronger_than_variables_and_variables_than_the_file(
         assert 'sluice_sequences_max{model="from-file"} 111.0' in server.page("/metrics")
         with grpc.insecure_channel(server.ready["listen"]) as channel:
             request = InferRequest(model="from-file")
-            (first,) = SequencesStub(channel).Infer(iter([request]), timeout=10)
+            (first,) = SequencesStub(channel).Infer(iter([request]), timeout=SECONDS)
             assert first.limits.chunk_steps_max == 222
             assert first.limits.unacknowledged_steps_max == 33
 
@@ -297,7 +297,7 @@ def test_several_models_may_come_from_flags_or_from_one_variable(
             _serving(*flags, **environment) as server,
             grpc.insecure_channel(server.ready["listen"]) as channel,
         ):
-            models = ModelsStub(channel).ListModels(ListModelsRequest(), timeout=10).models
+            models = ModelsStub(channel).ListModels(ListModelsRequest(), timeout=SECONDS).models
             assert {info.name for info in models} == {"sum", "plus"}
 
 

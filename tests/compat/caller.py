@@ -15,7 +15,7 @@ from sluice_protos.open_inference_pb2 import (
 )
 from sluice_protos.open_inference_pb2_grpc import GRPCInferenceServiceStub
 
-SECONDS = 15
+SECONDS = 60
 
 
 def parameter(value: Any) -> InferParameter:

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from sluice_protos.open_inference_pb2 import InferTensorContents, ModelInferRequest
-from tests.compat.caller import Caller, request, values
+from tests.compat.caller import SECONDS, Caller, request, values
+from tests.service.wire import eventually, floats
 
 Code = grpc.StatusCode
 Contents = InferTensorContents
@@ -25,13 +26,26 @@ async def test_a_batch_is_as_many_sequences_of_their_own(caller) -> None:
     assert values(answer) == [1, 3, 10, 30]
 
 
-async def test_requests_that_come_together_share_runs(served, caller) -> None:
-    runs = served.metric("sluice_runs_total", model="accumulator")
-    stream = caller.stream()
-    await stream.ask(request(number) for number in range(300))
-    answers = await asyncio.gather(*(caller.infer(number) for number in range(100)))
-    assert answers == [[number] for number in range(100)]
-    assert served.metric("sluice_runs_total", model="accumulator") - runs < 400
+async def test_requests_that_come_together_share_a_run(gate, sums) -> None:
+    served = await sums()
+    caller = Caller(served.channel)
+    (host,) = served.server._hosts.values()
+    wire, stream = served.wire("accumulator"), caller.stream()
+    await wire.open(0)
+    await wire.push(0, floats([1]))
+    await gate.reached()
+    # While that runs, more come: single ones, on a stream, and on the native one.
+    await stream.send(*(request(number) for number in range(30)))
+    answers = asyncio.gather(*(caller.infer(number) for number in range(20)))
+    await wire.push(0, floats([10]))
+    exchange = served.server._open_inference._models["accumulator"].exchange
+    await eventually(lambda: exchange._waiting_steps == 50 and host._scheduler.has_ready)
+    await gate.let_through()
+    await gate.let_through()
+    assert await answers == [[number] for number in range(20)]
+    assert await stream.take(30) == [[number] for number in range(30)]
+    assert (await wire.rows(0, 2)).ravel().tolist() == [1, 11]
+    assert served.metric("sluice_runs_total", model="accumulator") == 2
 
 
 async def test_a_model_without_state_answers_too(caller) -> None:
@@ -176,7 +190,7 @@ async def test_an_unknown_model_or_version_is_not_found(caller, name, number) ->
 async def test_bytes_that_are_no_request_are_refused(served) -> None:
     call = served.channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await call(b"\xff\xff", timeout=10)
+        await call(b"\xff\xff", timeout=SECONDS)
     assert caught.value.code() is Code.INVALID_ARGUMENT
 
 

@@ -238,36 +238,43 @@ async def test_requests_without_a_sequence_keep_no_place_from_one_with(sums) -> 
     assert len(await served.list("accumulator")) == 16
 
 
-async def test_an_idle_sequence_expires_and_says_so(sums) -> None:
-    served = await sums(sequence_idle_seconds_max=0.05)
+async def test_an_idle_sequence_expires_and_says_so(hands, sums) -> None:
+    served = await sums(sequence_idle_seconds_max=60)
     caller = Caller(served.channel)
     await caller.infer(1, sequence_id=1, sequence_start=True)
     (host,) = served.server._hosts.values()
-    await asyncio.sleep(0.1)
+    hands.go(host._clock, 61)
     await host.expire()
     code, text = await caller.fails(request(1, sequence_id=1))
     assert code is Code.NOT_FOUND
     assert "must specify the START flag" in text
-    assert "no step for 0.05 seconds" in text
+    assert "no step for 60 seconds" in text
     assert await caller.infer(3, sequence_id=1, sequence_start=True) == [3]
 
 
-async def test_live_sequences_go_on_above_thousands_that_were_abandoned(sums) -> None:
-    served = await sums(sequence_idle_seconds_max=2)
+async def test_live_sequences_go_on_above_thousands_that_were_abandoned(hands, sums) -> None:
+    served = await sums(sequence_idle_seconds_max=60)
     caller = Caller(served.channel)
     await caller.stream().ask(
         request(1, sequence_id=sequence, sequence_start=True) for sequence in range(1, 3001)
     )
     (host,) = served.server._hosts.values()
     assert await caller.infer(1, sequence_id="live", sequence_start=True) == [1]
-    total = 1
-    while host.info().sequences_live > 1:
-        total += 1
-        assert await caller.infer(1, sequence_id="live") == [total]
-    assert await caller.infer(1, sequence_id="live", sequence_end=True) == [total + 1]
+    hands.go(host._clock, 59)
+    assert await caller.infer(1, sequence_id="live") == [2]
+    hands.go(host._clock, 2)
+    # The event loop has its turn all the while: nothing stands still until all are gone.
+    before, steps = 3001, []
+    expiring = asyncio.ensure_future(host.expire())
+    while not expiring.done():
+        await asyncio.sleep(0)
+        steps.append(before - (before := host.info().sequences_live))
+    assert sum(steps) == 3000
+    assert max(steps) <= 200
+    assert await caller.infer(1, sequence_id="live", sequence_end=True) == [3]
     code, text = await caller.fails(request(1, sequence_id=3000))
     assert code is Code.NOT_FOUND
-    assert "no step for 2 seconds" in text
+    assert "no step for 60 seconds" in text
 
 
 async def test_both_protocols_share_runs_and_never_states(served, caller) -> None:

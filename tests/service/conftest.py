@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from sluice_service.clock import AwakeClock
+from tests.service.hands import Gate, Hands
 from tests.service.wire import Served
 
 
@@ -45,3 +47,26 @@ async def sums(serve, accumulator_file) -> Callable[..., Awaitable[Served]]:
         return await serve({"accumulator": accumulator_file}, **settings)
 
     return start
+
+
+@pytest.fixture
+def hands(monkeypatch) -> Hands:
+    """The clock of every server that is made hereafter."""
+    hands = Hands()
+    monkeypatch.setattr(
+        "sluice_service.host.AwakeClock", lambda **_: AwakeClock(gap_max=2.0, monotonic=hands)
+    )
+    # Nobody but the test looks for idle sequences.
+    monkeypatch.setattr("sluice_service.host._TICK_SECONDS", 1e6)
+    return hands
+
+
+@pytest.fixture
+def gate(monkeypatch) -> Gate:
+    """Every server that is made hereafter takes all its runs through this gate."""
+    gate = Gate()
+    monkeypatch.setattr("sluice_service.server.ThreadPoolExecutor", lambda **_: gate)
+    # Runs that are expected to take long are never executed on the event loop.
+    monkeypatch.setattr("sluice_service.engine.Engine.estimate", lambda *_: float("inf"))
+    monkeypatch.setattr("sluice_service.runs._INLINE_ALONE_SECONDS_MAX", -1.0)
+    return gate

@@ -9,25 +9,10 @@ from grpc import StatusCode
 from sluice_protos.sequences_pb2 import RESUME, Closed, Fault, OpenSequence, Tensor
 from sluice_service.clock import AwakeClock
 from tests.models import run_offline
+from tests.service.hands import Hands
 from tests.service.wire import SECONDS, Served, floats
 
 MINE = {"writer": b"mine"}
-
-
-class Hands:
-    """A clock that goes when it is told to."""
-
-    def __init__(self) -> None:
-        self.seconds = 100.0
-
-    def __call__(self) -> float:
-        return self.seconds
-
-    def go(self, clock: AwakeClock, seconds: float, *, tick: float = 1.0) -> None:
-        """Let time pass with somebody asking at each tick, as a process that is awake does."""
-        for _ in range(int(seconds / tick)):
-            self.seconds += tick
-            clock.now()
 
 
 def test_time_that_a_process_was_paused_does_not_count() -> None:
@@ -43,14 +28,8 @@ def test_time_that_a_process_was_paused_does_not_count() -> None:
 
 
 @pytest.fixture
-async def timed(sums, monkeypatch):
+async def timed(sums, hands):
     """A server whose sequences may idle for 60 seconds of a clock in our hands."""
-    hands = Hands()
-    monkeypatch.setattr(
-        "sluice_service.host.AwakeClock", lambda **_: AwakeClock(gap_max=2.0, monotonic=hands)
-    )
-    # Nobody but the test looks for idle sequences.
-    monkeypatch.setattr("sluice_service.host._TICK_SECONDS", 1e6)
     served = await sums(sequence_idle_seconds_max=60, tombstone_seconds=100)
     (host,) = served.server._hosts.values()
 

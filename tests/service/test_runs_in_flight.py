@@ -2,10 +2,7 @@
 disturbed by, before it has landed."""
 
 import asyncio
-from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Executor, Future
-from typing import Any
 
 import pytest
 from grpc import StatusCode
@@ -14,38 +11,6 @@ from sluice_protos.sequences_pb2 import RESUME, TAKEOVER, Closed, Fault, OpenSeq
 from tests.service.wire import SECONDS, Served, eventually, floats
 
 MINE = {"writer": b"mine"}
-
-
-class Gate(Executor):
-    """Executes each run when it is let through."""
-
-    def __init__(self) -> None:
-        self.held: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
-
-    def submit(self, function, /, *args, **kwargs):
-        future: Future[Any] = Future()
-        self.held.append((future, lambda: function(*args, **kwargs)))
-        return future
-
-    async def reached(self) -> None:
-        """Return once a run stands at the gate."""
-        await eventually(lambda: self.held)
-
-    async def let_through(self) -> None:
-        await self.reached()
-        future, execute = self.held.popleft()
-        future.set_result(execute())
-
-
-@pytest.fixture
-def gate(monkeypatch) -> Gate:
-    """Every server that is made hereafter takes all its runs through this gate."""
-    gate = Gate()
-    monkeypatch.setattr("sluice_service.server.ThreadPoolExecutor", lambda **_: gate)
-    # Runs that are expected to take long are never executed on the event loop.
-    monkeypatch.setattr("sluice_service.engine.Engine.estimate", lambda *_: float("inf"))
-    monkeypatch.setattr("sluice_service.runs._INLINE_ALONE_SECONDS_MAX", -1.0)
-    return gate
 
 
 @pytest.fixture

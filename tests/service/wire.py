@@ -32,7 +32,7 @@ from sluice_protos.sequences_pb2_grpc import ModelsStub, SequencesStub
 from sluice_service.server import Server
 from sluice_service.settings import Settings
 
-SECONDS = 15
+SECONDS = 60
 # Lanes that no test takes: `Wire.settle` opens and closes sequences there.
 _SETTLE_LANE = 900
 

@@ -7,7 +7,7 @@ import numpy as np
 from tritonclient.grpc import InferenceServerClient, InferInput
 
 VALUES = [11, 7, 5, 3, 2, 0, 1]
-SECONDS = 30
+SECONDS = 60
 
 
 def tensor(value: int) -> InferInput:

@@ -83,16 +83,18 @@ class MemoryStore:
 
     async def write(self, writes: Sequence[Write]) -> list[Verdict]:
         """See Store."""
-        now = self._tick()
-        return [self._write(write, now) for write in writes]
+        self._tick()
+        return [self._write(write) for write in writes]
 
-    def _write(self, write: Write, now: float) -> Verdict:
-        found, data = self._find(write.key)
-        if found is None or not found.is_under(write.claim_id):
+    def _write(self, write: Write) -> Verdict:
+        if write.key not in self._live:
+            return Verdict.REFUSED
+        expires, found, _ = self._live[write.key]
+        if not found.is_under(write.claim_id):
             return Verdict.REFUSED
         if write.checkpoint.step >= found.step:
-            found, data = replace(found, step=write.checkpoint.step), write.checkpoint.data
-        self._put(write.key, found, data, now)
+            header = replace(found, step=write.checkpoint.step)
+            self._live[write.key] = (expires, header, write.checkpoint.data)
         return Verdict.DONE
 
     async def close(self, closings: Sequence[Closing]) -> list[Verdict]:

@@ -150,7 +150,10 @@ class Store(Protocol):
         ...
 
     async def renew(self, claims: Sequence[tuple[Key, bytes]]) -> list[Verdict]:
-        """Say that these (key, claim_id) are alive: others are dropped in the end."""
+        """Say that these (key, claim_id) are alive: others are dropped in the end.
+
+        A claim does so too; a write does not.
+        """
         ...
 
     async def read(self, key: Key) -> Stored | None:

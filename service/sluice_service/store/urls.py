@@ -1,10 +1,12 @@
 """Which store a URL names."""
 
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from sluice_service.store.memory import MemoryStore
 from sluice_service.store.protocol import Store, StoreSetupError
 
+_SQLITE = "sqlite:///"
 _FORMS = (
     "memory, sqlite:///relative/path.db, sqlite:////absolute/path.db, "
     "redis://HOST:PORT/0 or rediss://:PASSWORD@HOST:PORT/0"
@@ -19,6 +21,15 @@ def open_store(url: str, *, tombstone_seconds: float, record_seconds: float) -> 
     """
     if url == "memory":
         return MemoryStore(tombstone_seconds=tombstone_seconds, record_seconds=record_seconds)
+    if url.startswith(_SQLITE) and len(url) > len(_SQLITE):
+        # Where SQLite is not used, Python may have been built without it.
+        from sluice_service.store.sqlite import SqliteStore
+
+        return SqliteStore(
+            Path(url.removeprefix(_SQLITE)),
+            tombstone_seconds=tombstone_seconds,
+            record_seconds=record_seconds,
+        )
     raise StoreSetupError(f"{redact(url)!r} is not a store; a store is one of {_FORMS}")
 
 

@@ -1,0 +1,284 @@
+"""One SQLite file: that it can keep what it is given, its tables, its clock, its transactions."""
+
+import os
+import sqlite3
+import stat
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+
+from sluice_service.store.protocol import StoreError, StoreSetupError
+
+# "Slui": no other program's database is taken for ours.
+_APPLICATION = 0x536C7569
+_SCHEMA_VERSION = 1
+_FULL = 2
+_BUSY_SECONDS = 5.0
+# Pages that are written again and again go from the log into the file once in a while.
+_LOG_PAGES = 4000
+_LOG_BYTES_KEPT = 64 * 2**20
+# Beyond it a time without a transaction counts as a pause of whoever uses the store.
+_GAP_SECONDS_MAX = 30.0
+
+# The checkpoints apart: renewals and expiry then touch none of their pages.
+_SCHEMA = """
+CREATE TABLE store (epoch INTEGER NOT NULL, seconds REAL NOT NULL, monotonic REAL NOT NULL) STRICT;
+INSERT INTO store VALUES (0, 0, 0);
+CREATE TABLE sequences (
+    id INTEGER PRIMARY KEY,
+    model TEXT NOT NULL,
+    sequence_id TEXT NOT NULL,
+    writer BLOB NOT NULL,
+    attempt TEXT NOT NULL,
+    epoch INTEGER NOT NULL,
+    is_alive INTEGER NOT NULL,
+    ending TEXT NOT NULL,
+    claim_id BLOB NOT NULL,
+    claim TEXT NOT NULL,
+    is_held INTEGER NOT NULL,
+    previous BLOB NOT NULL,
+    expires REAL NOT NULL,
+    UNIQUE (model, sequence_id)
+) STRICT;
+CREATE TABLE checkpoints (id INTEGER PRIMARY KEY, step INTEGER NOT NULL, data BLOB NOT NULL) STRICT;
+"""
+
+# Neither locks nor the shared memory of the log can be relied on there.
+_NETWORK_FILE_SYSTEMS = frozenset(
+    [
+        "nfs",
+        "nfs4",
+        "cifs",
+        "smb3",
+        "smbfs",
+        "ceph",
+        "glusterfs",
+        "lustre",
+        "gpfs",
+        "afs",
+        "beegfs",
+        "fuse.sshfs",
+        "fuse.glusterfs",
+        "fuse.s3fs",
+        "fuse.rclone",
+        "fuse.gcsfuse",
+        "fuse.ceph",
+    ]
+)
+_MEMORY_FILE_SYSTEMS = frozenset(("tmpfs", "ramfs"))
+
+# What SQLite says of a path, not of a passing trouble.
+_SETUP_CODES = frozenset(
+    (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM)
+)
+
+
+@dataclass(slots=True)
+class Transaction:
+    """What happens together or not at all."""
+
+    connection: sqlite3.Connection
+    # Seconds in which the store was in use: no clock that can be set has a say in them.
+    now: float
+    epoch: int
+
+    def raise_epoch(self) -> int:
+        """An epoch that was never given before."""
+        self.epoch += 1
+        return self.epoch
+
+
+class SqliteFile:
+    """A file for one thread of this process; other threads and processes have their own."""
+
+    def __init__(self, path: Path, monotonic: Callable[[], float] = time.monotonic) -> None:
+        self.path = path.absolute()
+        self._monotonic = monotonic
+        self._connection: sqlite3.Connection | None = None
+        self._inode = (0, 0)
+
+    def create(self) -> list[str]:
+        """Open the file, with its tables where it is new; warnings for the operator.
+
+        Raises StoreSetupError where it cannot be durable, StoreError where it may be later.
+        """
+        warnings = _judge_place(self.path)
+        try:
+            self._open("rwc")
+        except sqlite3.Error as error:
+            code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+            if code in _SETUP_CODES:
+                raise StoreSetupError(
+                    f"the SQLite store {self.path} cannot be used ({error}); name a file that "
+                    "this process may write, in a folder that it may write"
+                ) from error
+            raise self._down(error) from error
+        return warnings
+
+    def close(self) -> None:
+        """Let go of the file; what was not committed has not happened."""
+        if self._connection is not None:
+            connection, self._connection = self._connection, None
+            connection.close()
+
+    @contextmanager
+    def transaction(self, *, is_writing: bool) -> Iterator[Transaction]:
+        """Commit what the block does, durably, or none of it. Raises StoreError."""
+        try:
+            connection = self._connect()
+            connection.execute("BEGIN IMMEDIATE" if is_writing else "BEGIN")
+            epoch, seconds, last = connection.execute("SELECT * FROM store").fetchone()
+            # The same for all processes of a machine; a restart sets it back.
+            monotonic = self._monotonic()
+            seconds += min(max(0.0, monotonic - last), _GAP_SECONDS_MAX)
+            transaction = Transaction(connection, seconds, epoch)
+            yield transaction
+            if is_writing:
+                row = (transaction.epoch, transaction.now, monotonic)
+                connection.execute("UPDATE store SET (epoch, seconds, monotonic) = (?, ?, ?)", row)
+            connection.execute("COMMIT")
+        except (sqlite3.Error, OSError, StoreSetupError) as error:
+            # After some errors a connection is of no more use, and a new one costs little.
+            self._abandon()
+            raise self._down(error) from error
+        except BaseException:
+            if self._connection is not None and self._connection.in_transaction:
+                self._connection.execute("ROLLBACK")
+            raise
+
+    def _connect(self) -> sqlite3.Connection:
+        if self._connection is not None and self._inode == _inode(self.path):
+            return self._connection
+        # Another file under this name, or none: what goes into the old one is lost.
+        self._abandon()
+        return self._open("rw")
+
+    def _abandon(self) -> None:
+        with suppress(sqlite3.Error):
+            self.close()
+
+    def _open(self, mode: str) -> sqlite3.Connection:
+        connection = sqlite3.connect(
+            f"file:{quote(str(self.path))}?mode={mode}",
+            timeout=_BUSY_SECONDS,
+            isolation_level=None,
+            uri=True,
+        )
+        try:
+            self._prepare(connection)
+        except BaseException:
+            connection.close()
+            raise
+        self._connection, self._inode = connection, _inode(self.path)
+        return connection
+
+    def _prepare(self, connection: sqlite3.Connection) -> None:
+        """Have every commit on the disk before it returns, and the tables as they should be."""
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute("PRAGMA fullfsync = ON")  # without it macOS leaves data in the drive
+        connection.execute(f"PRAGMA wal_autocheckpoint = {_LOG_PAGES}")
+        connection.execute(f"PRAGMA journal_size_limit = {_LOG_BYTES_KEPT}")
+        _turn_on_log(connection)
+        found = (_pragma(connection, "journal_mode"), _pragma(connection, "synchronous"))
+        if found != ("wal", _FULL):
+            raise StoreSetupError(
+                f"the SQLite store {self.path} gets journal_mode {found[0]} and synchronous "
+                f"{found[1]} where it needs wal and {_FULL} (FULL); put it on a local disk"
+            )
+        connection.execute("BEGIN IMMEDIATE")
+        self._adopt(connection)
+        connection.execute("COMMIT")
+
+    def _adopt(self, connection: sqlite3.Connection) -> None:
+        """Make the tables in an empty file; refuse one that is not ours, or from the future."""
+        application = _pragma(connection, "application_id")
+        version = _pragma(connection, "user_version")
+        (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        if (application, version, tables) == (0, 0, 0):
+            for statement in _SCHEMA.split(";"):
+                connection.execute(statement)
+            connection.execute(f"PRAGMA application_id = {_APPLICATION}")
+            connection.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
+        elif application != _APPLICATION:
+            raise StoreSetupError(
+                f"{self.path} is a database of another program; name a file of its own"
+            )
+        elif version != _SCHEMA_VERSION:
+            raise StoreSetupError(
+                f"the SQLite store {self.path} has schema {version} and this Sluice knows "
+                f"{_SCHEMA_VERSION}; serve it with the Sluice that made it, or name a new file"
+            )
+
+    def _down(self, error: Exception) -> StoreError:
+        return StoreError(f"the SQLite store {self.path} did not answer: {error}")
+
+
+def _turn_on_log(connection: sqlite3.Connection) -> None:
+    """Write-ahead logging, also while other processes open the new file at the same time."""
+    deadline = time.monotonic() + _BUSY_SECONDS
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+        except sqlite3.OperationalError as error:
+            # SQLite does not wait for this one lock.
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+        else:
+            return
+
+
+def _pragma(connection: sqlite3.Connection, name: str) -> object:
+    value: object = connection.execute(f"PRAGMA {name}").fetchone()[0]
+    return value
+
+
+def _inode(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_dev, found.st_ino
+
+
+def _judge_place(path: Path) -> list[str]:
+    """Warnings about where a store's file is. Raises StoreSetupError where it cannot be."""
+    folder = path.parent
+    if not folder.is_dir():
+        raise StoreSetupError(
+            f"there is no folder {folder} for the SQLite store; make it, or mend the URL: three "
+            "slashes begin a relative path, four an absolute one (sqlite:////var/lib/sluice.db)"
+        )
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise StoreSetupError(
+            f"the SQLite store needs to write beside its file: give this user the folder {folder}"
+        )
+    if path.exists() and not stat.S_ISREG(path.stat().st_mode):
+        raise StoreSetupError(f"{path} is not a file; name one for the SQLite store")
+    kind = _file_system(folder)
+    if kind in _NETWORK_FILE_SYSTEMS:
+        raise StoreSetupError(
+            f"the SQLite store {path} is on a network file system ({kind}), where SQLite keeps no "
+            "promise; put it on a local disk, or use a redis:// store"
+        )
+    if kind in _MEMORY_FILE_SYSTEMS:
+        return [
+            f"the SQLite store {path} is in memory ({kind}): it outlives the server, "
+            "but not the machine"
+        ]
+    return []
+
+
+def _file_system(folder: Path) -> str:
+    """The kind of file system a folder is on; empty where the machine does not tell."""
+    mounts = Path("/proc/self/mounts")
+    if not mounts.exists():
+        return ""
+    parts, best, kind = folder.resolve().parts, 0, ""
+    for line in mounts.read_text(errors="replace").splitlines():
+        _, point, found, *_ = line.split(" ")
+        # Of several mounts on one point the last is on top.
+        mounted = Path(point.replace("\\040", " ")).parts
+        if len(mounted) >= best and parts[: len(mounted)] == mounted:
+            best, kind = len(mounted), found
+    return kind

@@ -36,6 +36,7 @@ def serve(**flags: Any) -> None:
     from sluice_service.logs import set_up_logs
     from sluice_service.server import serve as serve_until_stopped
     from sluice_service.settings import Settings
+    from sluice_service.store import StoreError, StoreSetupError
 
     given = {name: value for name, value in flags.items() if value not in (None, [])}
     try:
@@ -49,7 +50,7 @@ def serve(**flags: Any) -> None:
     set_up_logs(settings)
     try:
         asyncio.run(serve_until_stopped(settings))
-    except (ModelError, OSError) as error:
+    except (ModelError, OSError, StoreError, StoreSetupError) as error:
         _fail(str(error))
 
 
@@ -98,6 +99,7 @@ def _parameters() -> list[inspect.Parameter]:
 def _metavar(name: str, annotation: Any) -> str:
     """What a value looks like."""
     named = {"model": "NAME=PATH", "config": "FILE", "listen": "HOST:PORT", "http": "HOST:PORT"}
+    named["store"] = "URL"
     if get_origin(annotation) is Literal:
         return "|".join(get_args(annotation))
     return named.get(name, "SECONDS" if annotation is float else "N")

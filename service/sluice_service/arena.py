@@ -64,9 +64,9 @@ class Arena:
         """Give a slot back."""
         self._freed.append(slot)
 
-    def reset(self, slot: int) -> None:
-        """Put the initial state into a slot."""
-        self._rows[slot] = self._initial
+    def reset(self, slot: int, row: NDArray[np.float32] | None = None) -> None:
+        """Put `row` [state_size], or else the initial state, into a slot."""
+        self._rows[slot] = self._initial if row is None else row
 
     def take(self, slots: Slots) -> NDArray[np.float32]:
         """The states of `slots` [batch], copied: [batch, state_size]."""

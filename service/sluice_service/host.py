@@ -5,35 +5,45 @@ thread, and what could disturb it waits until it has been applied.
 """
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
+from functools import partial
 
 import numpy as np
 import structlog
 
 from sluice_model import Model, SelfTest
 from sluice_protos.sequences_pb2 import (
+    START,
     Closed,
+    ForkRequest,
+    ForkResponse,
     Limits,
     ModelInfo,
     OpenSequence,
     SequenceInfo,
     SequenceState,
 )
-from sluice_service.arena import Arena
+from sluice_service.arena import Arena, Slots
 from sluice_service.clock import AwakeClock
+from sluice_service.custody import Answer, Custody, as_down
 from sluice_service.engine import Engine
-from sluice_service.errors import InvalidInputError, LaneError, NotFoundError
+from sluice_service.errors import ExistsError, InvalidInputError, LaneError, NotFoundError
 from sluice_service.inputs import InputRules
+from sluice_service.keeper import Keeper
 from sluice_service.lanes import Lanes
 from sluice_service.metrics import ModelMetrics
+from sluice_service.openings import Openings, Origin
 from sluice_service.queues import Frame, Kind
 from sluice_service.ragged import Array, Integers, is_ones, starts_of
 from sluice_service.runs import RunLoop
 from sluice_service.scheduler import Scheduler
 from sluice_service.sequences import Phase, Sequence, Sequences
 from sluice_service.settings import Settings
+from sluice_service.snapshots import Snapshots
+from sluice_service.store import Store, StoreError
 from sluice_service.streams import Stream
 
 log = structlog.get_logger()
@@ -41,6 +51,8 @@ log = structlog.get_logger()
 _TICK_SECONDS = 1.0
 # Between so many expired sequences the event loop gets its turn.
 _EXPIRED_AT_ONCE_MAX = 100
+# The store is asked about so many opens at once.
+_OPENED_AT_ONCE_MAX = 1000
 
 
 class Host:
@@ -54,6 +66,7 @@ class Host:
         settings: Settings,
         metrics: ModelMetrics,
         executor: Executor,
+        store: Store | None,
     ) -> None:
         """Reserve the arena and warm the model up; takes as long as a few dozen runs."""
         slots = settings.sequences_max
@@ -72,7 +85,11 @@ class Host:
         self.limits = _limits(settings, self.inputs)
         self._arena = Arena(slots, model.initial_state)
         self._sequences = Sequences(
-            slots, tombstones_max=slots, tombstone_seconds=settings.tombstone_seconds
+            slots,
+            tombstones_max=slots,
+            tombstone_seconds=settings.tombstone_seconds,
+            unacknowledged_steps_max=self.limits.unacknowledged_steps_max,
+            undurable_steps_max=settings.undurable_steps_max,
         )
         engine = Engine(model, self._arena, refuses_non_finite=refuses_non_finite)
         self._scheduler = Scheduler(
@@ -81,13 +98,11 @@ class Host:
             run_sequences_max=settings.run_sequences_max,
             run_steps_max=settings.run_steps_max,
             run_cells_max=engine.cells_within(settings.run_seconds_max),
-            unacknowledged_steps_max=self.limits.unacknowledged_steps_max,
         )
         self._lanes = Lanes(
             self._arena,
             self._sequences,
             self._scheduler,
-            self.inputs,
             self.limits,
             self._clock,
             metrics,
@@ -103,8 +118,47 @@ class Host:
             self._clock,
             metrics,
             executor,
+            self._applied,
         )
+        self._openings = Openings(
+            self._arena,
+            self._sequences,
+            self._lanes,
+            self.inputs,
+            Origin(model.contract.digest, self_test.arithmetic),
+            self._clock,
+            metrics,
+            durability=settings.durability,
+        )
+        self._keeper = self._keep(model, store) if store is not None else None
+        self._opening: set[asyncio.Task[None]] = set()
         self._follow()
+
+    def _keep(self, model: Model, store: Store) -> Keeper:
+        """What keeps this model's sequences in the store."""
+        arithmetic = self._self_test.arithmetic
+        snapshots = Snapshots(
+            self._arena, self._sequences, self._lanes, self.inputs, model, arithmetic
+        )
+        self._custody = Custody(
+            store, self.name, self._sequences, self._openings, snapshots, self._runs
+        )
+        return Keeper(
+            store,
+            self.name,
+            self._sequences,
+            self._scheduler,
+            self._lanes,
+            snapshots,
+            self._custody,
+            self._settings,
+            self._metrics,
+            self._runs,
+        )
+
+    def _applied(self, slots: Slots) -> None:
+        if self._keeper is not None:
+            self._keeper.notice(slots)
 
     def _follow(self) -> None:
         """Let the gauges read from here."""
@@ -120,6 +174,14 @@ class Host:
                 metrics.is_bit_exact: lambda: self._self_test.is_bit_exact,
             },
         )
+        if (keeper := self._keeper) is not None:
+            metrics.follow(
+                self.name,
+                {
+                    metrics.store_down_seconds: lambda: keeper.down_seconds,
+                    metrics.undurable_steps: lambda: keeper.undurable_steps,
+                },
+            )
 
     # What is here.
 
@@ -156,8 +218,15 @@ class Host:
                 held_steps=int(table.step[slot]) - table.held_from(slot),
             )
 
-    def state(self, sequence_id: str) -> SequenceState:
-        """The state after the last applied step. Raises NotFoundError."""
+    async def state(self, sequence_id: str) -> SequenceState:
+        """The state after the last applied step; of a sequence elsewhere, the last durable one.
+
+        Raises NotFoundError.
+        """
+        if self._keeper is not None and self._sequences.get(sequence_id) is None:
+            stored = await self._custody.read(sequence_id)
+            return SequenceState(model_digest=stored.model_digest, step=stored.step, row=stored.row)
+
         slot = self._find(sequence_id).slot
         return SequenceState(
             model_digest=self.contract.digest,
@@ -193,14 +262,32 @@ class Host:
         Before that, drop the sequences of the lanes `closing`, on which nothing is queued.
         """
 
-        def open_lanes() -> None:
+        def end_lanes() -> None:
             for lane in closing:
                 if (slot := stream.slot(lane)) >= 0:
                     self._lanes.end(self._sequences.at(slot), Closed.CLIENT, "its client ended it")
-            self._lanes.open(stream, requests)
 
-        await self._runs.between_runs(open_lanes)
+        await self._runs.between_runs(end_lanes)
+        if self._keeper is None:
+            await self._runs.between_runs(lambda: self._openings.open_all(stream, requests))
+        else:
+            # Where the stream ends meanwhile: what the store was asked is brought to its end.
+            opening = asyncio.ensure_future(self._open_in_store(self._keeper, stream, requests))
+            self._opening.add(opening)
+            opening.add_done_callback(self._opening.discard)
+            await asyncio.shield(opening)
         self._runs.settle()
+
+    async def _open_in_store(
+        self, keeper: Keeper, stream: Stream, requests: Iterable[OpenSequence]
+    ) -> None:
+        """As `open`, with the store's word on every sequence that it has or gets."""
+        with contextlib.suppress(StoreError):
+            await keeper.close_pending()
+        for batch in _distinct(requests):
+            admitted = [one for one in batch if self._openings.admits(stream, one)]
+            await self._custody.open(admitted, partial(self._openings.open, stream))
+            self._runs.settle()
 
     def restart(self, stream: Stream, lanes: Iterable[int]) -> None:
         """Set the states of `lanes`, on which nothing is queued or runs, to the initial one."""
@@ -278,7 +365,8 @@ class Host:
 
     def is_finished(self, stream: Stream) -> bool:
         """True when nothing more will come of a stream whose client sends no more."""
-        return self._scheduler.is_stuck(stream.live_slots())
+        is_waiting = bool(stream.gated) or stream.ending_lanes > 0
+        return not is_waiting and self._scheduler.is_stuck(stream.live_slots())
 
     def _wake_if_ready(self) -> None:
         if self._scheduler.has_ready:
@@ -286,21 +374,67 @@ class Host:
 
     # The life of the sequences.
 
+    async def fork(self, request: ForkRequest) -> ForkResponse:
+        """Copy a live sequence; the copy is parked. Raises LaneError."""
+        opening = OpenSequence(
+            sequence_id=request.fork_id,
+            mode=START,
+            writer=request.writer,
+            durability=request.durability,
+            state=await self.state(request.sequence_id),
+        )
+        self._openings.check(opening)
+        if self._sequences.get(opening.sequence_id) is not None:
+            raise ExistsError(f"sequence {opening.sequence_id!r} is alive; fork to another id")
+        forked: list[Sequence] = []
+
+        def land(opening: OpenSequence, answer: Answer) -> None:
+            if isinstance(answer, LaneError):
+                raise answer
+            forked.append(self._openings.land(opening, answer))
+
+        if self._keeper is None:
+            await self._runs.between_runs(lambda: land(opening, None))
+        else:
+            await self._custody.open([opening], land)
+        sequence = forked[0]
+        return ForkResponse(
+            fork_id=sequence.sequence_id,
+            step=int(self._sequences.step[sequence.slot]),
+            epoch=sequence.record.epoch,
+        )
+
     async def close_sequence(self, sequence_id: str) -> int:
         """Drop a live sequence, whoever holds it; its steps. Raises NotFoundError."""
+        ending = "CloseSequence closed it"
 
         def close() -> int:
             sequence = self._find(sequence_id)
             step = int(self._sequences.step[sequence.slot])
-            self._lanes.end(sequence, Closed.CLIENT, "CloseSequence closed it")
+            self._lanes.end(sequence, Closed.CLIENT, ending)
             return step
 
+        if self._keeper is not None and self._sequences.get(sequence_id) is None:
+            return await self._custody.close_elsewhere(sequence_id, ending)
         step = await self._runs.between_runs(close)
         self._runs.settle()
+        if self._keeper is not None:
+            try:
+                await self._keeper.close_pending()
+            except StoreError as error:
+                raise as_down(error) from error
         return step
 
     async def live(self) -> None:
-        """Expire what is idle, forget what is over; until cancelled."""
+        """Expire what is idle, forget what is over, keep what is durable; until cancelled."""
+        if self._keeper is not None:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._keeper.keep())
+                tasks.create_task(self._tick())
+        else:
+            await self._tick()
+
+    async def _tick(self) -> None:
         while True:
             await asyncio.sleep(_TICK_SECONDS)
             try:
@@ -334,8 +468,28 @@ class Host:
         self._lanes.stop_reading()
         try:
             await self._runs.idle()
+            if self._keeper is not None:
+                await self._keeper.flush()
         finally:
-            self._lanes.drain()
+            self._lanes.drain(self._is_safe)
+
+    def _is_safe(self, slot: int) -> bool:
+        return self._keeper is None or self._keeper.is_safe(slot)
+
+
+def _distinct(requests: Iterable[OpenSequence]) -> Iterator[list[OpenSequence]]:
+    """The requests in their order, cut so that none names a sequence twice."""
+    batch: list[OpenSequence] = []
+    names: set[str] = set()
+    for request in requests:
+        if request.sequence_id in names or len(batch) == _OPENED_AT_ONCE_MAX:
+            yield batch
+            batch, names = [], set()
+        batch.append(request)
+        if request.sequence_id:
+            names.add(request.sequence_id)
+    if batch:
+        yield batch
 
 
 def _limits(settings: Settings, inputs: InputRules) -> Limits:

@@ -1,34 +1,35 @@
-"""Which sequence is on which lane: opening, parting, and the outputs held in between."""
+"""Which sequence is on which lane: parting, faults, and the outputs held in between."""
 
-import uuid
-from collections.abc import Callable, Iterable
+import asyncio
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sluice_protos.sequences_pb2 import Closed, Limits, Opened, OpenSequence
+from sluice_protos.sequences_pb2 import Closed, Limits
 from sluice_service.arena import Arena
-from sluice_service.claims import TABLE, Claim, Record, decide
 from sluice_service.clock import AwakeClock
-from sluice_service.errors import (
-    DrainingError,
-    InvalidInputError,
-    LaneError,
-    LaneInUseError,
-    LimitError,
-    OutOfRangeError,
-    UnknownLaneError,
-)
-from sluice_service.inputs import InputRules
+from sluice_service.errors import LaneError, UnknownLaneError
 from sluice_service.metrics import ModelMetrics
 from sluice_service.ragged import Integers
 from sluice_service.scheduler import Scheduler
-from sluice_service.sequences import Held, Phase, Sequence, Sequences
-from sluice_service.streams import LANES_MAX, Delivery, Stream, cut
+from sluice_service.sequences import NONE, Held, Phase, Sequence, Sequences
+from sluice_service.streams import Delivery, Stream, cut
 
 Reason = Closed.Reason
-# Of a sequence's id and of a writer.
-_NAME_BYTES_MAX = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Parting:
+    """A durable sequence that left its lane, until the store has its part in that."""
+
+    sequence: Sequence
+    claim_id: bytes
+    reason: "Reason.ValueType"
+    ending: str  # of a sequence that ends: why
+    stream: int  # the number of the one it was on, or NONE
+    lane: int
 
 
 class Lanes:
@@ -39,7 +40,6 @@ class Lanes:
         arena: Arena,
         sequences: Sequences,
         scheduler: Scheduler,
-        inputs: InputRules,
         limits: Limits,
         clock: AwakeClock,
         metrics: ModelMetrics,
@@ -50,13 +50,16 @@ class Lanes:
         self._arena = arena
         self._sequences = sequences
         self._scheduler = scheduler
-        self._inputs = inputs
         self._limits = limits
         self._outbox_rows_max = outbox_rows_max
         self._clock = clock
         self._metrics = metrics
         self._streams: dict[int, Stream] = {}
         self._stream_number = 0
+        # Durable sequences that leave; and the sign that the store has something to do.
+        self.parks: list[Parting] = []
+        self.closings: list[Parting] = []
+        self.is_due = asyncio.Event()
 
     def __len__(self) -> int:
         return len(self._streams)
@@ -96,140 +99,100 @@ class Lanes:
         for stream in self._streams.values():
             stream.is_draining = True
 
-    def drain(self) -> None:
-        """Tell every lane that the server stops; its sequence stays as it is."""
+    def drain(self, is_safe: Callable[[int], bool]) -> None:
+        """Tell every lane that the server stops; its sequence stays as it is.
+
+        Where what is in slot is not safe, its client learns it from the end of the stream.
+        """
         for stream in list(self._streams.values()):
             for slot in stream.live_slots().tolist():
-                self.part(self._sequences.at(slot), Closed.DRAINING)
+                if is_safe(slot):
+                    self.part(self._sequences.at(slot), Closed.DRAINING)
             stream.is_drained = True
             stream.wake()
-
-    # Opening.
-
-    def open(self, stream: Stream, requests: Iterable[OpenSequence]) -> None:
-        """Give each request its lane and its sequence, or tell its fault. Between runs only."""
-        for request in requests:
-            try:
-                self._open(stream, request)
-            except LaneError as error:
-                if request.lane < LANES_MAX and stream.slot(request.lane) < 0:
-                    # Chunks that were sent with the open are not worth a fault each.
-                    stream.end_lane(request.lane, None)
-                self.tell(stream, request.lane, error)
-
-    def _open(self, stream: Stream, request: OpenSequence) -> None:
-        if self.is_draining:
-            raise DrainingError("this server is stopping; open the sequence at another")
-        if request.lane >= LANES_MAX:
-            raise InvalidInputError(f"lanes are numbers below {LANES_MAX}, not {request.lane}")
-        if stream.slot(request.lane) >= 0:
-            raise LaneInUseError(
-                f"lane {request.lane} has a sequence; take another lane or wait for its Closed"
-            )
-        _check_names(request)
-        if not request.sequence_id:
-            request.sequence_id = uuid.uuid4().hex
-        claim = decide(self._sequences.record(request.sequence_id), request)
-        found = self._sequences.get(request.sequence_id)
-        if found is None:
-            sequence = self._create(request)
-        else:
-            sequence = found
-            self._claim(sequence, request, claim)
-        table, slot = self._sequences, sequence.slot
-        table.attach(sequence, stream.number, request.lane, self._clock.now())
-        stream.put_lane(request.lane, slot)
-        stream.has_writer |= not sequence.is_anonymous
-        stream.send(
-            Opened(
-                lane=request.lane,
-                sequence_id=sequence.sequence_id,
-                epoch=sequence.record.epoch,
-                applied=int(table.step[slot]),
-                held_from=table.held_from(slot),
-            )
-        )
-        self._resend(stream, sequence, request.lane)
-        self._metrics.opened(claim.name.lower())
-
-    def _create(self, request: OpenSequence) -> Sequence:
-        has_state = request.HasField("state")
-        row = self._inputs.state_row(request.state) if has_state else None
-        if self._arena.is_full:
-            raise LimitError(
-                f"{len(self._sequences)} sequences are alive, as many as sequences_max allows; "
-                "close some, or serve with a higher --sequences-max"
-            )
-        record = Record(
-            request.writer, request.attempt, self._sequences.raise_epoch(), is_alive=True
-        )
-        return self._sequences.create(
-            request.sequence_id,
-            self._arena.allocate(row),
-            record,
-            step=request.state.step if has_state else 0,
-            now=self._clock.now(),
-        )
-
-    def _claim(self, sequence: Sequence, request: OpenSequence, claim: Claim) -> None:
-        """Take a live sequence from its lane, and from its writer where the claim says so."""
-        table, slot = self._sequences, sequence.slot
-        received, step = table.held_from(slot), int(table.step[slot])
-        is_wiped = claim is Claim.WIPE
-        row = (
-            self._inputs.state_row(request.state)
-            if is_wiped and request.HasField("state")
-            else None
-        )
-        if request.HasField("received") and not is_wiped:
-            if not received <= request.received <= step:
-                raise OutOfRangeError(
-                    f"sequence {request.sequence_id!r} holds outputs {received} to {step}, "
-                    f"not from {request.received}; resume with received {received} or more"
-                )
-            received = request.received
-        elif claim is Claim.TAKE:
-            received = step  # outputs of another handle are not this one's
-        self.part(sequence, Closed.FENCED)
-        table.received[slot] = received
-        if is_wiped:
-            if row is None:
-                self._arena.reset(slot)
-            else:
-                self._arena.put(np.array([slot]), row[np.newaxis])
-            table.rewind(slot, 0 if row is None else request.state.step)
-            sequence.held.clear()
-        if claim is not Claim.RESUME:
-            sequence.record.writer = request.writer
-            sequence.record.epoch = table.raise_epoch()
-        sequence.record.attempt = request.attempt
 
     # Parting.
 
     def part(self, sequence: Sequence, reason: "Reason.ValueType") -> None:
         """Take a sequence from its lane, if it has one; unacknowledged outputs stay with it."""
         if sequence.phase is Phase.ATTACHED:
-            stream = self._streams[int(self._sequences.stream[sequence.slot])]
-            for delivery in stream.deliveries():
-                self._hold(delivery, only=sequence.slot)
-            self._leave(sequence, stream, reason)
+            if sequence.is_durable and reason == Closed.PARKED:
+                self.parks.append(self._leave_quietly(sequence, reason, ""))
+            else:
+                self._leave(sequence, self._take_back(sequence), reason)
 
     def end(self, sequence: Sequence, reason: "Reason.ValueType", ending: str) -> None:
-        """Drop a sequence, state and all; `ending` is what a late open of it is told."""
+        """Drop a sequence, state and all; `ending` is what a late open of it is told.
+
+        A durable one is dropped once the store has dropped it.
+        """
+        if sequence.is_durable:
+            self.closings.append(self._leave_quietly(sequence, reason, ending))
+            self._sequences.active[sequence.slot] = self._clock.now()
+            return
         if sequence.phase is Phase.ATTACHED:
-            stream = self._streams[int(self._sequences.stream[sequence.slot])]
-            self._leave(sequence, stream, reason)
+            self._leave(sequence, self._stream_of(sequence), reason)
         else:
             self._metrics.closed(Reason.Name(reason).lower())
         self._sequences.end(sequence, ending, self._clock.now())
         self._arena.free(sequence.slot)
 
-    def _leave(self, sequence: Sequence, stream: Stream, reason: "Reason.ValueType") -> None:
-        """Empty a sequence's queue and tell its lane why it ends."""
+    def lose(self, sequence: Sequence) -> None:
+        """Forget a sequence that is another process's now, or goes on from the store's copy."""
+        if sequence.phase is Phase.ATTACHED:
+            self._leave(sequence, self._stream_of(sequence), Closed.FENCED)
+        self.forget(sequence)
+
+    def forget(self, sequence: Sequence) -> None:
+        """Drop what memory has of a sequence that is on no lane; the store knows the rest."""
+        self._sequences.forget(sequence)
+        self._arena.free(sequence.slot)
+
+    def break_off(self, sequence: Sequence, error: LaneError) -> None:
+        """Take a sequence from its lane with a fault; its client may open it again."""
+        if sequence.phase is Phase.ATTACHED:
+            stream = self._take_back(sequence)
+            self._leave(sequence, stream, None)
+            self.tell(stream, int(self._sequences.lane[sequence.slot]), error)
+
+    def conclude(self, parting: Parting, reason: "Reason.ValueType") -> None:
+        """Tell the client of a sequence's parting, if its stream is still there."""
+        self._metrics.closed(Reason.Name(reason).lower())
+        stream = self._streams.get(parting.stream)
+        if stream is not None:
+            stream.ending_lanes -= 1
+            stream.send(Closed(lane=parting.lane, reason=reason))
+
+    def _leave_quietly(
+        self, sequence: Sequence, reason: "Reason.ValueType", ending: str
+    ) -> Parting:
+        """Take a sequence from its lane; `conclude` tells the client when the time has come."""
+        number, lane = NONE, 0
+        if sequence.phase is Phase.ATTACHED:
+            stream = self._take_back(sequence)
+            number, lane = stream.number, int(self._sequences.lane[sequence.slot])
+            stream.ending_lanes += 1
+            self._leave(sequence, stream, None)
+        self.is_due.set()
+        return Parting(sequence, sequence.claim_id, reason, ending, number, lane)
+
+    def _take_back(self, sequence: Sequence) -> Stream:
+        """Let a sequence hold what its stream has not acknowledged; the stream."""
+        stream = self._stream_of(sequence)
+        for delivery in stream.deliveries():
+            self._hold(delivery, only=sequence.slot)
+        return stream
+
+    def _stream_of(self, sequence: Sequence) -> Stream:
+        return self._streams[int(self._sequences.stream[sequence.slot])]
+
+    def _leave(self, sequence: Sequence, stream: Stream, reason: "Reason.ValueType | None") -> None:
+        """Empty a sequence's queue and tell its lane why it ends; None: somebody else will."""
         self._scheduler.drop(sequence.slot)
         self._sequences.detach(sequence)
         stream.end_lane(int(self._sequences.lane[sequence.slot]), reason)
-        self._metrics.closed(Reason.Name(reason).lower())
+        if reason is not None:
+            self._metrics.closed(Reason.Name(reason).lower())
 
     # Faults.
 
@@ -267,8 +230,32 @@ class Lanes:
         stream = self._streams.get(number)
         if stream is None:
             self._hold(delivery)
-        else:
+            return
+        is_gated = self._is_gated(delivery)
+        if is_gated is not None:
+            stream.gated.append(delivery.only(is_gated))
+            delivery = delivery.only(~is_gated)
+        if delivery.rows:
             stream.send(delivery)
+
+    def release(self) -> None:
+        """Let go out what has become durable."""
+        for stream in self._streams.values():
+            gated = stream.gated.copy()
+            stream.gated.clear()
+            for delivery in gated:
+                is_same = self._sequences.is_same(delivery.slots, delivery.generations)
+                # What is not the same any more was taken back when its lane ended.
+                self.deliver(delivery.only(is_same), stream.number)
+
+    def _is_gated(self, delivery: Delivery) -> NDArray[np.bool_] | None:
+        """[chunks] which may not leave yet, for want of the store; None: all may."""
+        table, slots = self._sequences, delivery.slots
+        is_strict = table.is_strict[slots]
+        if not is_strict.any():
+            return None
+        gated = is_strict & (table.durable[slots] < delivery.first + delivery.lengths)
+        return gated if gated.any() else None
 
     def sending(self, stream: Stream, delivery: Delivery, responses: int) -> None:
         """A delivery is about to go out, the last of it as response number `responses`."""
@@ -297,6 +284,17 @@ class Lanes:
                 slots, ends = slots[is_same], ends[is_same]
             self._acknowledge(slots, ends)
 
+    def due(self, streams: Integers) -> Iterator[Delivery]:
+        """What may still be asked for of the outputs of these streams, oldest first in each."""
+        for number in np.unique(streams).tolist():
+            stream = self._streams.get(number)
+            for delivery in stream.deliveries() if stream is not None else ():
+                due = self._due(delivery)
+                if due.all():
+                    yield delivery
+                elif due.any():
+                    yield delivery.only(due)
+
     def _forget_received(self, stream: Stream) -> None:
         """Let go of what nobody can ask for again: it arrived, or its sequence went elsewhere."""
         due = [delivery for delivery in stream.unacknowledged if self._is_due(delivery)]
@@ -312,7 +310,8 @@ class Lanes:
         # Nobody can have more than was applied, whatever he says; and what has
         # arrived never becomes less.
         table.received[slots] = np.maximum(before, np.minimum(ends, table.step[slots]))
-        self._scheduler.acknowledged(slots)
+        table.bound(slots)
+        self._scheduler.unbound(slots)
 
     def _is_due(self, delivery: Delivery) -> bool:
         """True while some output of a delivery may be asked for again."""
@@ -335,34 +334,21 @@ class Lanes:
                 sequence = self._sequences.at(int(kept.slots[index]))
                 sequence.held.append(Held(first, steps, outputs))
 
-    def _resend(self, stream: Stream, sequence: Sequence, lane: int) -> None:
+    def resend(self, stream: Stream, sequence: Sequence, lane: int) -> None:
         """Send what is held from `received` on, once, on the new lane."""
         table, slot = self._sequences, sequence.slot
         received = int(table.received[slot])
         for held in sequence.held:
             skipped = max(received - held.first, 0)
             if skipped < held.steps:
-                stream.send(
-                    Delivery(
-                        np.array([slot]),
-                        table.generation[slot : slot + 1].copy(),
-                        np.array([lane]),
-                        np.array([held.first + skipped]),
-                        np.array([held.steps - skipped]),
-                        held.steps - skipped,
-                        [cut(output, held.steps, skipped, held.steps) for output in held.outputs],
-                    )
+                delivery = Delivery(
+                    np.array([slot]),
+                    table.generation[slot : slot + 1].copy(),
+                    np.array([lane]),
+                    np.array([held.first + skipped]),
+                    np.array([held.steps - skipped]),
+                    held.steps - skipped,
+                    [cut(output, held.steps, skipped, held.steps) for output in held.outputs],
                 )
+                self.deliver(delivery, stream.number)
         sequence.held.clear()
-
-
-def _check_names(request: OpenSequence) -> None:
-    """Refuse what no open can mean. Raises InvalidInputError."""
-    if request.mode not in TABLE:
-        raise InvalidInputError(f"there is no open mode {request.mode}")
-    for name, size in (
-        ("sequence_id", len(request.sequence_id.encode())),
-        ("writer", len(request.writer)),
-    ):
-        if size > _NAME_BYTES_MAX:
-            raise InvalidInputError(f"{name} has {size} bytes; {_NAME_BYTES_MAX} are allowed")

@@ -161,6 +161,21 @@ class Metrics:
         self.opened = counter("sequences_opened", "Sequences opened, by origin.", "origin")
         self.closed = counter("sequences_closed", "Sequences and lanes ended.", "reason")
         self.faults = counter("faults", "Faults told to clients.", "code", "reason")
+        self.restored = counter(
+            "sequences_restored", "Sequences taken from the store; exact: the same bits.", "exact"
+        )
+        self.fenced = counter("sequences_fenced", "Sequences that another process has claimed.")
+        self.checkpoints = tally("checkpoints", "Checkpoints written.")
+        self.checkpoint_seconds = histograms(
+            "checkpoint_seconds", "One write of many checkpoints.", _SECONDS
+        )
+        self.store_failures = counter("store_failures", "Times the store did not answer.")
+        self.store_down_seconds = gauge(
+            "store_down_seconds", "For how long the store has not answered; 0 while it does."
+        )
+        self.undurable_steps = gauge(
+            "undurable_steps", "Steps that the sequence furthest ahead is ahead of the store."
+        )
         self.load_seconds = gauge("model_load_seconds", "Load, self-test and warm-up.")
         self.is_bit_exact = gauge(
             "model_bit_exact", "1 when the self-test gave the same bits however it ran."
@@ -197,6 +212,8 @@ class ModelMetrics:
         self.run_seconds = metrics.run_seconds.model(name)
         self.queue_seconds = metrics.queue_seconds.model(name)
         self._response_seconds = metrics.response_seconds.model(name)
+        self._checkpoints = metrics.checkpoints.model(name)
+        self._checkpoint_seconds = metrics.checkpoint_seconds.model(name)
         # How long runs took, once for each sequence in them.
         self.computed_seconds = 0.0
 
@@ -228,6 +245,23 @@ class ModelMetrics:
     def closed(self, reason: str) -> None:
         """A sequence or its lane ended."""
         self.all.closed.labels(self.name, reason).inc()
+
+    def restored(self, *, is_exact: bool) -> None:
+        """A sequence goes on from the store, with the same bits or with those of this machine."""
+        self.all.restored.labels(self.name, str(is_exact).lower()).inc()
+
+    def fenced(self) -> None:
+        """A sequence turned out to be another process's."""
+        self.all.fenced.labels(self.name).inc()
+
+    def checkpointed(self, count: int, seconds: float) -> None:
+        """The store has taken so many checkpoints at once."""
+        self._checkpoints.add(count)
+        self._checkpoint_seconds.observe(seconds)
+
+    def store_failed(self) -> None:
+        """The store did not answer."""
+        self.all.store_failures.labels(self.name).inc()
 
     def fault(self, code: str, reason: str) -> None:
         """A client was told of a fault."""

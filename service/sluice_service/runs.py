@@ -10,7 +10,7 @@ import structlog
 from numpy.typing import NDArray
 
 from sluice_protos.sequences_pb2 import Closed
-from sluice_service.arena import Arena
+from sluice_service.arena import Arena, Slots
 from sluice_service.clock import AwakeClock
 from sluice_service.engine import Engine, Outcome
 from sluice_service.lanes import Lanes
@@ -42,6 +42,7 @@ class RunLoop:
         clock: AwakeClock,
         metrics: ModelMetrics,
         executor: Executor,
+        on_applied: Callable[[Slots], None] | None,
     ) -> None:
         self._arena = arena
         self._sequences = sequences
@@ -51,6 +52,7 @@ class RunLoop:
         self._clock = clock
         self._metrics = metrics
         self._executor = executor
+        self._on_applied = on_applied
         self._in_flight: Run | None = None
         self._is_pump_due = False
         self._waiting: list[Callable[[], None]] = []
@@ -174,6 +176,8 @@ class RunLoop:
             table.step[slots] = run.first + run.lengths
             self._arena.put(slots, outcome.states)
         self._scheduler.finish(run, applied)
+        if self._on_applied is not None:
+            self._on_applied(slots)
         steps = self._deliver(run, outcome, applied)
         for index, error in outcome.errors.items():
             self._lanes.fault(int(slots[index]), error)

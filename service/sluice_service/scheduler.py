@@ -67,17 +67,15 @@ class Scheduler:
         run_sequences_max: int,
         run_steps_max: int,
         run_cells_max: int,
-        unacknowledged_steps_max: int,
     ) -> None:
         self._sequences = sequences
         self._queues = Queues(slots)
         self._run_sequences_max = run_sequences_max
         self._run_steps_max = run_steps_max
         self._run_cells_max = run_cells_max  # sequences × steps
-        self._unacknowledged_steps_max = unacknowledged_steps_max
         self._inbox: list[Frame] = []
         self._mixed_runs = 0  # to come, in which long chunks give way to short ones
-        self._is_stalled = np.zeros(slots, np.bool_)  # waits for acknowledgements
+        self._is_stalled = np.zeros(slots, np.bool_)  # waits at its limit
         self._rank = np.zeros(slots, np.int64)  # scratch
         # The ring: every slot at most once, so it never overflows.
         self._ring = np.zeros(slots, np.int64)
@@ -105,8 +103,8 @@ class Scheduler:
         self._enqueue_inbox()
         self._link(np.array([slot]), self._queues.add_ending(kind), None)
 
-    def acknowledged(self, slots: Slots) -> None:
-        """Let the sequences go on whose client has caught up."""
+    def unbound(self, slots: Slots) -> None:
+        """Let the sequences go on whose client, or store, has caught up."""
         is_waiting = self._is_stalled[slots]
         if is_waiting.any():
             waiting = np.unique(slots[is_waiting])
@@ -114,7 +112,7 @@ class Scheduler:
             self._make_ready(waiting)
 
     def is_stuck(self, slots: Slots) -> bool:
-        """True when none of `slots` runs, and each queue is empty or waits for acknowledgements."""
+        """True when none of `slots` runs, and each queue is empty or waits at its limit."""
         self._enqueue_inbox()
         is_done = (self._queues.head[slots] == NONE) | self._is_stalled[slots]
         return bool((is_done & ~self._sequences.is_running[slots]).all())
@@ -224,7 +222,7 @@ class Scheduler:
             return None
         step = sequences.step[slots]
         end = step + steps
-        if (end - sequences.received[slots]).max() > self._unacknowledged_steps_max:
+        if (end > sequences.limit[slots]).any():
             return None
         start = 0
         for frame in frames:
@@ -261,7 +259,7 @@ class Scheduler:
                 runnable[index] = self._judge(int(slots[index]))
             slots = slots[runnable]
             step = step[runnable]
-        is_stalled = step - sequences.received[slots] >= self._unacknowledged_steps_max
+        is_stalled = step >= sequences.limit[slots]
         if is_stalled.any():
             self._is_stalled[slots[is_stalled]] = True
             slots = slots[~is_stalled]
@@ -316,7 +314,7 @@ class Scheduler:
             slots, streams = slots[order], streams[order]
         nodes = queues.head[slots]
         step = sequences.step[slots]
-        room = sequences.received[slots] + self._unacknowledged_steps_max - step
+        room = sequences.limit[slots] - step
         waiting = np.minimum(queues.steps[nodes], room)
         lengths = np.minimum(waiting, self._steps_max(len(slots)))
         steps = choose_steps(lengths)

@@ -10,11 +10,13 @@ from enum import Enum, auto
 import numpy as np
 from numpy.typing import NDArray
 
+from sluice_protos.sequences_pb2 import OFF, STRICT, Durability
 from sluice_service.arena import Slots
 from sluice_service.claims import Record
 
 NONE = -1
-# What a client without a writer has received: it never asks again, so nothing is held.
+# What a client without a writer has received: it never asks again, so nothing is
+# held. And how far a sequence that is in no store is durable: nothing waits for it.
 ALL = 1 << 62
 
 
@@ -31,7 +33,7 @@ class Event(Enum):
 
     ATTACH = auto()  # a lane opens it; a new lane ends the old one
     DETACH = auto()  # its lane is parked, or its stream ends
-    END = auto()  # closed, expired or fenced
+    END = auto()  # closed, expired, or another process's now
 
 
 LIFECYCLE: dict[tuple[Phase, Event], Phase] = {
@@ -61,7 +63,7 @@ class Held:
 class Sequence:
     """What is kept of one live sequence beside its row and its columns."""
 
-    __slots__ = ("held", "phase", "record", "sequence_id", "slot")
+    __slots__ = ("claim_id", "durability", "held", "phase", "record", "sequence_id", "slot")
 
     def __init__(self, sequence_id: str, slot: int, record: Record) -> None:
         self.sequence_id = sequence_id
@@ -69,6 +71,9 @@ class Sequence:
         self.record = record
         self.phase = Phase.PARKED
         self.held: list[Held] = []
+        self.durability: Durability.ValueType = OFF
+        # Under which the store has it as this process's; empty where durability is off.
+        self.claim_id = b""
 
     def move(self, event: Event) -> None:
         """Go where LIFECYCLE says. Raises IllegalTransitionError, and changes nothing then."""
@@ -84,21 +89,39 @@ class Sequence:
         """True when its client has no writer: it cannot replay, so nothing is held for it."""
         return not self.record.writer
 
+    @property
+    def is_durable(self) -> bool:
+        """True when a store has it too, which then decides who may open it."""
+        return self.durability != OFF
+
 
 class Sequences:
     """All sequences of one model: by id, by slot, and in columns by slot."""
 
-    def __init__(self, slots: int, *, tombstones_max: int, tombstone_seconds: float) -> None:
+    def __init__(
+        self,
+        slots: int,
+        *,
+        tombstones_max: int,
+        tombstone_seconds: float,
+        unacknowledged_steps_max: int,
+        undurable_steps_max: int,
+    ) -> None:
         self._by_id: dict[str, Sequence] = {}
         self._by_slot: dict[int, Sequence] = {}
         self._tombstones: OrderedDict[str, tuple[float, Record]] = OrderedDict()
         self._tombstones_max = tombstones_max
         self._tombstone_seconds = tombstone_seconds
+        self._unacknowledged_steps_max = unacknowledged_steps_max
+        self._undurable_steps_max = undurable_steps_max
         self._epoch = 0
         # Columns: a run reads and writes them for its whole batch at once.
         self.step = np.zeros(slots, np.int64)  # applied
         self.sent = np.zeros(slots, np.int64)  # where the lane's next chunk follows, as sent
         self.received = np.zeros(slots, np.int64)  # acknowledged by the client
+        self.durable = np.full(slots, ALL, np.int64)  # safe in the store
+        self.limit = np.zeros(slots, np.int64)  # not run beyond, for want of either
+        self.is_strict = np.zeros(slots, np.bool_)  # nothing leaves that is not durable
         self.stream = np.full(slots, NONE, np.int64)  # the number of the stream attached
         self.lane = np.zeros(slots, np.int64)
         self.active = np.zeros(slots, np.float64)  # when it last did something
@@ -149,6 +172,8 @@ class Sequences:
         self._tombstones.pop(sequence_id, None)
         self._by_id[sequence_id] = sequence
         self._by_slot[slot] = sequence
+        self.durable[slot] = ALL
+        self.is_strict[slot] = False
         self.rewind(slot, step)
         self.stream[slot] = NONE
         self.active[slot] = now
@@ -156,10 +181,28 @@ class Sequences:
         self.is_running[slot] = False
         return sequence
 
+    def keep(
+        self, sequence: Sequence, claim_id: bytes, durability: "Durability.ValueType", step: int
+    ) -> None:
+        """Have a sequence be this process's under `claim_id`, durable up to `step`."""
+        sequence.claim_id = claim_id
+        sequence.durability = durability
+        self.durable[sequence.slot] = step
+        self.is_strict[sequence.slot] = durability == STRICT
+        self.bound(sequence.slot)
+
     def rewind(self, slot: int, step: int) -> None:
         """Let a slot stand at `step`, with nothing sent, held or faulted."""
         self.step[slot] = self.sent[slot] = self.received[slot] = step
         self.is_faulted[slot] = False
+        self.bound(slot)
+
+    def bound(self, slots: Slots | int | slice) -> None:
+        """Set how far `slots` may run: after each change of `received` or `durable`."""
+        self.limit[slots] = np.minimum(
+            self.received[slots] + self._unacknowledged_steps_max,
+            self.durable[slots] + self._undurable_steps_max,
+        )
 
     def attach(self, sequence: Sequence, stream: int, lane: int, now: float) -> None:
         """Put a sequence on a lane of a stream, from where it stands."""
@@ -173,6 +216,7 @@ class Sequences:
         self.generation[slot] += 1
         if sequence.is_anonymous:
             self.received[slot] = ALL
+            self.bound(slot)
         self.is_faulted[slot] = False
         self.is_straight[slot] = True
 
@@ -192,19 +236,25 @@ class Sequences:
 
     def end(self, sequence: Sequence, ending: str, now: float) -> None:
         """Take a sequence out; `ending` says why, and a tombstone keeps it."""
-        sequence.move(Event.END)
-        del self._by_id[sequence.sequence_id]
-        del self._by_slot[sequence.slot]
-        self.is_alive[sequence.slot] = False
-        self.stream[sequence.slot] = NONE
-        self.generation[sequence.slot] += 1
-        sequence.held.clear()
+        self.forget(sequence)
         record = sequence.record
         record.is_alive = False
         record.ending = ending
         self._tombstones[sequence.sequence_id] = (now + self._tombstone_seconds, record)
         if len(self._tombstones) > self._tombstones_max:
             self._tombstones.popitem(last=False)
+
+    def forget(self, sequence: Sequence) -> None:
+        """Take a sequence out without a trace: what is to be known of it, the store knows."""
+        sequence.move(Event.END)
+        del self._by_id[sequence.sequence_id]
+        del self._by_slot[sequence.slot]
+        self.is_alive[sequence.slot] = False
+        self.durable[sequence.slot] = ALL
+        self.is_strict[sequence.slot] = False
+        self.stream[sequence.slot] = NONE
+        self.generation[sequence.slot] += 1
+        sequence.held.clear()
 
     def idle(self, before: float) -> Iterator[Sequence]:
         """The sequences that did nothing since `before` and are in no run.

@@ -25,6 +25,7 @@ from sluice_service.rpc.models import ModelsService
 from sluice_service.rpc.open_inference import OpenInferenceService
 from sluice_service.rpc.sequences import SequencesService
 from sluice_service.settings import Settings
+from sluice_service.store import Store, open_store
 
 log = structlog.get_logger()
 
@@ -40,7 +41,7 @@ class Server:
     def __init__(self, settings: Settings) -> None:
         """Load every model, test it and warm it up; takes seconds.
 
-        Raises ModelError when a file cannot be served.
+        Raises ModelError when a file cannot be served, StoreSetupError for a bad store.
         """
         self.settings = settings
         self.metrics = Metrics()
@@ -50,6 +51,7 @@ class Server:
         self._executor = ThreadPoolExecutor(
             max_workers=max(1, len(settings.model)), thread_name_prefix="run"
         )
+        self._store = _store(settings)
         self._hosts = {name: self._load(name) for name in settings.model}
         self._health = Health(self._hosts)
         self._open_inference = OpenInferenceService(
@@ -65,7 +67,7 @@ class Server:
         model = Model.load(path, threads=self.settings.run_threads)
         self_test = run_self_test(model)
         metrics = self.metrics.model(name)
-        host = Host(name, model, self_test, self.settings, metrics, self._executor)
+        host = Host(name, model, self_test, self.settings, metrics, self._executor, self._store)
         seconds = time.monotonic() - started
         self.metrics.load_seconds.labels(name).set(seconds)
         log.info(
@@ -80,7 +82,14 @@ class Server:
         return host
 
     async def start(self) -> None:
-        """Listen, and say ready once both ports are open. Raises OSError when one is taken."""
+        """Listen, and say ready once both ports are open.
+
+        Raises OSError when one is taken, StoreSetupError or StoreError when the store
+        cannot be used.
+        """
+        if self._store is not None:
+            for warning in await self._store.start():
+                log.warning("store", warning=warning)
         _require_free("listen", self.settings.listen)
         _require_free("http", self.settings.http)
         self._http = web.AppRunner(
@@ -140,6 +149,8 @@ class Server:
             task.cancel()
         await self._grpc.stop(_GRACE_SECONDS)
         await self._http.cleanup()
+        if self._store is not None:
+            await self._store.stop()
         self._executor.shutdown(wait=False)
         log.info("stopped")
 
@@ -163,6 +174,20 @@ class Server:
         ]
 
 
+def _store(settings: Settings) -> Store | None:
+    """The store that sequences are kept in, if they are. Raises StoreSetupError."""
+    store = open_store(
+        settings.store,
+        tombstone_seconds=settings.tombstone_seconds,
+        record_seconds=settings.record_seconds,
+    )
+    if settings.durability != "off":
+        return store
+    if settings.store != "memory":
+        log.warning("store_unused", fix="with --durability off nothing is stored; set periodic")
+    return None
+
+
 def _require_free(flag: str, address: str) -> None:
     """Raise OSError, which names the flag, where nobody could listen on HOST:PORT."""
     host, _, port = address.rpartition(":")
@@ -183,7 +208,7 @@ def _require_free(flag: str, address: str) -> None:
 async def serve(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT, then stop in good order.
 
-    Raises ModelError or OSError when the server cannot start.
+    Raises ModelError, OSError, StoreSetupError or StoreError when the server cannot start.
     """
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()

@@ -80,6 +80,39 @@ class Settings(BaseSettings):
         description="What the START flag of the Open Inference Protocol does to a sequence that "
         "is alive: begin it again from the initial state, or refuse.",
     )
+    store: str = Field(
+        default="memory",
+        title="Durability",
+        description="Where sequences outlive this process: memory (they do not), "
+        "sqlite:///PATH (on this machine), redis://HOST:PORT (shared by many servers).",
+    )
+    durability: Literal["off", "periodic", "strict"] = Field(
+        default="off",
+        title="Durability",
+        description="What of a sequence is in the store: nothing; its state, every so often; "
+        "or everything that a client has seen. A client may ask for less.",
+    )
+    checkpoint_seconds: Seconds = Field(
+        default=1,
+        title="Durability",
+        description="With periodic: a sequence that went on is stored after this long …",
+    )
+    checkpoint_steps: Count = Field(
+        default=1024,
+        title="Durability",
+        description="… or after this many steps, whichever comes first.",
+    )
+    undurable_steps_max: Count = Field(
+        default=65_536,
+        title="Durability",
+        description="Steps of one sequence that may be ahead of the store. Beyond it the "
+        "sequence is not run further.",
+    )
+    record_seconds: Seconds = Field(
+        default=86_400,
+        title="Durability",
+        description="How long the store keeps a sequence that no server says is alive.",
+    )
     chunk_steps_max: Count = Field(
         default=100_000, title="Limits", description="Steps of one chunk."
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from sluice_protos.sequences_pb2 import Closed, Fault, Limits, Opened
+from sluice_protos.sequences_pb2 import Closed, Durable, Fault, Limits, Opened
 from sluice_service.arena import Slots
 from sluice_service.errors import LaneError
 from sluice_service.ragged import Integers
@@ -92,7 +92,7 @@ def cut(output: bytes, rows: int, start: int, stop: int) -> bytes:
     return output[start * row_bytes : stop * row_bytes]
 
 
-Notice = Opened | Fault | Closed | Limits
+Notice = Opened | Durable | Fault | Closed | Limits
 
 
 class Stream:
@@ -111,6 +111,10 @@ class Stream:
         self.unacknowledged: deque[Delivery] = deque()
         # Beyond so many of them it is worth a look whether all are still due.
         self.unacknowledged_max = 64
+        # Outputs that may not leave before they are durable.
+        self.gated: deque[Delivery] = deque()
+        # Lanes that are ending: their Closed comes once the store has its part.
+        self.ending_lanes = 0
         self.queued_steps = 0
         # True once a lane was opened that may ask for its outputs again.
         self.has_writer = False
@@ -213,3 +217,4 @@ class Stream:
         for item in self.outbox:
             if isinstance(item, Delivery):
                 yield item
+        yield from self.gated

@@ -89,14 +89,19 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.table = Sequences(SLOTS, tombstones_max=4, tombstone_seconds=1)
+        self.table = Sequences(
+            SLOTS,
+            tombstones_max=4,
+            tombstone_seconds=1,
+            unacknowledged_steps_max=UNACKNOWLEDGED_MAX,
+            undurable_steps_max=1,
+        )
         self.scheduler = Scheduler(
             self.table,
             SLOTS,
             run_sequences_max=4,
             run_steps_max=RUN_STEPS_MAX,
             run_cells_max=RUN_CELLS_MAX,
-            unacknowledged_steps_max=UNACKNOWLEDGED_MAX,
         )
         self.value = 0.0
         self.run: Run | None = None
@@ -220,7 +225,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             return
         lane.received += round(share * (lane.step - lane.received))
         self.table.received[slot] = lane.received
-        self.scheduler.acknowledged(np.array([slot]))
+        self.table.bound(slot)
+        self.scheduler.unbound(np.array([slot]))
 
     @rule(number=st.integers(0, STREAMS - 1))
     def lose_stream(self, number) -> None:
@@ -373,14 +379,19 @@ TestScheduler.settings = settings(
 def _scheduler(
     slots: int, *, run_steps_max: int = 8, run_cells_max: int = 1000
 ) -> tuple[Sequences, Scheduler]:
-    table = Sequences(slots, tombstones_max=4, tombstone_seconds=1)
+    table = Sequences(
+        slots,
+        tombstones_max=4,
+        tombstone_seconds=1,
+        unacknowledged_steps_max=100,
+        undurable_steps_max=1,
+    )
     scheduler = Scheduler(
         table,
         slots,
         run_sequences_max=slots,
         run_steps_max=run_steps_max,
         run_cells_max=run_cells_max,
-        unacknowledged_steps_max=100,
     )
     for slot in range(slots):
         record = Record(b"w", 0, table.raise_epoch(), is_alive=True)
@@ -416,6 +427,7 @@ def test_queues_grow_beyond_where_they_started_and_keep_every_chunk() -> None:
         scheduler.push(_frame([0, 1] * 50, 1))
     runs = 0
     table.received[:] = ALL
+    table.bound(slice(None))
     while (run := scheduler.next_run()) is not None:
         table.step[run.slots] += run.lengths
         scheduler.finish(run)
@@ -433,7 +445,8 @@ def test_steps_beyond_what_may_be_unacknowledged_never_run_whichever_way_they_co
             scheduler.finish(run)
         assert table.step[0] == min(sent, 100)
     table.received[0] = 100
-    scheduler.acknowledged(np.array([0]))
+    table.bound(0)
+    scheduler.unbound(np.array([0]))
     assert scheduler.next_run().lengths.tolist() == [1]
 
 
@@ -446,6 +459,7 @@ def test_a_lane_that_waited_for_acknowledgements_and_was_dropped_waits_no_more()
     assert scheduler.is_stuck(np.array([0]))
     scheduler.drop(0)
     table.received[0] = table.sent[0] = 100
+    table.bound(0)
     scheduler.push(_frame([0], 1))
     assert not scheduler.is_stuck(np.array([0]))
 
@@ -468,6 +482,7 @@ def _next(table: Sequences, scheduler: Scheduler) -> dict[int, int]:
 def test_long_chunks_run_in_short_pieces_while_short_ones_come_among_them() -> None:
     table, scheduler = _scheduler(2, run_steps_max=64, run_cells_max=100)
     table.received[:] = ALL
+    table.bound(slice(None))
     scheduler.push(_frame([0], 10_000))
     assert _next(table, scheduler) == {0: 64}
     scheduler.push(_frame([1], 1))

@@ -20,7 +20,8 @@ MOVES = list(itertools.product(Phase, Event))
 
 
 def _sequences(**changes) -> Sequences:
-    return Sequences(8, **{"tombstones_max": 4, "tombstone_seconds": 10, **changes})
+    limits = {"unacknowledged_steps_max": 9, "undurable_steps_max": 9}
+    return Sequences(8, **{"tombstones_max": 4, "tombstone_seconds": 10, **limits, **changes})
 
 
 def _create(table: Sequences, name: str = "s", slot: int = 0, writer: bytes = b"w", step: int = 0):

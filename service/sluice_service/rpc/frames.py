@@ -8,6 +8,7 @@ from google.protobuf.message import DecodeError
 
 from sluice_protos.sequences_pb2 import (
     Closed,
+    Durable,
     Fault,
     InferRequest,
     InferResponse,
@@ -25,7 +26,7 @@ _CHUNK_BYTES = 24
 _RESPONSE_BYTES = 1024
 # What one response tells of at the most: more would hold the event loop up.
 _NOTICES_MAX = 256
-_RANK = {Limits: 0, Opened: 0, Fault: 1, Closed: 2}
+_RANK = {Limits: 0, Opened: 0, Durable: 1, Fault: 2, Closed: 3}
 RESPONSE_BYTES_DEFAULT = 4 * 2**20
 
 
@@ -100,6 +101,8 @@ class Encoder:
             match notice:
                 case Opened():
                     response.opened.append(notice)
+                case Durable():
+                    response.durable.append(notice)
                 case Fault():
                     response.faults.append(notice)
                 case Closed():

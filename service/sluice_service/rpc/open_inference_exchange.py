@@ -12,6 +12,7 @@ from collections import OrderedDict
 import structlog
 
 from sluice_protos.sequences_pb2 import (
+    OFF,
     RESTART,
     RESUME,
     START,
@@ -223,7 +224,7 @@ class Exchange:
         self._by_number[lane.number] = lane
         assert lane.current is not None
         if not lane.key:
-            return OpenSequence(lane=lane.number, mode=START)
+            return OpenSequence(lane=lane.number, mode=START, durability=OFF)
         if lane.current.is_start:
             self._ended.pop(lane.key, None)
         mode = self._start_mode if lane.current.is_start else RESUME

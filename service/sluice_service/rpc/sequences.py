@@ -11,6 +11,8 @@ import structlog
 from sluice_protos.sequences_pb2 import (
     CloseSequenceRequest,
     CloseSequenceResponse,
+    ForkRequest,
+    ForkResponse,
     GetStateRequest,
     InferRequest,
     InferResponse,
@@ -62,6 +64,11 @@ class SequencesService:
                     GetStateRequest.FromString,
                     SequenceState.SerializeToString,
                 ),
+                "Fork": grpc.unary_unary_rpc_method_handler(
+                    self.fork,
+                    ForkRequest.FromString,
+                    ForkResponse.SerializeToString,
+                ),
                 "CloseSequence": grpc.unary_unary_rpc_method_handler(
                     self.close_sequence,
                     CloseSequenceRequest.FromString,
@@ -89,7 +96,13 @@ class SequencesService:
     async def get_state(self, request: GetStateRequest, context: Context) -> SequenceState:
         """The state of a live sequence."""
         async with as_status(context):
-            return find_host(self._hosts, request.model).state(request.sequence_id)
+            return await find_host(self._hosts, request.model).state(request.sequence_id)
+        raise AssertionError
+
+    async def fork(self, request: ForkRequest, context: Context) -> ForkResponse:
+        """Copy a live sequence to a new id."""
+        async with as_status(context):
+            return await find_host(self._hosts, request.model).fork(request)
         raise AssertionError
 
     async def close_sequence(

@@ -1,0 +1,140 @@
+"""Asks the store who may have a sequence: before it is opened, and before its end is told."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
+
+import numpy as np
+
+from sluice_protos.sequences_pb2 import OFF, START_OR_RESUME, TAKEOVER, OpenSequence
+from sluice_service.errors import LaneError, NotFoundError, StoreDownError
+from sluice_service.lanes import Parting
+from sluice_service.openings import Openings
+from sluice_service.runs import RunLoop
+from sluice_service.sequences import Sequences
+from sluice_service.snapshots import Snapshots
+from sluice_service.store import (
+    Checkpoint,
+    ClaimRequest,
+    Closing,
+    Granted,
+    Key,
+    Store,
+    StoreError,
+    Verdict,
+    unpack,
+)
+
+
+Answer = Granted | LaneError | None
+
+
+class Custody:
+    """What one model's host and its store say to each other about ownership."""
+
+    def __init__(
+        self,
+        store: Store,
+        model: str,
+        sequences: Sequences,
+        openings: Openings,
+        snapshots: Snapshots,
+        runs: RunLoop,
+    ) -> None:
+        self._store = store
+        self._model = model
+        self._sequences = sequences
+        self._openings = openings
+        self._snapshots = snapshots
+        self._runs = runs
+        self._busy: dict[str, asyncio.Future[None]] = {}
+
+    @asynccontextmanager
+    async def exclusive(self, sequence_ids: Iterable[str]) -> AsyncIterator[None]:
+        """While the store is asked about these sequences, nobody else asks about them."""
+        names = set(sequence_ids)
+        while others := {self._busy[name] for name in names if name in self._busy}:
+            await asyncio.wait(others)
+        mine = asyncio.get_running_loop().create_future()
+        self._busy.update(dict.fromkeys(names, mine))
+        try:
+            yield
+        finally:
+            for name in names:
+                del self._busy[name]
+            mine.set_result(None)
+
+    async def open(
+        self, requests: Sequence[OpenSequence], land: Callable[[OpenSequence, Answer], None]
+    ) -> None:
+        """Ask the store about opens of different sequences; `land` each with its answer.
+
+        None is the answer for those that no store has. Lands between runs.
+        """
+        kept = [one for one in requests if self._openings.durability(one) != OFF]
+        async with self.exclusive(one.sequence_id for one in kept):
+            answers: dict[str, Answer] = {}
+            if kept:
+                names = [one.sequence_id for one in kept]
+                answers = dict(zip(names, await self._claim(kept), strict=True))
+
+            def land_all() -> None:
+                for request in requests:
+                    land(request, answers.get(request.sequence_id))
+
+            await self._runs.between_runs(land_all)
+
+    async def _claim(self, opens: Sequence[OpenSequence]) -> Sequence[Granted | LaneError]:
+        try:
+            requests = await self._runs.between_runs(lambda: [self._as_claim(one) for one in opens])
+            return await self._store.claim(requests)
+        except StoreError as error:
+            return [as_down(error)] * len(opens)
+
+    def _as_claim(self, request: OpenSequence) -> ClaimRequest:
+        """An open with what this process knows of its sequence."""
+        sequence = self._sequences.get(request.sequence_id)
+        initial = self._snapshots.initial(request)
+        key = Key(self._model, request.sequence_id)
+        if sequence is None:
+            return ClaimRequest(key, request, initial)
+        is_taken = request.mode in (TAKEOVER, START_OR_RESUME)
+        snapshot = None
+        if is_taken and request.writer != sequence.record.writer:
+            snapshot = self._snapshots.take(np.array([sequence.slot]))[0].packed
+        return ClaimRequest(key, request, initial, sequence.claim_id, snapshot)
+
+    async def close(self, partings: Sequence[Parting]) -> list[Verdict]:
+        """Have the store drop sequences that end. Raises StoreError."""
+        return await self._store.close(
+            [Closing(self._key(parting), parting.claim_id, parting.ending) for parting in partings]
+        )
+
+    def _key(self, parting: Parting) -> Key:
+        return Key(self._model, parting.sequence.sequence_id)
+
+    async def read(self, sequence_id: str) -> Checkpoint:
+        """The last checkpoint of a sequence that lives elsewhere. Raises LaneError."""
+        try:
+            stored = await self._store.read(Key(self._model, sequence_id))
+        except StoreError as error:
+            raise as_down(error) from error
+        if stored is None:
+            raise NotFoundError(
+                f"model {self._model!r} has no live sequence {sequence_id!r}, here or in the store"
+            )
+        return unpack(stored.checkpoint.data)
+
+    async def close_elsewhere(self, sequence_id: str, ending: str) -> int:
+        """Drop a sequence that is not here, whoever has it; its durable steps. Raises LaneError."""
+        checkpoint = await self.read(sequence_id)
+        try:
+            await self._store.close([Closing(Key(self._model, sequence_id), b"", ending)])
+        except StoreError as error:
+            raise as_down(error) from error
+        return checkpoint.step
+
+
+def as_down(error: StoreError) -> StoreDownError:
+    """What a client is told of it."""
+    return StoreDownError(f"the store does not answer ({error}); nothing was changed, try again")

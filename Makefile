@@ -7,16 +7,18 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-# Debian packages with a program that a test starts. They are unpacked, not
-# installed: no root is needed, and no service starts by itself.
+# Debian's programs that a test starts. They are unpacked, not installed: no root
+# is needed, and no service starts by itself. Each is in the package of its name
+# unless PACKAGES_… names others, and started by a script that finds its libraries.
 DEBIAN := $(VENV)/debian
-DEBIAN_PACKAGES := prometheus
+DEBIAN_PROGRAMS := prometheus redis-server
+PACKAGES_redis-server := redis-server redis-tools libatomic1 libjemalloc2 liblzf1
 WHEEL_VENV := .venv-wheel
 WHEEL_TESTS := build/wheel-tests
 # What the tests of the wheel see of the checkout; never a folder with our code.
 WHEEL_TEST_FILES := tests docs README.md pyproject.toml
 
-export PATH := $(CURDIR)/$(BIN):$(PATH):$(CURDIR)/$(DEBIAN)/usr/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH):$(CURDIR)/$(DEBIAN)/bin:$(CURDIR)/$(DEBIAN)/usr/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
@@ -88,18 +90,23 @@ $(READY): pyproject.toml constraints.txt
 	@$(BIN)/python $(INSTALL) --group dev --editable '.[service,export]'
 	@touch $@
 
-tools: $(DEBIAN_PACKAGES:%=$(DEBIAN)/%)
+tools: $(DEBIAN_PROGRAMS:%=$(DEBIAN)/bin/%)
 
 # A program that is on the machine already is used as it is. A test that misses
 # one fails and names the package, so a failed download is only told here.
-$(DEBIAN)/%: | $(READY)
-	@mkdir -p $(DEBIAN)
+$(DEBIAN)/bin/%: | $(READY)
+	@mkdir -p $(@D)
 	@command -v $* >/dev/null || { echo "Unpacking Debian's $* into $(DEBIAN)"; \
 		cd $(DEBIAN) && apt="apt-get -qq -o APT::Sandbox::User=" && \
-		{ $$apt download $* 2>/dev/null || { $$apt update && $$apt download $*; }; } && \
-		dpkg -x $*_*.deb . && rm $*_*.deb; } \
-		|| echo "No Debian package $* could be had: tests that need it will fail." >&2
-	@touch $@
+		packages="$(or $(PACKAGES_$*),$*)" && \
+		{ $$apt download $$packages 2>/dev/null || \
+			{ $$apt update && $$apt download $$packages; }; } && \
+		for package in *.deb; do dpkg -x $$package . && rm $$package; done && \
+		printf '%s\n' '#!/bin/sh' 'root=$$(dirname "$$0")/..' \
+			'LD_LIBRARY_PATH=$$(echo "$$root"/usr/lib/*-linux-gnu)' \
+			'export LD_LIBRARY_PATH' 'exec "$$root/usr/bin/$*" "$$@"' > bin/$* && \
+		chmod +x bin/$*; } \
+		|| echo "No Debian package of $* could be had: tests that need it will fail." >&2
 
 clean: ## everything that is not in git
 	rm -rf $(VENV) $(WHEEL_VENV) build dist demo-output .pytest_cache .mypy_cache .ruff_cache \

@@ -33,8 +33,9 @@ def debian_program() -> Callable[[str, str], str]:
     """The path of a program; the test fails, naming the package, when it is not there."""
 
     def find(program: str, package: str) -> str:
-        unpacked = ROOT / ".venv" / "debian" / "usr" / "bin"
-        found = shutil.which(program, path=os.pathsep.join([os.environ["PATH"], str(unpacked)]))
+        unpacked = ROOT / ".venv" / "debian"
+        folders = [os.environ["PATH"], str(unpacked / "bin"), str(unpacked / "usr" / "bin")]
+        found = shutil.which(program, path=os.pathsep.join(folders))
         if found is None:
             pytest.fail(
                 f"this test starts a real {program}, which the Debian package {package!r} has: "

@@ -7,6 +7,7 @@ from sluice_service.store.memory import MemoryStore
 from sluice_service.store.protocol import Store, StoreSetupError
 
 _SQLITE = "sqlite:///"
+_REDIS = ("redis://", "rediss://")
 _FORMS = (
     "memory, sqlite:///relative/path.db, sqlite:////absolute/path.db, "
     "redis://HOST:PORT/0 or rediss://:PASSWORD@HOST:PORT/0"
@@ -30,6 +31,14 @@ def open_store(url: str, *, tombstone_seconds: float, record_seconds: float) -> 
             tombstone_seconds=tombstone_seconds,
             record_seconds=record_seconds,
         )
+    if url.startswith(_REDIS):
+        try:
+            from sluice_service.store.redis import RedisStore
+        except ImportError as error:
+            raise StoreSetupError(
+                f"a redis:// store needs redis-py ({error}): pip install 'sluice-serving[redis]'"
+            ) from error
+        return RedisStore(url, tombstone_seconds=tombstone_seconds, record_seconds=record_seconds)
     raise StoreSetupError(f"{redact(url)!r} is not a store; a store is one of {_FORMS}")
 
 

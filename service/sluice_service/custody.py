@@ -25,7 +25,6 @@ from sluice_service.store import (
     unpack,
 )
 
-
 Answer = Granted | LaneError | None
 
 

@@ -201,6 +201,11 @@ class Host:
         """True until the server stops: new sequences may be opened."""
         return not self._lanes.is_draining
 
+    @property
+    def store_down_seconds(self) -> float:
+        """For how long the store has not answered; 0 while it does, or is not used."""
+        return self._keeper.down_seconds if self._keeper is not None else 0.0
+
     def list_sequences(self) -> Iterator[SequenceInfo]:
         """Every live sequence, as it stands now."""
         now, table = self._clock.now(), self._sequences

@@ -7,8 +7,10 @@ from aiohttp import web
 from sluice_service.metrics import Metrics
 
 
-def make_app(metrics: Metrics, is_ready: Callable[[], bool]) -> web.Application:
-    """The pages, reading live from `metrics` and `is_ready`."""
+def make_app(
+    metrics: Metrics, is_ready: Callable[[], bool], trouble: Callable[[], str]
+) -> web.Application:
+    """The pages, reading live from `metrics`, `is_ready`, and what `trouble` there is, if any."""
 
     async def show_metrics(request: web.Request) -> web.Response:
         body, content_type = metrics.expose(request.headers.get("Accept", ""))
@@ -19,7 +21,7 @@ def make_app(metrics: Metrics, is_ready: Callable[[], bool]) -> web.Application:
 
     async def show_readiness(_: web.Request) -> web.Response:
         if is_ready():
-            return web.Response(text="ready\n")
+            return web.Response(text=f"ready{trouble()}\n")
         return web.Response(text="not ready: loading or stopping\n", status=503)
 
     app = web.Application()

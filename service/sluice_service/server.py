@@ -93,7 +93,9 @@ class Server:
         _require_free("listen", self.settings.listen)
         _require_free("http", self.settings.http)
         self._http = web.AppRunner(
-            make_app(self.metrics, lambda: self._is_ready), access_log=None, handle_signals=False
+            make_app(self.metrics, lambda: self._is_ready, self._trouble),
+            access_log=None,
+            handle_signals=False,
         )
         await self._http.setup()
         host, _, port = self.settings.http.rpartition(":")
@@ -153,6 +155,11 @@ class Server:
             await self._store.stop()
         self._executor.shutdown(wait=False)
         log.info("stopped")
+
+    def _trouble(self) -> str:
+        """What an operator should know of a server that serves all the same."""
+        down = max((host.store_down_seconds for host in self._hosts.values()), default=0.0)
+        return f": the store has not answered for {down:.0f} seconds" if down else ""
 
     async def _say(self, *, is_ready: bool) -> None:
         self._is_ready = is_ready

@@ -3,16 +3,16 @@
 import hashlib
 import struct
 from dataclasses import dataclass
+from functools import lru_cache
 
 from sluice_service.errors import DataLossError
 
 _MAGIC = b"sluice\x00\x01"  # the last byte is the version of the layout
 _CHECKSUM_BYTES = 16
-_FIXED = struct.Struct("<QQ")  # step, floor
-_SIZE = struct.Struct("<I")
+_FIXED = struct.Struct("<QQI")  # step, floor, how many parts
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Checkpoint:
     """All that is needed to go on from `step`, on any server with the same model."""
 
@@ -32,20 +32,15 @@ class Checkpoint:
 
 def pack(checkpoint: Checkpoint) -> bytes:
     """The checkpoint as bytes with a checksum; the inverse of `unpack`."""
-    parts = [
+    parts = (
         checkpoint.model_digest.encode(),
         checkpoint.arithmetic.encode(),
         checkpoint.clean_under,
         checkpoint.row,
         *checkpoint.outputs,
-    ]
-    body = b"".join(
-        [
-            _FIXED.pack(checkpoint.step, checkpoint.floor),
-            _SIZE.pack(len(parts)),
-            *(piece for part in parts for piece in (_SIZE.pack(len(part)), part)),
-        ]
     )
+    fixed = _FIXED.pack(checkpoint.step, checkpoint.floor, len(parts))
+    body = b"".join((fixed, _sizes(len(parts)).pack(*map(len, parts)), *parts))
     return _MAGIC + _checksum(body) + body
 
 
@@ -63,20 +58,22 @@ def unpack(data: bytes) -> Checkpoint:
             "the stored checkpoint fails its checksum; restore the store from a backup, or close "
             "the sequence and start it again"
         )
-    step, floor = _FIXED.unpack_from(body)
-    position = _FIXED.size
-    (count,) = _SIZE.unpack_from(body, position)
-    position += _SIZE.size
+    step, floor, count = _FIXED.unpack_from(body)
+    position = _FIXED.size + _sizes(count).size
     parts = []
-    for _ in range(count):
-        (size,) = _SIZE.unpack_from(body, position)
-        position += _SIZE.size
+    for size in _sizes(count).unpack_from(body, _FIXED.size):
         parts.append(body[position : position + size])
         position += size
     digest, arithmetic, clean_under, row, *outputs = parts
     return Checkpoint(
         digest.decode(), arithmetic.decode(), step, floor, clean_under, row, tuple(outputs)
     )
+
+
+@lru_cache
+def _sizes(count: int) -> struct.Struct:
+    """The sizes of so many parts."""
+    return struct.Struct(f"<{count}I")
 
 
 def _checksum(body: bytes) -> bytes:

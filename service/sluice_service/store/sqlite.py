@@ -73,11 +73,14 @@ class SqliteStore:
         tombstone_seconds: float,
         record_seconds: float,
         monotonic: Callable[[], float] = time.monotonic,
+        busy_seconds: float = 5.0,
     ) -> None:
+        """Opens in `start`. Another process has the file locked for `busy_seconds` at most."""
         self._tombstone_seconds = tombstone_seconds
         self._record_seconds = record_seconds
         chore_seconds = min(_CHORE_SECONDS_MAX, tombstone_seconds, record_seconds)
-        self._commits = Commits(SqliteFile(path, monotonic), _forget, chore_seconds=chore_seconds)
+        file = SqliteFile(path, monotonic, busy_seconds=busy_seconds)
+        self._commits = Commits(file, _forget, chore_seconds=chore_seconds)
 
     async def start(self) -> list[str]:
         """See Store."""

@@ -16,7 +16,6 @@ from sluice_service.store.protocol import StoreError, StoreSetupError
 _APPLICATION = 0x536C7569
 _SCHEMA_VERSION = 1
 _FULL = 2
-_BUSY_SECONDS = 5.0
 # Pages that are written again and again go from the log into the file once in a while.
 _LOG_PAGES = 4000
 _LOG_BYTES_KEPT = 64 * 2**20
@@ -94,8 +93,9 @@ class Transaction:
 class SqliteFile:
     """A file for one thread of this process; other threads and processes have their own."""
 
-    def __init__(self, path: Path, monotonic: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, path: Path, monotonic: Callable[[], float], *, busy_seconds: float) -> None:
         self.path = path.absolute()
+        self._busy_seconds = busy_seconds
         self._monotonic = monotonic
         self._connection: sqlite3.Connection | None = None
         self._inode = (0, 0)
@@ -163,7 +163,7 @@ class SqliteFile:
     def _open(self, mode: str) -> sqlite3.Connection:
         connection = sqlite3.connect(
             f"file:{quote(str(self.path))}?mode={mode}",
-            timeout=_BUSY_SECONDS,
+            timeout=self._busy_seconds,
             isolation_level=None,
             uri=True,
         )
@@ -181,7 +181,7 @@ class SqliteFile:
         connection.execute("PRAGMA fullfsync = ON")  # without it macOS leaves data in the drive
         connection.execute(f"PRAGMA wal_autocheckpoint = {_LOG_PAGES}")
         connection.execute(f"PRAGMA journal_size_limit = {_LOG_BYTES_KEPT}")
-        _turn_on_log(connection)
+        _turn_on_log(connection, time.monotonic() + self._busy_seconds)
         found = (_pragma(connection, "journal_mode"), _pragma(connection, "synchronous"))
         if found != ("wal", _FULL):
             raise StoreSetupError(
@@ -216,9 +216,8 @@ class SqliteFile:
         return StoreError(f"the SQLite store {self.path} did not answer: {error}")
 
 
-def _turn_on_log(connection: sqlite3.Connection) -> None:
+def _turn_on_log(connection: sqlite3.Connection, deadline: float) -> None:
     """Write-ahead logging, also while other processes open the new file at the same time."""
-    deadline = time.monotonic() + _BUSY_SECONDS
     while True:
         try:
             connection.execute("PRAGMA journal_mode = WAL")
@@ -255,7 +254,13 @@ def _judge_place(path: Path) -> list[str]:
         )
     if path.exists() and not stat.S_ISREG(path.stat().st_mode):
         raise StoreSetupError(f"{path} is not a file; name one for the SQLite store")
-    kind = _file_system(folder)
+    mounts = Path("/proc/self/mounts")
+    table = mounts.read_text(errors="replace") if mounts.exists() else ""
+    return judge_file_system(path, find_file_system(folder.resolve(), table))
+
+
+def judge_file_system(path: Path, kind: str) -> list[str]:
+    """Warnings about a file system. Raises StoreSetupError for one that keeps no promise."""
     if kind in _NETWORK_FILE_SYSTEMS:
         raise StoreSetupError(
             f"the SQLite store {path} is on a network file system ({kind}), where SQLite keeps no "
@@ -269,16 +274,13 @@ def _judge_place(path: Path) -> list[str]:
     return []
 
 
-def _file_system(folder: Path) -> str:
-    """The kind of file system a folder is on; empty where the machine does not tell."""
-    mounts = Path("/proc/self/mounts")
-    if not mounts.exists():
-        return ""
-    parts, best, kind = folder.resolve().parts, 0, ""
-    for line in mounts.read_text(errors="replace").splitlines():
+def find_file_system(folder: Path, mounts: str) -> str:
+    """The kind of file system a folder is on, by the machine's table of mounts; or nothing."""
+    best, kind = 0, ""
+    for line in mounts.splitlines():
         _, point, found, *_ = line.split(" ")
         # Of several mounts on one point the last is on top.
         mounted = Path(point.replace("\\040", " ")).parts
-        if len(mounted) >= best and parts[: len(mounted)] == mounted:
+        if len(mounted) >= best and folder.parts[: len(mounted)] == mounted:
             best, kind = len(mounted), found
     return kind

@@ -14,7 +14,7 @@ from sluice_service.sequences import Sequence, Sequences
 from sluice_service.store import Checkpoint, Packed, pack
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Snapshot:
     """One sequence as it stood, under the claim it had."""
 
@@ -54,7 +54,8 @@ class Snapshots:
 
     def _begin(self, row: bytes, step: int) -> Packed:
         nothing = (b"",) * self._outputs
-        return self._pack(Checkpoint(self._digest, self._arithmetic, step, step, b"", row, nothing))
+        checkpoint = Checkpoint(self._digest, self._arithmetic, step, step, b"", row, nothing)
+        return Packed(step, pack(checkpoint))
 
     def take(self, slots: Slots, *, is_parked: bool = False) -> list[Snapshot]:
         """The durable sequences of `slots`, each once; between runs only.
@@ -64,55 +65,62 @@ class Snapshots:
         """
         table = self._sequences
         slots = slots[table.is_alive[slots]]
+        steps = table.step[slots]
         rows = self._arena.take(slots)
-        floors = np.minimum(table.received[slots], table.step[slots])
-        outputs = self._held(slots)
+        kept = zip(
+            map(table.at, slots.tolist()),
+            steps.tolist(),
+            np.minimum(table.received[slots], steps).tolist(),
+            (table.is_strict[slots] | is_parked).tolist(),
+            rows,
+            self._held(slots),
+            strict=True,
+        )
         taken = []
-        for index, slot in enumerate(slots.tolist()):
-            sequence = table.at(slot)
+        for sequence, step, floor, is_clean, row, outputs in kept:
             if not sequence.is_durable:
                 continue
-            is_clean = is_parked or bool(table.is_strict[slot])
+            claim_id = sequence.claim_id
             checkpoint = Checkpoint(
                 self._digest,
                 self._arithmetic,
-                int(table.step[slot]),
-                int(floors[index]),
-                sequence.claim_id if is_clean else b"",
-                rows[index].tobytes(),
-                tuple(b"".join(pieces) for pieces in outputs[index]),
+                step,
+                floor,
+                claim_id if is_clean else b"",
+                row.tobytes(),
+                tuple([b"".join(pieces) for pieces in outputs]),
             )
-            packed = self._pack(checkpoint)
-            taken.append(Snapshot(sequence, sequence.claim_id, is_clean, packed))
+            packed = Packed(step, pack(checkpoint))
+            taken.append(Snapshot(sequence, claim_id, is_clean, packed))
         return taken
-
-    def _pack(self, checkpoint: Checkpoint) -> Packed:
-        return Packed(checkpoint.step, pack(checkpoint))
 
     def _held(self, slots: Slots) -> list[list[list[bytes]]]:
         """For each of `slots`, for each output: what its client may still ask for, in order."""
         found: list[list[list[bytes]]] = [[[] for _ in range(self._outputs)] for _ in slots]
-        for place, first, steps, outputs in self._pieces(slots):
-            received = int(self._sequences.received[slots[place]])
-            skipped = max(received - first, 0)
+        received = self._sequences.received[slots].tolist()
+        for place, first, steps, outputs in self._pieces(slots, received):
+            skipped = max(received[place] - first, 0)
             for pieces, output in zip(found[place], outputs, strict=True):
-                pieces.append(output[len(output) // steps * skipped :])
+                pieces.append(output[len(output) // steps * skipped :] if skipped else output)
         return found
 
-    def _pieces(self, slots: Slots) -> Iterator[tuple[int, int, int, list[bytes]]]:
+    def _pieces(
+        self, slots: Slots, received: list[int]
+    ) -> Iterator[tuple[int, int, int, list[bytes]]]:
         """(place in `slots`, first step, steps, outputs), oldest first, of what is still due."""
         table = self._sequences
         for place, slot in enumerate(slots.tolist()):
             for held in table.at(slot).held:
-                if held.first + held.steps > table.received[slot]:
+                if held.first + held.steps > received[place]:
                     yield place, held.first, held.steps, held.outputs
         self._place[slots] = np.arange(len(slots))
         try:
             for delivery in self._lanes.due(table.stream[slots]):
-                wanted = self._place[delivery.slots] >= 0
+                places = self._place[delivery.slots]
+                wanted = places >= 0
                 if wanted.any():
-                    chosen = delivery.only(wanted)
-                    for index, first, steps, outputs in chosen.chunks():
-                        yield int(self._place[chosen.slots[index]]), first, steps, outputs
+                    chosen = places[wanted].tolist()
+                    for index, first, steps, outputs in delivery.only(wanted).chunks():
+                        yield chosen[index], first, steps, outputs
         finally:
             self._place[slots] = -1

@@ -34,15 +34,12 @@ class Delivery:
 
     def chunks(self) -> Iterator[tuple[int, int, int, list[bytes]]]:
         """Each chunk alone: (index, first, steps, outputs), the bytes copied."""
-        ends, rows = np.cumsum(self.lengths), self.rows
-        for index, end in enumerate(ends.tolist()):
-            steps = int(self.lengths[index])
-            yield (
-                index,
-                int(self.first[index]),
-                steps,
-                [cut(output, rows, end - steps, end) for output in self.outputs],
-            )
+        rows, start = self.rows, 0
+        chunks = zip(self.first.tolist(), self.lengths.tolist(), strict=True)
+        for index, (first, steps) in enumerate(chunks):
+            end = start + steps
+            yield index, first, steps, [cut(output, rows, start, end) for output in self.outputs]
+            start = end
 
     def only(self, chosen: NDArray[np.bool_]) -> "Delivery":
         """The same without the chunks that were not chosen [chunks]."""

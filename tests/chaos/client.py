@@ -2,46 +2,22 @@
 
     python -m tests.chaos.client FOLDER
 
-FOLDER has `task.json` (a Task) and gets a journal for each sequence. A file `stop` in it
-makes every worker end after its present sequence. Killed and started again, it goes on.
+FOLDER has the Task and gets a journal for each sequence. Killed and started again, it goes on.
 """
 
 import asyncio
-import json
 import random
 import sys
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from sluice_client import AsyncClient, AsyncSequence, SluiceError
 from tests.chaos.journal import Journal
+from tests.chaos.task import Task
 from tests.chaos.verdict import DONE
 from tests.chaos.workload import OUTPUT_SIZES, Assignment, make_id, read_id
 
 # Longer than any fault lasts.
 RECONNECT_SECONDS_MAX = 600.0
-
-
-@dataclass(frozen=True)
-class Task:
-    """What one client process is to do."""
-
-    addresses: list[str]
-    seed: int
-    client: int
-    workers: int
-    steps_max: int  # of a sequence
-    # Between steps, on average: so that sequences also stand still now and then.
-    pause_seconds: float
-
-    def write(self, folder: Path) -> None:
-        """Put it where the process will look."""
-        (folder / "task.json").write_text(json.dumps(asdict(self)))
-
-    @classmethod
-    def read(cls, folder: Path) -> "Task":
-        """The inverse of `write`."""
-        return cls(**json.loads((folder / "task.json").read_text()))
 
 
 async def run(folder: Path) -> None:

@@ -132,7 +132,13 @@ class Process:
 class ServerProcess(Process):
     """`sluice serve` behind a proxy, at whose address it is found however often it starts."""
 
-    def __init__(self, models: Mapping[str, Path], *flags: str, trace: Path | None = None) -> None:
+    def __init__(
+        self,
+        models: Mapping[str, Path],
+        *flags: str,
+        trace: Path | None = None,
+        without: str = "",
+    ) -> None:
         launcher = [sys.executable, "-m", "tests.chaos.launcher"]
         plain = [str(Path(sys.executable).with_name("sluice"))]
         command = [*(plain if trace is None else launcher), "serve"]
@@ -141,7 +147,7 @@ class ServerProcess(Process):
         command += ["--listen", "127.0.0.1:0", "--http", "127.0.0.1:0", *flags]
         environment = dict(os.environ)
         if trace is not None:
-            environment["CHAOS_TRACE"] = str(trace)
+            environment |= {"CHAOS_TRACE": str(trace), "CHAOS_WITHOUT": without}
         super().__init__(command, environment)
         self.proxy = Proxy()
         self.http = ""

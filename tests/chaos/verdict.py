@@ -12,6 +12,9 @@ from tests.chaos.reference import Reference
 from tests.chaos.workload import OUTPUT_SIZES, read_id
 
 DONE = "done"
+# What each of two rivals adds to their sum, and how far sums of both stay exact and apart.
+RIVAL_ADDENDS = (1, 4096)
+RIVAL_STEPS_MAX = 4000
 
 
 @dataclass
@@ -28,6 +31,13 @@ class Verdict:
         """Note something that must not be."""
         self.kinds[kind] += 1
         self.wrongs.append(words)
+
+    def take(self, other: "Verdict") -> None:
+        """Add another verdict to this one."""
+        self.sequences += other.sequences
+        self.steps += other.steps
+        self.wrongs += other.wrongs
+        self.kinds += other.kinds
 
 
 def compare(
@@ -84,4 +94,37 @@ def judge(folder: Path, reference: Reference, *, must_be_whole: bool = True) -> 
             )
         expected = reference.outputs(assignment.model, assignment.inputs())
         compare(verdict, sequence_id, journal.outputs(), expected, is_whole=ending == DONE)
+    return verdict
+
+
+def judge_rivals(folders: list[Path]) -> Verdict:
+    """Judge one sequence that several clients have had in turn: it must never have forked.
+
+    Output `step` holds step + 1 addends, each client's own: so many of each as it has
+    added by then, never fewer than an earlier output holds. Nobody gets what another got.
+    """
+    verdict = Verdict(sequences=1)
+    received: dict[int, tuple[int, str]] = {}
+    for folder in folders:
+        if (folder / "error").exists():
+            verdict.add("error", f"{folder.name}: {(folder / 'error').read_text()}")
+        claims = folder / "claims"
+        for line in claims.read_text().splitlines() if claims.exists() else ():
+            step, value = map(int, line.split())
+            verdict.steps += 1
+            if step in received:
+                verdict.add(
+                    "doubled", f"output {step} came to {received[step][1]} and to {folder.name}"
+                )
+            received[step] = value, folder.name
+    before = dict.fromkeys(RIVAL_ADDENDS, 0)
+    for step, (value, name) in sorted(received.items()):
+        second, first = divmod(value, RIVAL_ADDENDS[1])
+        counts = dict(zip(RIVAL_ADDENDS, (first, second), strict=True))
+        if first + second != step + 1:
+            kind = "lost" if first + second < step + 1 else "doubled"
+            verdict.add(kind, f"{name}: output {step} holds {first} and {second} steps")
+        elif any(counts[addend] < before[addend] for addend in RIVAL_ADDENDS):
+            verdict.add("wrong", f"{name}: output {step} is of another line: {before} → {counts}")
+        before = counts
     return verdict

@@ -1,0 +1,48 @@
+"""Takes one rule away from a server, in that server's process alone: the harness must notice."""
+
+from collections.abc import Callable
+from typing import Any
+
+
+def forget_duplicates() -> None:
+    """V7: steps that are applied already are applied again."""
+    from sluice_service.queues import Kind
+    from sluice_service.scheduler import Scheduler
+
+    choose = Scheduler._drop_unrunnable
+
+    def choose_blindly(self: Any, slots: Any) -> Any:
+        queues, step = self._queues, self._sequences.step[slots]
+        nodes = queues.head[slots]
+        is_late = (queues.kind[nodes] == Kind.CHUNK) & (queues.first[nodes] < step)
+        queues.first[nodes[is_late]] = step[is_late]
+        return choose(self, slots)
+
+    Scheduler._drop_unrunnable = choose_blindly
+
+
+def forget_claims() -> None:
+    """T4: a checkpoint is written whoever owns the record."""
+    from sluice_service.store import sqlite
+
+    for name in ("_OWNED", "_WRITE", "_RENEW"):
+        statement = getattr(sqlite, name)
+        assert "claim_id = ?" in statement
+        setattr(sqlite, name, statement.replace("claim_id = ?", "claim_id != x'00' || ?"))
+
+
+def forget_outputs() -> None:
+    """V11: outputs that have not been acknowledged are not sent again."""
+    from sluice_service.lanes import Lanes
+
+    def forget(self: Any, stream: Any, sequence: Any, lane: int) -> None:
+        sequence.held.clear()
+
+    Lanes.resend = forget
+
+
+RULES: dict[str, Callable[[], None]] = {
+    "duplicates": forget_duplicates,
+    "claims": forget_claims,
+    "outputs": forget_outputs,
+}

@@ -1,0 +1,26 @@
+"""Through connections that break at the worst moments every output arrives, once, bit for bit."""
+
+from pathlib import Path
+
+from tests.chaos import moments
+from tests.chaos.proxy import Way
+from tests.chaos.world import Models, Setting, World
+
+
+def test_connections_may_break_at_any_moment(models: Models, tmp_path: Path) -> None:
+    with World(Setting("memory", "off"), models, tmp_path, seed=1) as world:
+        (server,) = world.servers
+        for _ in range(3):
+            moments.lose_responses(world, server)
+        for way, size in [(Way.THERE, 1), (Way.BACK, 1), (Way.THERE, 700), (Way.BACK, 1500)]:
+            moments.break_within_a_message(world, server, way, size)
+        server.process.pause()
+        server.process.proxy.cut()
+        server.process.wake()
+        server.process.proxy.hold(Way.THERE)
+        server.process.proxy.cut()
+        server.process.proxy.heal()
+        moments.await_progress(world)
+        verdict = world.finish()
+    assert verdict.wrongs == []
+    assert verdict.steps > 1000

@@ -38,6 +38,7 @@ from sluice_service.store.redis_scripts import (
     TICK,
     WRITE,
 )
+from sluice_service.store.urls import redact
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
@@ -77,8 +78,9 @@ class RedisStore:
         `?prefix=NAME:` sets what all keys begin with; other options are redis-py's, such as
         `?ssl_ca_certs=FILE`.
         """
-        self._name, address, self._prefix = _read_url(url)
+        self._name = redact(url)
         try:
+            address, self._prefix = _read_url(url)
             pool = BlockingConnectionPool.from_url(
                 address,
                 max_connections=_CONNECTIONS_MAX,
@@ -92,8 +94,14 @@ class RedisStore:
                 protocol=2,
             )
             pool.make_connection()  # where an unknown option shows
-        except (ValueError, TypeError, RedisError) as error:
+        except (TypeError, RedisError) as error:
             raise StoreSetupError(f"the URL of the Redis store {self._name}: {error}") from error
+        except ValueError:
+            # Its words may quote what it took for a port and is a password.
+            raise StoreSetupError(
+                f"the URL of the Redis store {self._name} cannot be read; it is like "
+                "redis://USER:PASSWORD@HOST:PORT/0, with %40 for @ and %2F for / in a password"
+            ) from None
         self._redis = Redis.from_pool(pool)
         self._tombstone_ms = int(tombstone_seconds * 1000)
         self._record_ms = int(record_seconds * 1000)
@@ -298,11 +306,10 @@ def _unpack_header(
     )
 
 
-def _read_url(url: str) -> tuple[str, str, str]:
-    """The name that may be shown, the URL for redis-py, and the prefix of all keys."""
+def _read_url(url: str) -> tuple[str, str]:
+    """The URL for redis-py, and the prefix of all keys. Raises ValueError."""
     parts = urlsplit(url)
-    name = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
     options = parse_qsl(parts.query)
     prefix = dict(options).get("prefix", _PREFIX)
     rest = [(option, value) for option, value in options if option != "prefix"]
-    return name, parts._replace(query=urlencode(rest)).geturl(), prefix
+    return parts._replace(query=urlencode(rest)).geturl(), prefix

@@ -23,7 +23,7 @@ _LOG_BYTES_KEPT = 64 * 2**20
 _GAP_SECONDS_MAX = 30.0
 
 # The checkpoints apart: renewals and expiry then touch none of their pages.
-_SCHEMA = """
+_SCHEMA = f"""
 CREATE TABLE store (epoch INTEGER NOT NULL, seconds REAL NOT NULL, monotonic REAL NOT NULL) STRICT;
 INSERT INTO store VALUES (0, 0, 0);
 CREATE TABLE sequences (
@@ -43,6 +43,8 @@ CREATE TABLE sequences (
     UNIQUE (model, sequence_id)
 ) STRICT;
 CREATE TABLE checkpoints (id INTEGER PRIMARY KEY, step INTEGER NOT NULL, data BLOB NOT NULL) STRICT;
+PRAGMA application_id = {_APPLICATION};
+PRAGMA user_version = {_SCHEMA_VERSION};
 """
 
 # Neither locks nor the shared memory of the log can be relied on there.
@@ -188,25 +190,22 @@ class SqliteFile:
                 f"the SQLite store {self.path} gets journal_mode {found[0]} and synchronous "
                 f"{found[1]} where it needs wal and {_FULL} (FULL); put it on a local disk"
             )
-        connection.execute("BEGIN IMMEDIATE")
-        self._adopt(connection)
-        connection.execute("COMMIT")
+        if _is_empty(connection):
+            connection.execute("BEGIN IMMEDIATE")
+            if _is_empty(connection):  # and nobody else has been faster
+                for statement in _SCHEMA.split(";"):
+                    connection.execute(statement)
+            connection.execute("COMMIT")
+        self._recognize(connection)
 
-    def _adopt(self, connection: sqlite3.Connection) -> None:
-        """Make the tables in an empty file; refuse one that is not ours, or from the future."""
-        application = _pragma(connection, "application_id")
+    def _recognize(self, connection: sqlite3.Connection) -> None:
+        """Raises StoreSetupError for a file that is not ours, or of another time."""
         version = _pragma(connection, "user_version")
-        (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
-        if (application, version, tables) == (0, 0, 0):
-            for statement in _SCHEMA.split(";"):
-                connection.execute(statement)
-            connection.execute(f"PRAGMA application_id = {_APPLICATION}")
-            connection.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
-        elif application != _APPLICATION:
+        if _pragma(connection, "application_id") != _APPLICATION:
             raise StoreSetupError(
                 f"{self.path} is a database of another program; name a file of its own"
             )
-        elif version != _SCHEMA_VERSION:
+        if version != _SCHEMA_VERSION:
             raise StoreSetupError(
                 f"the SQLite store {self.path} has schema {version} and this Sluice knows "
                 f"{_SCHEMA_VERSION}; serve it with the Sluice that made it, or name a new file"
@@ -233,6 +232,11 @@ def _turn_on_log(connection: sqlite3.Connection, deadline: float) -> None:
 def _pragma(connection: sqlite3.Connection, name: str) -> object:
     value: object = connection.execute(f"PRAGMA {name}").fetchone()[0]
     return value
+
+
+def _is_empty(connection: sqlite3.Connection) -> bool:
+    (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    return not tables and _pragma(connection, "application_id") == 0
 
 
 def _inode(path: Path) -> tuple[int, int]:

@@ -43,11 +43,16 @@ def open_store(url: str, *, tombstone_seconds: float, record_seconds: float) -> 
 
 
 def redact(url: str) -> str:
-    """The URL as it may be shown: without a password."""
+    """The URL as it may be shown: without user, password and options."""
+    scheme, separator, _ = url.partition("://")
+    if not separator or url.startswith(_SQLITE):
+        return "…" if "@" in url and not separator else url
     try:
         parts = urlsplit(url)
+        # A password with special characters that are not encoded may be anywhere.
+        is_plain = "@" not in parts.path + parts.query + parts.fragment and parts.port != 0
     except ValueError:
-        return url.partition(":")[0] + ":…"
-    if "@" not in parts.netloc:
-        return url
-    return parts._replace(netloc="…@" + parts.netloc.rpartition("@")[2]).geturl()
+        is_plain = False
+    if not is_plain:
+        return f"{scheme}://…"
+    return f"{scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"

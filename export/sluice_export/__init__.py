@@ -12,6 +12,7 @@ from sluice_export.delivery import TOLERANCE, Progress
 from sluice_export.errors import (
     BidirectionalError,
     CheckpointError,
+    ConvolutionError,
     ExportError,
     ExportNotice,
     FactoryError,
@@ -32,6 +33,7 @@ __all__ = [
     "TOLERANCE",
     "BidirectionalError",
     "CheckpointError",
+    "ConvolutionError",
     "ExportError",
     "ExportNotice",
     "FactoryError",

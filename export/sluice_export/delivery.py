@@ -9,10 +9,10 @@ from typing import Final
 
 import onnx
 
-from sluice_export.culprit import explain_failure
+from sluice_export.comparison import Source
 from sluice_export.errors import ExportNotice, ParityError
 from sluice_export.minimums import measure_minimums
-from sluice_export.proofs import PROOFS, Evidence, Source, is_required
+from sluice_export.proofs import PROOFS, Evidence, is_required
 from sluice_model.contract import write_contract
 from sluice_model.model import Model
 from sluice_protos.contract_pb2 import ModelContract, Proof
@@ -23,6 +23,8 @@ TOLERANCE: Final = 1e-4
 
 # Told what is going on, and which share of the export is done (0 to 1).
 Progress = Callable[[str, float], None]
+# Given what a proof failed on, tells what in the model is at fault.
+Explain = Callable[[Evidence], str]
 
 
 def deliver(
@@ -31,20 +33,20 @@ def deliver(
     source: Source,
     path: Path,
     *,
-    noted: onnx.ModelProto,
+    explain: Explain,
     tolerance: float,
     tell: Progress,
 ) -> None:
     """Write `proto` with `contract`, completed by every proof against `source`, to `path`.
 
-    `noted` is the graph with all that its maker noted in it, to explain failures with.
+    `explain` tells why a proof failed: what in the model is at fault, in sentences.
     Raises ParityError, and writes nothing then.
     """
     tell("measuring the smallest batch and length", 0.3)
     sizes = set_minimums(proto, contract)
     data = proto.SerializeToString()
     evidence = Evidence(Model(data, contract), source, tolerance=tolerance)
-    contract.proofs.extend([*prove(evidence, noted, tell), sizes])
+    contract.proofs.extend([*prove(evidence, explain, tell), sizes])
     for proof in contract.proofs:
         if not proof.passed:
             notify(f"{proof.name} does not hold: {proof.figure:g} {proof.detail}")
@@ -62,7 +64,7 @@ def set_minimums(proto: onnx.ModelProto, contract: ModelContract) -> Proof:
     return sizes
 
 
-def prove(evidence: Evidence, noted: onnx.ModelProto, tell: Progress) -> list[Proof]:
+def prove(evidence: Evidence, explain: Explain, tell: Progress) -> list[Proof]:
     """Every proof, in order. Raises ParityError for the first that fails and matters."""
     proofs = []
     for place, (what, prove_one) in enumerate(PROOFS.items()):
@@ -71,7 +73,7 @@ def prove(evidence: Evidence, noted: onnx.ModelProto, tell: Progress) -> list[Pr
         if not proof.passed and is_required(proof):
             raise ParityError(
                 f"{proof.name} failed: {proof.figure:.3g}, at most {proof.tolerance:.3g} is "
-                f"allowed ({proof.detail}). {explain_failure(noted, evidence)}"
+                f"allowed ({proof.detail}). {explain(evidence)}"
             )
         proofs.append(proof)
     return proofs

@@ -5,6 +5,7 @@ ExportError
 │   ├── NoRecurrentLayerError    nothing in it carries a state
 │   ├── BidirectionalError       a layer needs the future
 │   ├── LayerError               a recurrent layer is used in a way that cannot be carried
+│   ├── ConvolutionError         a convolution over time needs the future, or cannot be carried
 │   └── OutputError              an output has no place in a stream
 ├── InputError                   the example inputs do not fit the module, or say too little
 ├── TraceError                   PyTorch's exporter failed
@@ -24,7 +25,7 @@ class UnsupportedModuleError(ExportError):
 
 
 class NoRecurrentLayerError(UnsupportedModuleError):
-    """The module has no nn.LSTM, nn.GRU or nn.RNN."""
+    """The module has nothing that carries a state."""
 
 
 class BidirectionalError(UnsupportedModuleError):
@@ -33,6 +34,10 @@ class BidirectionalError(UnsupportedModuleError):
 
 class LayerError(UnsupportedModuleError):
     """A recurrent layer is used in a way whose state cannot be carried."""
+
+
+class ConvolutionError(UnsupportedModuleError):
+    """A convolution over time needs steps to come, or its context cannot be carried."""
 
 
 class OutputError(UnsupportedModuleError):

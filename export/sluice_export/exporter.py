@@ -1,20 +1,23 @@
 """Exports a module: survey, graph, proofs, and only then the file."""
 
 import copy
+import math
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from sluice_export.culprit import explain_failure
 from sluice_export.delivery import TOLERANCE, Progress, deliver, notify
-from sluice_export.errors import NoRecurrentLayerError, UnsupportedModuleError
+from sluice_export.errors import UnsupportedModuleError
 from sluice_export.graph import make_graph, without_traces
-from sluice_export.layers import RecurrentLayer, find_layers
 from sluice_export.reference import Reference
 from sluice_export.signature import LENGTHS, STATE, STATE_OUT
+from sluice_export.stepping import explain_step
 from sluice_export.survey import Survey, take_survey
 from sluice_protos.contract_pb2 import Cell, ModelContract, StatePart, TensorSpec, ValueRange
 from sluice_protos.datatypes import DATATYPES
@@ -51,25 +54,18 @@ def export(
     tell = on_progress or (lambda what, share: None)
     tell("looking at the module", 0.0)
     original = prepare(module)
-    layers = find_layers(original)
-    if not layers:
-        raise NoRecurrentLayerError(
-            f"{type(module).__name__} has no nn.LSTM, nn.GRU or nn.RNN, so it has no state to "
-            "carry; pass the nn.Module that holds the recurrent layers (not a scripted one)"
-        )
-    survey = take_survey(
-        original,
-        layers,
-        example_inputs,
-        valid=valid or {},
-        output_names=output_names,
-    )
-    contract = _describe(survey, layers, name or path.stem)
+    survey = take_survey(original, example_inputs, valid=valid or {}, output_names=output_names)
+    contract = _describe(survey, name or path.stem)
     tell("making the graph", 0.1)
-    proto = make_graph(original, survey.signature.as_float(), state_size=contract.state_size)
+    proto = make_graph(original, survey, state_size=contract.state_size)
     bare = without_traces(proto)
-    reference = Reference(original, layers, survey.signature)
-    deliver(bare, contract, reference, path, noted=proto, tolerance=tolerance, tell=tell)
+    explain = (
+        partial(explain_step, original, survey)
+        if survey.is_folded
+        else partial(explain_failure, proto)
+    )
+    reference = Reference(original, survey)
+    deliver(bare, contract, reference, path, explain=explain, tolerance=tolerance, tell=tell)
     return contract
 
 
@@ -103,7 +99,7 @@ def _differs_in_training(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.batchnorm._BatchNorm)
 
 
-def _describe(survey: Survey, layers: Sequence[RecurrentLayer], name: str) -> ModelContract:
+def _describe(survey: Survey, name: str) -> ModelContract:
     """The contract of the graph to be made, without proofs."""
     contract = ModelContract(name=name, lengths_input=LENGTHS, batch_min=1, length_min=1)
     signature = survey.signature.as_float()
@@ -113,29 +109,29 @@ def _describe(survey: Survey, layers: Sequence[RecurrentLayer], name: str) -> Mo
     for output in signature.outputs:
         contract.outputs.append(_tensor_spec(output.name, output.dtype, output.shape, None))
     contract.state_input, contract.state_output = STATE, STATE_OUT
-    for layer in layers:
-        hidden = layer.module.hidden_size
+    for layer in survey.layers:
         contract.cells.append(
             Cell(
                 name=layer.name,
                 kind=layer.kind.name,
-                layers=layer.module.num_layers,
+                layers=layer.depth,
                 input_size=layer.module.input_size,
-                hidden_size=hidden,
+                hidden_size=layer.module.hidden_size,
                 gates=layer.kind.gates,
             )
         )
-        for part in layer.parts:
-            initial = survey.initial.get(part)
+    for carrier in survey.carriers:
+        for part, shape in carrier.parts.items():
+            initial = survey.initial.get(part, torch.empty(0))
             contract.state.append(
                 StatePart(
                     name=part,
                     offset=contract.state_size,
-                    shape=[hidden],
-                    initial=[] if initial is None else initial.float().tolist(),
+                    shape=shape,
+                    initial=initial.flatten().float().tolist(),
                 )
             )
-            contract.state_size += hidden
+            contract.state_size += math.prod(shape)
     for package in ("sluice-serving", "torch", "onnx", "onnxscript", "onnxruntime"):
         contract.made_with[package] = metadata.version(package)
     return contract

@@ -4,6 +4,7 @@ import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -12,6 +13,7 @@ import onnx
 from onnx import helper
 
 from sluice_export.axes import BATCH, Axes, Layout, declare_axes, find_layout
+from sluice_export.culprit import explain_failure
 from sluice_export.delivery import TOLERANCE, Progress, deliver, notify, set_minimums
 from sluice_export.draft import Draft
 from sluice_export.errors import ExportError, InputError, NoRecurrentLayerError
@@ -19,7 +21,7 @@ from sluice_export.exposure import expose_states
 from sluice_export.original import Original
 from sluice_export.packing import Part, check_state_type
 from sluice_export.pairing import StatePair, could_be_states, pair_states
-from sluice_export.proofs import measure_difference
+from sluice_export.proofs import Evidence, prove_ragged
 from sluice_export.surgery import (
     constants_of,
     fix_inputs,
@@ -30,7 +32,7 @@ from sluice_export.surgery import (
 )
 from sluice_model.contract import load_proto
 from sluice_model.errors import ModelError, NotAModelError
-from sluice_model.model import Model, example_inputs
+from sluice_model.model import Model
 from sluice_protos.contract_pb2 import ModelContract
 
 _OPSET_MIN: Final = 10
@@ -87,14 +89,21 @@ def export_onnx(
             f"{source}: no state was found in it: no input comes back as an output, and no LSTM, "
             "GRU or RNN runs over a time axis; name it: --state input=output"
         )
-    original.gives_state = not hidden
     layout.states.update({pair.input: (1, BATCH, _hidden(bare.graph, pair)) for pair in hidden})
     parts = _parts(bare.graph, layout, [*pairs, *hidden])
     draft = Draft(bare, name or path.stem, layout, parts, found, ranges)
     tell("packing the state", 0.1)
     proto, contract = _choose_form(draft, original, tolerance)
     noted = onnx.shape_inference.infer_shapes(proto)
-    deliver(proto, contract, original, path, noted=noted, tolerance=tolerance, tell=tell)
+    deliver(
+        proto,
+        contract,
+        original,
+        path,
+        explain=partial(explain_failure, noted),
+        tolerance=tolerance,
+        tell=tell,
+    )
     return contract
 
 
@@ -254,16 +263,7 @@ def _is_equal(
     try:
         sizes = set_minimums(proto, contract)
         model = Model(proto.SerializeToString(), contract)
-        lengths = np.array([4, 1, 3], np.int32)
-        inputs = example_inputs(contract, len(lengths), int(lengths.max()), seed=7)
-        initial = np.tile(model.initial_state, (len(lengths), 1))
-        outputs, state = model.run(inputs, lengths, initial)
-        for row, length in enumerate(lengths):
-            rows, last = original.run([a[row : row + 1, :length] for a in inputs])
-            pairs = [(one[row, :length], two[0]) for one, two in zip(outputs, rows, strict=True)]
-            pairs += [(state[row], last[0])] if last is not None else []
-            if any(not measure_difference(one, two) <= tolerance for one, two in pairs):
-                return False
+        is_equal = prove_ragged(Evidence(model, original, tolerance=tolerance)).passed
     except ModelError:
         return False
-    return sizes.passed or bool(contract.lengths_input)
+    return is_equal and (sizes.passed or bool(contract.lengths_input))

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import io
 import logging
+import math
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from sluice_export.errors import TraceError
-from sluice_export.layers import Carry, find_layers, swap_layers
-from sluice_export.signature import LENGTHS, STATE, STATE_OUT, Signature
+from sluice_export.natives import Carry, swap_carriers
+from sluice_export.signature import LENGTHS, STATE, STATE_OUT
+from sluice_export.survey import Survey
 
 OPSET: Final = 20
 
@@ -26,17 +28,25 @@ _STEPS: Final = 7
 
 
 class PackedModule(nn.Module):
-    """A module as a pure function: (inputs, lengths, state) to (outputs, state_out)."""
+    """A module as a pure function: (inputs, lengths, state) to (outputs, state_out).
 
-    def __init__(self, module: nn.Module, signature: Signature) -> None:
+    Folded, the module sees one step of each of batch × steps sequences, and only
+    what carries a state sees the sequences that they are: so a loop over time runs
+    once, and what is said of the last step is said of every step.
+    """
+
+    def __init__(self, module: nn.Module, survey: Survey) -> None:
         """Take a copy of `module` apart; `module` itself stays as it is."""
         super().__init__()
         module = copy.deepcopy(module).float()
-        layers = find_layers(module)
-        self._signature = signature
+        carriers = [carrier.within(module) for carrier in survey.carriers]
+        self._signature = survey.signature.as_float()
+        self._is_folded = survey.is_folded
         self._carry = [Carry()]
-        self._sizes = {part: layer.module.hidden_size for layer in layers for part in layer.parts}
-        self.module = swap_layers(module, layers, self._carry[0])
+        self._shapes = {
+            part: shape for carrier in carriers for part, shape in carrier.parts.items()
+        }
+        self.module = swap_carriers(module, carriers, self._carry[0])
 
     def forward(
         self, inputs: tuple[Tensor, ...], lengths: Tensor, state: Tensor | None = None
@@ -45,20 +55,31 @@ class PackedModule(nn.Module):
         carry = self._carry[0]
         carry.lengths = lengths
         if state is not None:
-            parts = torch.split(state, list(self._sizes.values()), dim=1)
-            carry.before = dict(zip(self._sizes, parts, strict=True))
-        result = self._signature.call(self.module, inputs)
-        outputs = self._signature.take_outputs(result, inputs)
+            parts = torch.split(state, list(map(math.prod, self._shapes.values())), dim=1)
+            carry.before = {
+                name: part.reshape(-1, *shape)
+                for (name, shape), part in zip(self._shapes.items(), parts, strict=True)
+            }
+        given = inputs
+        if self._is_folded:
+            carry.folded = (inputs[0].shape[0], inputs[0].shape[1])
+            given = tuple(tensor.flatten(0, 1).unsqueeze(1) for tensor in inputs)
+        result = self._signature.call(self.module, given)
+        outputs = self._signature.take_outputs(result, given)
+        if self._is_folded:
+            outputs = [carry.unfold(tensor.squeeze(1)) for tensor in outputs]
         if state is not None:
-            outputs.append(torch.cat([carry.after[part] for part in self._sizes], dim=1))
+            rows = [carry.after[part].flatten(1) for part in self._shapes]
+            outputs.append(torch.cat(rows, dim=1))
         return tuple(outputs)
 
 
-def make_graph(module: nn.Module, signature: Signature, *, state_size: int) -> onnx.ModelProto:
+def make_graph(module: nn.Module, survey: Survey, *, state_size: int) -> onnx.ModelProto:
     """The graph of `module`, with every input and output [batch, steps, …].
 
     Raises TraceError where PyTorch's exporter fails.
     """
+    signature = survey.signature.as_float()
     inputs = tuple(signature.random_inputs(_BATCH, _STEPS, seed=3))
     lengths = torch.tensor([_STEPS, _STEPS - 2, 1], dtype=torch.int32)
     batch = torch.export.Dim("batch")
@@ -72,7 +93,7 @@ def make_graph(module: nn.Module, signature: Signature, *, state_size: int) -> o
         dimensions.append({0: batch})
         input_names.append(STATE)
         output_names.append(STATE_OUT)
-    packed = PackedModule(module, signature).eval()
+    packed = PackedModule(module, survey).eval()
     with _hushed(), torch.no_grad():
         try:
             program = torch.onnx.export(

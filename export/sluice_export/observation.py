@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
+from sluice_export.convolutions import CausalConvolution, ConvolutionCall
 from sluice_export.errors import LayerError
 from sluice_export.layers import RecurrentLayer
 from sluice_export.signature import Signature
@@ -17,18 +18,12 @@ from sluice_export.signature import Signature
 
 @dataclass(frozen=True)
 class LayerCall:
-    """What one recurrent layer was given and gave, in one call of the module."""
+    """What one recurrent layer or cell was given and gave, in one call of the module."""
 
-    layer: RecurrentLayer
-    sequence: Tensor
-    before: tuple[Tensor, ...]  # empty: the layer was called without a state
-    after: tuple[Tensor, ...]
-
-    @property
-    def sizes(self) -> tuple[int, int]:
-        """The batch and the steps that the layer saw."""
-        first, second = self.sequence.shape[:2]
-        return (first, second) if self.layer.module.batch_first else (second, first)
+    path: str
+    sizes: tuple[int, int] | None  # the batch and the steps that it saw; None: without a batch
+    before: tuple[Tensor, ...]  # [depth, batch, hidden]; empty: it was called without a state
+    after: tuple[Tensor, ...]  # [depth, batch, hidden]
 
 
 @dataclass
@@ -37,7 +32,30 @@ class Observation:
 
     result: Any = None
     layers: list[LayerCall] = field(default_factory=list)
+    convolutions: list[ConvolutionCall] = field(default_factory=list)
     lookups: list[tuple[nn.Embedding, Tensor]] = field(default_factory=list)
+
+    def calls(self, layer: RecurrentLayer) -> list[LayerCall]:
+        """The calls of one layer, in order."""
+        return [call for call in self.layers if call.path == layer.path]
+
+    def last_states(self, carriers: Sequence[RecurrentLayer | CausalConvolution]) -> dict[str, Any]:
+        """The state that `carriers` were left with: part name to [batch, …].
+
+        Without the h of layers with a projection: PyTorch gives it projected only.
+        """
+        states: dict[str, Any] = {}
+        for carrier in carriers:
+            if isinstance(carrier, CausalConvolution):
+                given = [call.given for call in self.convolutions if call.module is carrier.module]
+                states[carrier.part] = carrier.context(given[0])
+                continue
+            for number, call in enumerate(self.calls(carrier)[-carrier.calls :]):
+                for state, tensor in zip(carrier.kind.states, call.after, strict=True):
+                    if tensor.shape[-1] == carrier.module.hidden_size:
+                        for depth in range(carrier.depth):
+                            states[carrier.part(number, state, depth)] = tensor[depth]
+        return states
 
 
 def observe(
@@ -54,18 +72,24 @@ def observe(
 
 @contextmanager
 def watch(module: nn.Module, layers: Sequence[RecurrentLayer]) -> Iterator[Observation]:
-    """Note what layers and embeddings are given, without gradients, while the block runs."""
+    """Note what layers, convolutions and embeddings are given while the block runs.
+
+    Without gradients.
+    """
     threads = torch.get_num_threads()
     seen = Observation()
     handles = [
         layer.module.register_forward_hook(_layer_hook(layer, seen), with_kwargs=True)
         for layer in layers
     ]
-    handles += [
-        child.register_forward_hook(_lookup_hook(child, seen), with_kwargs=True)
-        for child in module.modules()
-        if isinstance(child, nn.Embedding)
-    ]
+    for child in module.modules():
+        if isinstance(child, nn.Embedding):
+            hook = _lookup_hook(child, seen)
+        elif isinstance(child, nn.Conv1d):
+            hook = _convolution_hook(child, seen)
+        else:
+            continue
+        handles.append(child.register_forward_hook(hook, with_kwargs=True))
     try:
         # So little work is slower on several threads, much slower where cores are busy.
         torch.set_num_threads(1)
@@ -78,6 +102,8 @@ def watch(module: nn.Module, layers: Sequence[RecurrentLayer]) -> Iterator[Obser
 
 
 def _layer_hook(layer: RecurrentLayer, seen: Observation) -> Callable[..., None]:
+    is_cell = isinstance(layer.module, nn.RNNCellBase)
+
     def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         given = {**dict(zip(("input", "hx"), args, strict=False)), **kwargs}
         sequence = given["input"]
@@ -87,8 +113,28 @@ def _layer_hook(layer: RecurrentLayer, seen: Observation) -> Callable[..., None]
                 "pad_packed_sequence: the exported model takes the lengths of its rows by itself"
             )
         before = tuple(t for t in pytree.tree_leaves(given.get("hx")) if isinstance(t, Tensor))
-        after = tuple(pytree.tree_leaves(result[1]))
-        seen.layers.append(LayerCall(layer, sequence, before, after))
+        after = tuple(pytree.tree_leaves(result if is_cell else result[1]))
+        if is_cell:
+            before, after = (tuple(t.unsqueeze(0) for t in states) for states in (before, after))
+        seen.layers.append(LayerCall(layer.path, _sizes(layer, sequence), before, after))
+
+    return note
+
+
+def _sizes(layer: RecurrentLayer, sequence: Tensor) -> tuple[int, int] | None:
+    """The batch and the steps of what a layer is given; a cell is given one step."""
+    if isinstance(layer.module, nn.RNNCellBase):
+        return (sequence.shape[0], 1) if sequence.dim() == 2 else None
+    if sequence.dim() != 3:
+        return None
+    first, second = sequence.shape[:2]
+    return (first, second) if layer.is_batch_first else (second, first)
+
+
+def _convolution_hook(child: nn.Conv1d, seen: Observation) -> Callable[..., None]:
+    def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor) -> None:
+        given = args[0] if args else kwargs["input"]
+        seen.convolutions.append(ConvolutionCall(child, given, result))
 
     return note
 

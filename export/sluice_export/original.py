@@ -8,6 +8,7 @@ import onnx
 from numpy.typing import NDArray
 
 from sluice_export.axes import BATCH, TIME, Axes, Layout, find_output_axes
+from sluice_export.comparison import Expected
 from sluice_export.errors import InputError
 from sluice_export.packing import Part
 from sluice_export.surgery import constants_of
@@ -39,8 +40,6 @@ class Original:
             value.name: onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
             for value in proto.graph.input
         }
-        # False where some of the state never leaves the file.
-        self.gives_state = True
         # Of the outputs, as one row has them; found out by `learn`.
         self._axes: dict[str, Axes] = {}
 
@@ -84,14 +83,15 @@ class Original:
             self._axes[name] = axes
         return found
 
-    def run(self, inputs: Sequence[Array]) -> tuple[list[Array], NDArray[np.float32] | None]:
-        """As proofs want it: each row alone, whole where the file has a time axis."""
+    def run(self, inputs: Sequence[Array]) -> Expected:
+        """As Source.run: each row alone, whole where the file has a time axis."""
         rows = [self._run_row([array[row] for array in inputs]) for row in range(len(inputs[0]))]
         outputs = [np.stack(arrays) for arrays in zip(*(row[0] for row in rows), strict=True)]
-        return outputs, np.stack([row[1] for row in rows]) if self.gives_state else None
+        names = [part.pair.input for part in self._parts]
+        return Expected(outputs, {name: np.stack([row[1][name] for row in rows]) for name in names})
 
-    def _run_row(self, row: Sequence[Array]) -> tuple[list[Array], Array]:
-        """One row, [steps, …] each: outputs [steps, …] each, the packed state [state_size]."""
+    def _run_row(self, row: Sequence[Array]) -> tuple[list[Array], dict[str, Array]]:
+        """One row, [steps, …] each: outputs [steps, …] each, and each state, [size]."""
         feed = self._states_at(1)
         steps = len(row[0])
         pieces: list[list[Array]] = []
@@ -104,9 +104,10 @@ class Original:
             feed |= {part.pair.input: _take(part, states) for part in self._parts}
             named = zip(self._outputs, results, strict=False)
             pieces.append([self._lift(result, self._axes[name]) for name, result in named])
-        packed = [self._flatten(part, feed[part.pair.input]) for part in self._parts]
         outputs = [np.concatenate(arrays) for arrays in zip(*pieces, strict=True)]
-        return outputs, np.concatenate(packed) if packed else np.empty(0, np.float32)
+        return outputs, {
+            part.pair.input: self._flatten(part, feed[part.pair.input]) for part in self._parts
+        }
 
     def _place(self, steps: Array, axes: Axes) -> Array:
         """[steps, …] of one row in the shape the file takes."""

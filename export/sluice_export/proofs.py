@@ -3,17 +3,22 @@
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Final
 
 import numpy as np
-from numpy.typing import NDArray
 
+from sluice_export.comparison import (
+    Array,
+    Expected,
+    Result,
+    Source,
+    count_differing,
+    count_ulps,
+    measure_difference,
+)
 from sluice_model.contract import part_size
 from sluice_model.model import Model, example_inputs
 from sluice_protos.contract_pb2 import Proof
-
-Array = NDArray[Any]
 
 # Rows that end at the full length, within it and after one step; and where the
 # chunked run is cut.
@@ -22,31 +27,6 @@ _STEPS: Final = 11
 _CUT: Final = 6
 _DRIFT_STEPS: Final = 10_000
 _DRIFT_CHUNKS: Final = (1, 7, 64, 256)
-# Differences are relative to values of at least this size.
-_SCALE_MIN: Final = 0.01
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a run gave: outputs [batch, steps, …] each, and the last state [batch, state_size]."""
-
-    outputs: list[Array]
-    state: Array | None
-
-
-class Source(Protocol):
-    """What a graph was made from, as it was before: what every proof compares with."""
-
-    @property
-    def name(self) -> str:
-        """What messages call it."""
-
-    def run(self, inputs: Sequence[Array]) -> tuple[list[Array], Array | None]:
-        """Whole sequences of one length from the initial state.
-
-        `inputs` [batch, steps, …] each. Returns outputs [batch, steps, …] and the
-        packed last state [batch, state_size]; None where it does not give it.
-        """
 
 
 class Evidence:
@@ -60,18 +40,20 @@ class Evidence:
         self.batch = len(LENGTHS)
         self.inputs = example_inputs(model.contract, self.batch, _STEPS, seed=4)
         self.initial = np.tile(model.initial_state, (self.batch, 1))
-        self.expected = Result(*reference.run(self.inputs))
+        self.expected = reference.run(self.inputs)
 
-    def pair(self, actual: Result, expected: Result) -> list[tuple[str, Array, Array]]:
+    def pair(self, actual: Result, expected: Expected) -> list[tuple[str, Array, Array]]:
         """What two results hold, side by side: each state part, then each output, by name."""
         contract = self.model.contract
         pairs = []
-        for part in contract.state if expected.state is not None else ():
-            place = slice(part.offset, part.offset + part_size(part))
-            assert actual.state is not None and expected.state is not None
-            pairs.append((part.name, actual.state[..., place], expected.state[..., place]))
+        for part in contract.state:
+            if part.name in expected.states:
+                place = slice(part.offset, part.offset + part_size(part))
+                pairs.append((part.name, actual.state[:, place], expected.states[part.name]))
         for spec, one, two in zip(contract.outputs, actual.outputs, expected.outputs, strict=True):
-            pairs.append((spec.name, one, two))
+            pairs.append(
+                (spec.name, one if expected.steps is None else one[:, expected.steps], two)
+            )
         return pairs
 
     def run_chunks(self, chunk: int) -> Result:
@@ -118,12 +100,13 @@ def _prove_chunked(evidence: Evidence) -> Proof:
     )
 
 
-def _prove_ragged(evidence: Evidence) -> Proof:
+def prove_ragged(evidence: Evidence) -> Proof:
+    """Rows of many lengths in one run, against the source on each row alone."""
     ragged = evidence.run_ragged(evidence.inputs)
     pairs = []
     for row, length in enumerate(LENGTHS):
         alone = evidence.reference.run([a[row : row + 1, :length] for a in evidence.inputs])
-        pairs.append(evidence.pair(_row(ragged, row, length), _row(Result(*alone), 0, length)))
+        pairs.append(evidence.pair(_row(ragged, row, length), alone))
     return _parity(
         evidence,
         "parity.ragged",
@@ -142,7 +125,7 @@ def _prove_rows_apart(evidence: Evidence) -> Proof:
         state = _spoil(evidence.initial, others)
         outputs, after = evidence.model.run(inputs, LENGTHS, state)
         mine = _row(Result(outputs, after), row, length)
-        differing += _count_differing(mine, _row(clean, row, length))
+        differing += count_differing(mine, _row(clean, row, length))
     return Proof(
         name="leak.rows",
         passed=differing == 0,
@@ -156,7 +139,7 @@ def _prove_padding_ignored(evidence: Evidence) -> Proof:
     beyond = np.arange(_STEPS) >= LENGTHS[:, np.newaxis]
     spoiled = evidence.run_ragged([_spoil(array, beyond) for array in evidence.inputs])
     differing = sum(
-        _count_differing(_row(spoiled, row, length), _row(clean, row, length))
+        count_differing(_row(spoiled, row, length), _row(clean, row, length))
         for row, length in enumerate(LENGTHS)
     )
     return Proof(
@@ -169,9 +152,7 @@ def _prove_padding_ignored(evidence: Evidence) -> Proof:
 
 def _prove_state_carried(evidence: Evidence) -> Proof:
     whole = evidence.run_chunks(_STEPS)
-    differing = max(
-        _count_differing(evidence.run_chunks(chunk), whole) for chunk in (1, 2, 5, _CUT)
-    )
+    differing = max(count_differing(evidence.run_chunks(chunk), whole) for chunk in (1, 2, 5, _CUT))
     return Proof(
         name="bits.chunks",
         passed=differing == 0,
@@ -190,7 +171,7 @@ def _prove_rows_alone(evidence: Evidence) -> Proof:
             LENGTHS[row : row + 1],
             evidence.initial[:1],
         )
-        differing += _count_differing(_row(Result(*alone), 0, length), _row(ragged, row, length))
+        differing += count_differing(_row(Result(*alone), 0, length), _row(ragged, row, length))
     return Proof(
         name="bits.ragged",
         passed=differing == 0,
@@ -202,7 +183,7 @@ def _prove_rows_alone(evidence: Evidence) -> Proof:
 def _prove_no_drift(evidence: Evidence) -> Proof:
     model = evidence.model
     inputs = example_inputs(model.contract, 1, _DRIFT_STEPS, seed=6)
-    expected = Result(*evidence.reference.run(inputs))
+    expected = evidence.reference.run(inputs)
     state = evidence.initial[:1]
     pieces: list[list[Array]] = []
     at = 0
@@ -228,7 +209,7 @@ PROOFS: Final[dict[str, Callable[[Evidence], Proof]]] = {
     "whole sequences": _prove_whole,
     "step by step": _prove_stepwise,
     "in chunks": _prove_chunked,
-    "ragged batches": _prove_ragged,
+    "ragged batches": prove_ragged,
     "no leak from row to row": _prove_rows_apart,
     "no leak from the padding": _prove_padding_ignored,
     "the same bits in any chunks": _prove_state_carried,
@@ -265,50 +246,9 @@ def _parity(
 
 
 def _row(result: Result, row: int, length: int) -> Result:
-    """What counts of one row: outputs [length, …] each, and the state [state_size]."""
-    state = None if result.state is None else result.state[row]
-    return Result([array[row, :length] for array in result.outputs], state)
-
-
-def measure_difference(actual: Array, expected: Array) -> float:
-    """The largest difference, relative to the largest finite value expected, or to a hundredth.
-
-    Values far below one are rounded as the values of order one that they come from: relative
-    to themselves, a layer that is nearly silent would differ by its rounding alone.
-    """
-    if actual.shape != expected.shape:
-        return float("inf")
-    if expected.dtype.kind not in "fc":
-        return float(np.count_nonzero(actual != expected))
-    with np.errstate(invalid="ignore"):
-        distance = np.abs(actual.astype(np.float64) - expected.astype(np.float64))
-    # Equal infinities and NaN in the same place are no difference.
-    distance[(actual == expected) | (np.isnan(actual) & np.isnan(expected))] = 0
-    largest = np.max(np.abs(expected), initial=0, where=np.isfinite(expected))
-    return float(np.max(distance, initial=0) / max(largest, _SCALE_MIN))
-
-
-def count_ulps(actual: Array, expected: Array) -> float:
-    """The largest difference in units in the last place of float32, of values that are not tiny.
-
-    Tiny is less than a tenth of the largest: what rounds at the size of the large
-    values is many units of the small ones. 0 for integers.
-    """
-    if actual.shape != expected.shape or expected.dtype.kind != "f" or not expected.size:
-        return 0.0
-    sizes = np.abs(expected)
-    largest = np.max(sizes, initial=0, where=np.isfinite(sizes))
-    counts = np.isfinite(actual) & np.isfinite(expected) & (sizes >= largest / 10) & (sizes > 0)
-    one, two = actual[counts], expected[counts]
-    units = np.spacing(np.abs(two).astype(np.float32)).astype(np.float64)
-    return float(np.max(np.abs(one.astype(np.float64) - two) / units, initial=0))
-
-
-def _count_differing(one: Result, two: Result) -> int:
-    """How many values are not the same, bit for bit but for the sign of zero and NaN's payload."""
-    assert one.state is not None and two.state is not None
-    pairs = zip([*one.outputs, one.state], [*two.outputs, two.state], strict=True)
-    return sum(int(np.count_nonzero((a != b) & ~(np.isnan(a) & np.isnan(b)))) for a, b in pairs)
+    """What counts of one row: outputs [1, length, …] each, and the state [1, state_size]."""
+    outputs = [array[row : row + 1, :length] for array in result.outputs]
+    return Result(outputs, result.state[row : row + 1])
 
 
 def _spoil(array: Array, where: Array) -> Array:

@@ -1,18 +1,20 @@
 """The original module, run on arrays: what every proof compares with."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Final
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
-from sluice_export.layers import RecurrentLayer
+from sluice_export.comparison import Expected
 from sluice_export.observation import observe
-from sluice_export.signature import Signature
+from sluice_export.survey import Survey
 
 Array = NDArray[Any]
+
+# Of longer sequences, what is one value for the sequence so far is compared at some steps only.
+_STEPS_MAX: Final = 64
 
 
 class Reference:
@@ -20,33 +22,46 @@ class Reference:
 
     name = "the PyTorch module"
 
-    def __init__(
-        self, module: nn.Module, layers: Sequence[RecurrentLayer], signature: Signature
-    ) -> None:
-        """`layers` are those of `module`."""
+    def __init__(self, module: nn.Module, survey: Survey) -> None:
+        """`survey` is of `module`."""
         self._module = module
-        self._layers = layers
-        self._signature = signature
+        self._survey = survey
 
-    def run(self, inputs: Sequence[Array]) -> tuple[list[Array], NDArray[np.float32]]:
-        """Whole sequences of one length from the initial state.
-
-        `inputs` [batch, steps, …] each. Returns outputs [batch, steps, …] and the
-        packed last state [batch, state_size].
-        """
+    def run(self, inputs: Sequence[Array]) -> Expected:
+        """As Source.run. An output without time axis is, at a step, that of the sequence so far."""
+        signature = self._survey.signature
         tensors = [
             torch.from_numpy(array).to(leaf.dtype)
-            for array, leaf in zip(inputs, self._signature.inputs, strict=True)
+            for array, leaf in zip(inputs, signature.inputs, strict=True)
         ]
-        seen = observe(self._signature, self._module, self._layers, tensors)
-        outputs = [tensor.numpy() for tensor in self._signature.take_outputs(seen.result, tensors)]
-        states = {id(call.layer): call.after for call in seen.layers}
-        rows = [
-            states[id(layer)][place][depth].float().numpy()
-            for layer in self._layers
-            for depth in range(layer.module.num_layers)
-            for place in range(len(layer.kind.states))
+        seen = observe(signature, self._module, self._survey.layers, tensors)
+        states = {
+            part: state.flatten(1).float().numpy()
+            for part, state in seen.last_states(self._survey.carriers).items()
+        }
+        outputs = signature.take_outputs(seen.result, tensors)
+        if all(leaf.time_axis is not None for leaf in signature.outputs):
+            return Expected([tensor.numpy() for tensor in outputs], states)
+        steps = list(_chosen_steps(tensors[0].shape[1]))
+        so_far = [self._outputs_after(tensors, step + 1) for step in steps]
+        gathered = [
+            tensor[:, steps] if leaf.time_axis is not None else torch.cat(pieces, dim=1)
+            for leaf, tensor, *pieces in zip(signature.outputs, outputs, *so_far, strict=True)
         ]
-        batch = len(inputs[0])
-        state = np.concatenate(rows, axis=1) if rows else np.empty((batch, 0), np.float32)
-        return outputs, state
+        return Expected([tensor.numpy() for tensor in gathered], states, steps)
+
+    def _outputs_after(self, tensors: Sequence[Tensor], steps: int) -> list[Tensor]:
+        """The outputs of the first `steps` steps."""
+        signature = self._survey.signature
+        begun = [tensor[:, :steps] for tensor in tensors]
+        seen = observe(signature, self._module, (), begun)
+        return signature.take_outputs(seen.result, begun)
+
+
+def _chosen_steps(steps: int) -> Iterator[int]:
+    """All steps of a short sequence; of a long one ever fewer, and the last."""
+    step = 0
+    while step < steps - 1:
+        yield step
+        step = step + 1 if steps <= _STEPS_MAX else step * 10 + 9
+    yield steps - 1

@@ -1,4 +1,4 @@
-"""Finds the outputs among what a module returns: those with a row for every step."""
+"""Finds the outputs among what a module returns: those that are no state."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,7 +25,7 @@ _MERGED: Final = (SMALL[0] * SMALL[1], LARGE[0] * LARGE[1])
 def find_outputs(
     small: Observation, large: Observation, names: Sequence[str] | None
 ) -> tuple[OutputLeaf, ...]:
-    """The results with a batch and a time axis, named; those that are a layer's state are left out.
+    """The results with a row for each sequence, named; a layer's own states only if alone.
 
     `small` and `large` are calls with SMALL and LARGE (batch, steps). Raises
     OutputError for anything else.
@@ -33,6 +33,7 @@ def find_outputs(
     states = [tensor.flatten() for call in large.layers for tensor in call.after]
     paths, _ = pytree.tree_flatten_with_path(small.result)
     found: list[OutputLeaf] = []
+    kept: list[OutputLeaf] = []
     for index, ((path, one), two) in enumerate(
         zip(paths, pytree.tree_leaves(large.result), strict=True)
     ):
@@ -41,12 +42,15 @@ def find_outputs(
         if not isinstance(one, Tensor):
             raise OutputError(f"forward returns a {type(one).__name__}; return tensors only")
         axes = _find_axes(one, two, index)
-        if _STEPS not in axes and torch.isin(two, torch.cat(states)).all():
-            continue
-        found.append(_output(index, _key(path), one, axes))
-    if not found:
-        raise OutputError("forward returns no tensor with a row for every step; return one")
-    return _name(found, names)
+        is_state = _STEPS not in axes and bool(states) and _is_among(two, torch.cat(states))
+        (kept if is_state else found).append(_output(index, _key(path), one, axes))
+    if not found and not kept:
+        raise OutputError("forward returns no tensor; return one with a row for every sequence")
+    return _name(found or kept, names)
+
+
+def _is_among(tensor: Tensor, values: Tensor) -> bool:
+    return bool(torch.isin(tensor, values).all())
 
 
 def _key(path: Sequence[Any]) -> str:
@@ -91,14 +95,9 @@ def _output(index: int, name: str, tensor: Tensor, axes: dict[tuple[int, int], i
         return OutputLeaf(index, name, tensor.dtype, shape, axes[_BATCH], axes[_STEPS])
     if axes.keys() == {_MERGED}:
         return OutputLeaf(index, name, tensor.dtype, shape, axes[_MERGED], axes[_MERGED])
-    if _BATCH not in axes:
-        raise OutputError(
-            f"result {index} of forward, {list(tensor.shape)}, has no batch axis; "
-            "return one row for every step of every sequence"
-        )
+    if axes.keys() == {_BATCH}:
+        return OutputLeaf(index, name, tensor.dtype, shape, axes[_BATCH], None)
     raise OutputError(
-        f"result {index} of forward, {list(tensor.shape)}, has no time axis: it is one value for "
-        "a whole sequence (such as y[:, -1], or h of the last step). A stream gives an output at "
-        "every step: apply the head to all of them, head(y) rather than head(y[:, -1]). A state "
-        "that forward returns must be as the layer gave it"
+        f"result {index} of forward, {list(tensor.shape)}, has no batch axis; "
+        "return one row for every step of every sequence"
     )

@@ -49,7 +49,7 @@ class OutputLeaf:
     """A result with one row for each step of each sequence.
 
     Where batch and time are merged into one axis, [batch × steps, …], both axes
-    are that one.
+    are that one. Where it has no time axis, it is one value for the sequence so far.
     """
 
     index: int  # among the flattened parts of what the module returns
@@ -57,7 +57,7 @@ class OutputLeaf:
     dtype: torch.dtype
     shape: tuple[int, ...]  # of one step
     batch_axis: int
-    time_axis: int
+    time_axis: int | None
 
 
 @dataclass(frozen=True)
@@ -80,13 +80,19 @@ class Signature:
         return self.arguments.call(module, tensors)
 
     def take_outputs(self, result: Any, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """The outputs, each [batch, steps, …], within what call(`inputs`) returned."""
+        """The outputs, each [batch, steps, …], within what call(`inputs`) returned.
+
+        Those without a time axis are [batch, 1, …].
+        """
         leaves = pytree.tree_leaves(result)
         batch, steps = inputs[0].shape[:2]
         sizes = (batch, steps) if self.is_batch_first else (steps, batch)
         outputs = []
         for leaf in self.outputs:
             tensor = leaves[leaf.index]
+            if leaf.time_axis is None:
+                outputs.append(tensor.movedim(leaf.batch_axis, 0).unsqueeze(1))
+                continue
             axes = (leaf.batch_axis, leaf.time_axis)
             if leaf.batch_axis == leaf.time_axis:
                 first = leaf.batch_axis

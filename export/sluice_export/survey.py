@@ -9,8 +9,15 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from sluice_export.arguments import Argument, Arguments, flatten_arguments
-from sluice_export.errors import InputError, LayerError, UnsupportedModuleError
-from sluice_export.layers import RecurrentLayer, part_name
+from sluice_export.carrying import count_calls, find_initial
+from sluice_export.convolutions import CausalConvolution, find_convolutions
+from sluice_export.errors import (
+    InputError,
+    LayerError,
+    NoRecurrentLayerError,
+    UnsupportedModuleError,
+)
+from sluice_export.layers import RecurrentLayer, find_layers
 from sluice_export.observation import Observation, observe, watch
 from sluice_export.results import LARGE, SMALL, find_outputs
 from sluice_export.signature import RESERVED_NAMES, InputLeaf, Signature, StateLeaf, draw
@@ -24,8 +31,18 @@ class Survey:
     """What is known of a module before it is exported."""
 
     signature: Signature
-    # The state before the first step where it is not zero: part name to [hidden_size].
+    layers: tuple[RecurrentLayer, ...]
+    convolutions: tuple[CausalConvolution, ...]
+    # The state before the first step where it is not zero, by part name.
     initial: dict[str, Tensor]
+    # Whether it must be shown one step at a time: it has a loop over time, a convolution, or
+    # an output for the sequence so far.
+    is_folded: bool
+
+    @property
+    def carriers(self) -> tuple[RecurrentLayer | CausalConvolution, ...]:
+        """All that carries a state from step to step, in packed order."""
+        return (*self.layers, *self.convolutions)
 
 
 @dataclass(frozen=True)
@@ -38,7 +55,6 @@ class _Roles:
 
 def take_survey(
     module: nn.Module,
-    layers: Sequence[RecurrentLayer],
     example_inputs: object,
     *,
     valid: Mapping[str, tuple[int, int]],
@@ -48,8 +64,11 @@ def take_survey(
 
     `example_inputs` is a tensor, a tuple of arguments, or a dict of named ones,
     in the module's own layout; `valid` the known ranges of integer inputs.
-    Raises InputError, LayerError, OutputError or UnsupportedModuleError.
+    Raises InputError or UnsupportedModuleError.
     """
+    layers = find_layers(module)
+    if not layers and not any(isinstance(child, nn.Conv1d) for child in module.modules()):
+        raise _nothing_to_carry(module)
     arguments = flatten_arguments(module, example_inputs)
     roles = _find_roles(module, layers, arguments)
     roles.valid.update({a.index: valid[a.name] for a in arguments.tensors if a.name in valid})
@@ -60,9 +79,31 @@ def take_survey(
     signature, small = _find_layout(module, layers, arguments, roles)
     large = observe(signature, module, layers, signature.random_inputs(*LARGE, seed=2))
     _check_repeats(signature, module, small)
+    counted = [count_calls(layer, small.calls(layer), large.calls(layer)) for layer in layers]
+    layers = [layer for layer, _ in counted]
+    calls = small.convolutions, large.convolutions
+    convolutions = find_convolutions(module, calls, (SMALL, LARGE))
+    if not layers and not convolutions:
+        raise _nothing_to_carry(module)
     signature = replace(signature, outputs=find_outputs(small, large, output_names))
     _check_names(signature)
-    return Survey(signature, _find_initial(small, large))
+    initial = find_initial(layers, small, large) | {
+        conv.part: conv.initial for conv in convolutions if conv.initial.any()
+    }
+    is_folded = (
+        any(is_looped for _, is_looped in counted)
+        or bool(convolutions)
+        or any(leaf.time_axis is None for leaf in signature.outputs)
+    )
+    return Survey(signature, tuple(layers), tuple(convolutions), initial, is_folded)
+
+
+def _nothing_to_carry(module: nn.Module) -> NoRecurrentLayerError:
+    return NoRecurrentLayerError(
+        f"{type(module).__name__} has no nn.LSTM, nn.GRU or nn.RNN, none of their cells and no "
+        "convolution over time, so it has no state to carry; pass the nn.Module that holds the "
+        "recurrent layers (not a scripted one)"
+    )
 
 
 def _find_roles(
@@ -114,24 +155,19 @@ def _is_same(leaf: Tensor, indices: Tensor) -> bool:
 
 
 def _check_calls(layers: Sequence[RecurrentLayer], seen: Observation) -> None:
-    """Raise LayerError unless each layer was called once, on a batch of sequences."""
+    """Raise LayerError unless each layer was called, on a batch of sequences."""
     for layer in layers:
-        calls = [call for call in seen.layers if call.layer is layer]
+        calls = seen.calls(layer)
         if not calls:
             raise LayerError(
                 f"{layer.name} is never called by forward, so its state cannot be carried; "
                 "remove it from the module before the export"
             )
-        if len(calls) > 1:
+        if not all(call.sizes for call in calls):
             raise LayerError(
-                f"{layer.name} is called {len(calls)} times in one forward, but has one state to "
-                "carry; call it once over the whole sequence, or give each call its own layer"
-            )
-        if calls[0].sequence.dim() != 3:
-            raise LayerError(
-                f"{layer.name} is given {list(calls[0].sequence.shape)}, without a batch axis; "
-                "give example inputs of [batch, steps, features] (or [steps, batch, features] "
-                "where the layer has batch_first=False)"
+                f"{layer.name} is given an input without a batch axis; give example inputs of "
+                "[batch, steps, features] (or [steps, batch, features] where the layer has "
+                "batch_first=False)"
             )
 
 
@@ -150,11 +186,13 @@ def _find_layout(
         except _REFUSALS as error:
             failure = failure or error
             continue
-        misfits = [call for call in seen.layers if call.sizes != SMALL]
+        # A loop over time gives a layer one step after another.
+        fitting = (SMALL, (SMALL[0], 1))
+        misfits = [call for call in seen.layers if call.sizes not in fitting]
         if not misfits:
             return signature, seen
-        batch, steps = misfits[0].sizes
-        misfit = misfit or f"{misfits[0].layer.name} sees {batch} sequences of {steps} steps"
+        batch, steps = misfits[0].sizes or (0, 0)
+        misfit = misfit or f"{misfits[0].path} sees {batch} sequences of {steps} steps"
     given = f"{SMALL[0]} sequences of {SMALL[1]} steps"
     if misfit:
         raise LayerError(
@@ -230,29 +268,6 @@ def _check_repeats(signature: Signature, module: nn.Module, first: Observation) 
                 "attribute or draws random numbers. Leave the state to the layers (call them "
                 "without one), or take it as an argument of forward and return it"
             )
-
-
-def _find_initial(small: Observation, large: Observation) -> dict[str, Tensor]:
-    """The initial state of each part that does not start at zero.
-
-    Raises LayerError where a layer starts from something that depends on the input.
-    """
-    initial: dict[str, Tensor] = {}
-    for one, two in zip(small.layers, large.layers, strict=True):
-        layer = one.layer
-        for place, (first, second) in enumerate(zip(one.before, two.before, strict=True)):
-            rows = torch.cat([first, second], dim=1)
-            if not torch.equal(rows, rows[:, :1].expand_as(rows)):
-                raise LayerError(
-                    f"{layer.name} starts from a state that is computed from the input; a stream "
-                    "carries the state from step to step, so let it start from zeros, from a "
-                    "constant, or from an argument of forward"
-                )
-            for depth in range(layer.module.num_layers):
-                if rows[depth, 0].any():
-                    name = part_name(layer.name, layer.kind.states[place], depth)
-                    initial[name] = rows[depth, 0]
-    return initial
 
 
 def first_line(error: BaseException | None) -> str:

@@ -5,17 +5,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import nn
 
+from sluice_export.comparison import Expected, Source
 from sluice_export.delivery import TOLERANCE, Progress
 from sluice_export.errors import InputError
 from sluice_export.exporter import prepare
-from sluice_export.layers import find_layers
 from sluice_export.minimums import measure_minimums
-from sluice_export.proofs import PROOFS, Evidence, Source
+from sluice_export.proofs import PROOFS, Evidence
 from sluice_export.reference import Reference
 from sluice_export.survey import take_survey
+from sluice_model.contract import part_size
 from sluice_model.errors import ModelError
 from sluice_model.model import Array, Model
 from sluice_protos.contract_pb2 import ModelContract, Proof
@@ -30,7 +30,7 @@ class Alone:
         """Compare `model` with itself."""
         self._model = model
 
-    def run(self, inputs: Sequence[Array]) -> tuple[list[Array], NDArray[np.float32] | None]:
+    def run(self, inputs: Sequence[Array]) -> Expected:
         """As Source.run."""
         initial = self._model.initial_state[np.newaxis]
         rows = [
@@ -38,7 +38,11 @@ class Alone:
             for row in range(len(inputs[0]))
         ]
         outputs = [np.concatenate(arrays) for arrays in zip(*(r[0] for r in rows), strict=True)]
-        return outputs, np.concatenate([row[1] for row in rows])
+        state = np.concatenate([row[1] for row in rows])
+        parts = self._model.contract.state
+        return Expected(
+            outputs, {p.name: state[:, p.offset : p.offset + part_size(p)] for p in parts}
+        )
 
 
 def verify(
@@ -96,23 +100,20 @@ def _reference(
     contract: ModelContract,
 ) -> Reference:
     original = prepare(module)
-    layers = find_layers(original)
     told = {
         spec.name: (spec.valid.min, spec.valid.max)
         for spec in contract.inputs
         if spec.HasField("valid")
     }
-    survey = take_survey(
-        original, layers, example_inputs, valid={**told, **valid}, output_names=None
-    )
+    survey = take_survey(original, example_inputs, valid={**told, **valid}, output_names=None)
     found = [(leaf.name, list(leaf.shape)) for leaf in survey.signature.inputs]
     expected = [(spec.name, list(spec.shape)) for spec in contract.inputs]
     if found != expected:
         raise InputError(f"the module takes {found}, the file {expected}: not the same model")
-    parts = [part for layer in layers for part in layer.parts]
+    parts = [part for carrier in survey.carriers for part in carrier.parts]
     if parts != [part.name for part in contract.state]:
         raise InputError(
             f"the module's states are {parts}, the file's {[p.name for p in contract.state]}: "
             "not the same model"
         )
-    return Reference(original, layers, survey.signature)
+    return Reference(original, survey)

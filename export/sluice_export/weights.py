@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sluice_export.errors import BidirectionalError, CheckpointError
 
-_NAMES: Final = re.compile(r"(?P<layer>.*\.)?(weight|bias)_(ih|hh)_l(?P<depth>\d+)$")
+_NAMES: Final = re.compile(r"(?P<layer>.*\.)?(weight|bias)_(ih|hh|hr)_l(?P<depth>\d+)$")
 _LAYERS: Final[dict[int, Callable[..., nn.RNNBase]]] = {4: nn.LSTM, 3: nn.GRU, 1: nn.RNN}
 _DTYPES: Final = {
     "F64": torch.float64,
@@ -66,7 +66,7 @@ def make_layer(weights: Mapping[str, Tensor], path: Path, options: Mapping[str, 
     if foreign or len(layers) != 1:
         what = ", ".join(foreign or sorted(layers)) or "nothing"
         raise CheckpointError(
-            f"{path}: is not of one recurrent layer without proj_size (it has {what}); name what "
+            f"{path}: is not of one recurrent layer (it has {what}); name what "
             "makes the module: sluice export package.module:factory --checkpoint …"
         )
     prefix = layers.pop()
@@ -74,7 +74,9 @@ def make_layer(weights: Mapping[str, Tensor], path: Path, options: Mapping[str, 
     recurrent, first = bare.get("weight_hh_l0"), bare.get("weight_ih_l0")
     if recurrent is None or first is None or recurrent.dim() != 2 or first.dim() != 2:
         raise CheckpointError(f"{path}: has no matrices weight_ih_l0 and weight_hh_l0")
-    gates, remainder = divmod(recurrent.shape[0], max(recurrent.shape[1], 1))
+    projection = bare.get("weight_hr_l0")
+    hidden = recurrent.shape[1] if projection is None else projection.shape[-1]
+    gates, remainder = divmod(recurrent.shape[0], max(hidden, 1))
     if remainder or gates not in _LAYERS:
         raise CheckpointError(
             f"{path}: weight_hh_l0 has shape {list(recurrent.shape)}; an LSTM has four times as "
@@ -85,11 +87,13 @@ def make_layer(weights: Mapping[str, Tensor], path: Path, options: Mapping[str, 
             f"{path}: is of an nn.RNN, whose weights do not tell its nonlinearity; say it: "
             "--arg nonlinearity=tanh (or relu)"
         )
+    if projection is not None:
+        options = {**options, "proj_size": recurrent.shape[1]}
     depths = {int(match["depth"]) for match in matches.values() if match}
     try:
         layer = _LAYERS[gates](
             first.shape[1],
-            recurrent.shape[1],
+            hidden,
             num_layers=max(depths) + 1,
             bias="bias_ih_l0" in bare,
             batch_first=True,

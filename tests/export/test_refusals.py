@@ -5,9 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from sluice_export import (
     BidirectionalError,
+    ConvolutionError,
     ExportError,
     InputError,
     LayerError,
@@ -29,28 +31,9 @@ class Model(nn.Module):
         self.head = nn.Linear(6, 2)
 
 
-class LastStep(Model):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.cell(x)[0][:, -1])
-
-
-class LastState(Model):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.cell(x)[1][0][-1])
-
-
 class TwoRowsAStep(Model):
     def forward(self, x: Tensor) -> Tensor:
         return self.cell(x)[0].repeat_interleave(2, dim=1)
-
-
-class Twice(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.again = nn.LSTM(4, 4, batch_first=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.again(self.again(x)[0])[0]
 
 
 class Never(Model):
@@ -62,13 +45,32 @@ class Never(Model):
         return self.cell(x)[0]
 
 
-class Loop(Model):
+class LeavesOut(Model):
     def forward(self, x: Tensor) -> Tensor:
         state, outputs = None, []
-        for step in range(x.size(1)):
+        for step in range(1, x.size(1)):
             y, state = self.cell(x[:, step : step + 1], state)
             outputs.append(y)
         return torch.cat(outputs, dim=1)
+
+
+class Forgets(Model):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.cell(part)[0] for part in x.split(1, dim=1)], dim=1)
+
+
+class Normalises(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.step = nn.GRUCell(4, 6)
+        self.norm = nn.LayerNorm(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, outputs = None, []
+        for row in x.unbind(1):
+            h = self.norm(self.step(row, h))
+            outputs.append(h)
+        return torch.stack(outputs, dim=1)
 
 
 class Packed(Model):
@@ -149,33 +151,103 @@ class Bidirectional(nn.Module):
         return self.encoder["reads"](x)[0]
 
 
-class Projected(Model):
-    def __init__(self) -> None:
-        super().__init__(proj_size=3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.cell(x)[0]
-
-
 class ReservedName(Model):
     def forward(self, lengths: Tensor) -> Tensor:
         return self.cell(lengths)[0]
 
 
+class NoBatch(Model):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.cell(x)[0].mean(dim=0)
+
+
+class NoTensor(Model):
+    def forward(self, x: Tensor) -> list[object]:
+        return [self.cell(x)[0], "done"]
+
+
+class Nothing(Model):
+    def forward(self, x: Tensor) -> None:
+        self.cell(x)
+
+
+class Convolves(nn.Module):
+    """A convolution over time before a layer; the tests vary its padding."""
+
+    def __init__(self, front: int = 0, behind: int = 0, **options: object) -> None:
+        super().__init__()
+        self.before = nn.Conv1d(4, 4, 3, **options)
+        self.cell = nn.GRU(4, 4, batch_first=True)
+        self.padding = (front, behind)
+
+    def convolve(self, x: Tensor) -> Tensor:
+        y = self.before(functional.pad(x.transpose(1, 2), self.padding))
+        return y[..., : x.size(1)].transpose(1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.cell(self.convolve(x))[0]
+
+
+class ConvolvesTwice(Convolves):
+    def convolve(self, x: Tensor) -> Tensor:
+        return super().convolve(super().convolve(x))
+
+
+class ConvolvesApart(Convolves):
+    """Each feature is a row of its own to the convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before = nn.Conv1d(1, 1, 3)
+
+    def convolve(self, x: Tensor) -> Tensor:
+        rows = functional.pad(x.transpose(1, 2).flatten(0, 1).unsqueeze(1), (2, 0))
+        return self.before(rows).unflatten(0, (x.shape[0], 4)).squeeze(2).transpose(1, 2)
+
+
+class Strides(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.before = nn.Conv1d(4, 4, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.before(functional.pad(x, (0, 0, 2, 0)).transpose(1, 2))
+
+
+class NeverConvolves(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.pointwise = nn.Conv1d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pointwise(x.transpose(1, 2)).transpose(1, 2)
+
+
+AHEAD = "before looks at steps to come: with kernel_size=3 and dilation=1.* 2 steps in front"
 REFUSED = [
     (Bidirectional(), BidirectionalError, "encoder.reads is bidirectional.*bidirectional=False"),
-    (Projected(), LayerError, "cell has proj_size=3.*without proj_size"),
-    (StepCell(), LayerError, "step is an nn.GRUCell.*use nn.GRU"),
-    (Twice(), LayerError, "again is called 2 times.*its own layer"),
-    (Loop(), LayerError, "cell is called 5 times.*once over the whole sequence"),
+    (StepCell(), LayerError, "step is never called by forward"),
+    (LeavesOut(), LayerError, "cell is called 6 times for 7 steps and 10 times for 11; call it"),
+    (Forgets(), LayerError, "cell is given, at a step, another state than the one it gave"),
+    (Normalises(), LayerError, "step is given, at a step, another state.*hand the state on as"),
     (Never(), LayerError, "forgotten is never called.*remove it"),
     (Packed(), LayerError, "cell is given a packed sequence; leave out pack_padded_sequence"),
     (PerFeature(), LayerError, "cell sees 12 sequences of 7 steps when .* given 3 sequences"),
     (StartsFromInput(), LayerError, "cell starts from a state that is computed from the input"),
     (KeepsState(), UnsupportedModuleError, "two calls .* differ: it keeps a state"),
     (FixedState(), InputError, "failed on 3 sequences of 7 steps.*kept in an attribute"),
-    (LastStep(), OutputError, r"has no time axis.*head\(y\) rather than head\(y\[:, -1\]\)"),
-    (LastState(), OutputError, "has no time axis"),
+    (NoBatch(), OutputError, r"result 0 of forward, \[7, 6\], has no batch axis"),
+    (NoTensor(), OutputError, "forward returns a str; return tensors only"),
+    (Nothing(), OutputError, "forward returns no tensor"),
+    (Convolves(1, 1), ConvolutionError, AHEAD),
+    (Convolves(0, 2), ConvolutionError, AHEAD),
+    (Convolves(padding="same"), ConvolutionError, AHEAD),
+    (Convolves(padding=1), ConvolutionError, AHEAD),
+    (Convolves(padding=2, padding_mode="replicate"), ConvolutionError, AHEAD),
+    (Strides(), ConvolutionError, "before has stride 2 along time"),
+    (ConvolvesTwice(2, 0), ConvolutionError, "before is called 2 times in one forward"),
+    (ConvolvesApart(), ConvolutionError, r"before is given \[12, 1, 9\] for 3 sequences of 7"),
+    (NeverConvolves(), NoRecurrentLayerError, "no convolution over time, so it has no state"),
     (TwoRowsAStep(), OutputError, r"\[3, 14, 6\].*one row for every step"),
     (Branches(), TraceError, r"test_refusals.py, line \d+ \(if y.sum\(\) > 0.*branch on values"),
     (ReservedName(), InputError, "the name 'lengths' is Sluice's own; rename"),
@@ -264,13 +336,10 @@ class MixesRows(Model):
         return y - y.mean(dim=0, keepdim=True)
 
 
-class Convolves(Model):
-    def __init__(self) -> None:
-        super().__init__()
-        self.before = nn.Conv1d(4, 4, 3, padding=2)
-
+class ConvolvesByFunction(Model):
     def forward(self, x: Tensor) -> Tensor:
-        return self.cell(self.before(x.transpose(1, 2))[..., :-2].transpose(1, 2))[0]
+        before = functional.pad(x, (0, 0, 2, 0)).transpose(1, 2)
+        return self.cell(functional.conv1d(before, torch.eye(4)[..., None].tile(3)).mT)[0]
 
 
 class CountsSteps(Model):
@@ -278,12 +347,63 @@ class CountsSteps(Model):
         return self.cell(x)[0] + torch.arange(x.size(1))[None, :, None]
 
 
+class FirstStep(Model):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.cell(x)[0][:, 0])
+
+
+class MeanOfSteps(Model):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.cell(x)[0]
+        pooled = y.mean(dim=1)
+        return self.head(pooled)
+
+
+class Attends(Model):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.cell(x)[0]
+        weights = torch.softmax(self.head(y)[..., :1], dim=1)
+        return (weights * y).sum(1)
+
+
+class FeedsBack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.step = nn.GRUCell(6, 4)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, h, outputs = x.new_zeros(x.size(0), 2), None, []
+        for row in x.unbind(1):
+            given = torch.cat([row, y], dim=1)
+            h = self.step(given, h)
+            y = self.head(h)
+            outputs.append(y)
+        return torch.stack(outputs, dim=1)
+
+
+class CountsConvolved(Convolves):
+    def convolve(self, x: Tensor) -> Tensor:
+        y = super().convolve(x)
+        return y + torch.arange(x.size(1))[None, :, None]
+
+
+class CutsWrongEnd(Convolves):
+    def convolve(self, x: Tensor) -> Tensor:
+        return self.before(x.transpose(1, 2))[..., 2:].transpose(1, 2)
+
+
 NOT_STREAMS = [
+    (FirstStep(), "parity.whole", "[:, 0]"),
+    (MeanOfSteps(), "parity.whole", "pooled = y.mean"),
+    (Attends(), "parity.whole", "torch.softmax"),
+    (FeedsBack(), "parity.whole", "given = torch.cat"),
+    (CountsConvolved(2), "parity.whole", "torch.arange"),
     (LooksAhead(), "parity.stepwise", "flip"),
     (AddsMean(), "parity.stepwise", "y.mean"),
     (AddsLast(), "parity.stepwise", "-1:"),
     (MixesRows(), "parity.ragged", "y.mean"),
-    (Convolves(), "parity.stepwise", "self.before"),
+    (ConvolvesByFunction(), "parity.stepwise", "functional.conv1d"),
     (CountsSteps(), "parity.stepwise", "arange"),
 ]
 
@@ -297,6 +417,24 @@ def test_a_proof_refuses_what_is_no_stream_and_names_the_line(tmp_path, module, 
     assert message.startswith(f"{proof} failed: ")
     assert f"{Path(__file__).name}, line " in message
     assert code in message
+    assert list(tmp_path.iterdir()) == []
+
+
+class ReadsC(Model):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.cell(x)[1][1][-1])
+
+
+@pytest.mark.parametrize(
+    "module, what",
+    [
+        (ReadsC(), "the c of cell"),
+        (CutsWrongEnd(padding=2), "what before gives beyond the last step"),
+    ],
+)
+def test_what_is_known_at_the_last_step_only_is_refused_by_name(tmp_path, module, what):
+    with pytest.raises(ParityError, match=f"not known at every step: {what}"):
+        export(module, torch.zeros(1, 5, 4), tmp_path / "model.onnx")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,0 +1,166 @@
+"""Names the first operation of a module that cannot be told from one step and a carried state."""
+
+import linecache
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from sluice_export.comparison import measure_difference
+from sluice_export.convolutions import CausalConvolution
+from sluice_export.graph import is_of_user
+from sluice_export.layers import LSTM, RecurrentLayer
+from sluice_export.natives import Carrier
+from sluice_export.observation import LayerCall, Observation, observe
+from sluice_export.proofs import Evidence
+from sluice_export.survey import Survey
+
+
+@dataclass(frozen=True)
+class _Place:
+    """An operation in the user's source."""
+
+    operation: str
+    file: str
+    line: int
+
+    def __str__(self) -> str:
+        code = linecache.getline(self.file, self.line).strip()
+        return f"{self.operation} in {Path(self.file).name}, line {self.line}: {code}"
+
+
+@dataclass
+class _Notes(TorchFunctionMode):
+    """Keeps the last value of every operation in the user's source, in order."""
+
+    values: dict[_Place, Tensor] = field(default_factory=dict)
+    is_paused: bool = False
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Note what `func` gives."""
+        result = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        if isinstance(result, Tensor) and not self.is_paused and name not in {"__get__", "__set__"}:
+            frame: FrameType | None = sys._getframe(1)
+            while frame is not None and not is_of_user(frame.f_code.co_filename):
+                frame = frame.f_back
+            if frame is not None:
+                place = _Place(name.strip("_"), frame.f_code.co_filename, frame.f_lineno)
+                self.values[place] = result.detach()
+        return result
+
+
+def explain_step(module: nn.Module, survey: Survey, evidence: Evidence) -> str:
+    """Which operation of `module` needs more than one step and what is carried: a sentence.
+
+    The module is run on a whole sequence, and on its last step alone from the state
+    before that. What an operation gives last must be the same in both.
+    """
+    signature = survey.signature
+    inputs = [
+        torch.from_numpy(array).to(leaf.dtype)
+        for array, leaf in zip(evidence.inputs, signature.inputs, strict=True)
+    ]
+    begun = observe(signature, module, survey.layers, [tensor[:, :-1] for tensor in inputs])
+    with _Notes() as whole:
+        observe(signature, module, (), inputs)
+    step = [tensor[-1:, -1:] for tensor in inputs]
+    alone = _Notes()
+    with _carried(survey.carriers, begun, alone), alone:
+        observe(signature, module, (), step)
+    for place, value in alone.values.items():
+        if place in whole.values and _differs(value, whole.values[place], evidence.tolerance):
+            return (
+                "At each step it must give what the module gives for the sequence up to there, "
+                "from that step and the state that layers carry. The first value that does not "
+                f"follow from them comes from {place}"
+            )
+    hidden = [f"the c of {layer.name}" for layer in survey.layers if layer.kind is LSTM]
+    hidden += [
+        f"what {convolution.name} gives beyond the last step"
+        for convolution in survey.convolutions
+        if convolution.surplus
+    ]
+    return (
+        "Each step follows from the one before, so an output must read what is not known at "
+        f"every step: {' or '.join(hidden) or 'something that changes from call to call'}"
+    )
+
+
+def _differs(one: Tensor, whole: Tensor, tolerance: float) -> bool:
+    """Whether the last row and step of a value is not that of the same row and step alone."""
+    if one.dim() != whole.dim():
+        return True
+    for axis, (short, long) in enumerate(zip(one.shape, whole.shape, strict=True)):
+        if short != long and short and long:
+            one, whole = one.narrow(axis, short - 1, 1), whole.narrow(axis, long - 1, 1)
+    return not measure_difference(one.numpy(), whole.numpy()) <= tolerance
+
+
+@contextmanager
+def _carried(carriers: Sequence[Carrier], begun: Observation, notes: _Notes) -> Iterator[None]:
+    """Let what carries a state go on from the last row of `begun` while the block runs.
+
+    Whatever state the module passes; `notes` are not taken of what is inside.
+    """
+
+    def pause(*_: object) -> None:
+        notes.is_paused = True
+
+    def resume(*_: object) -> None:
+        notes.is_paused = False
+
+    handles = []
+    for carrier in carriers:
+        handles.append(carrier.module.register_forward_pre_hook(pause))
+        if isinstance(carrier, CausalConvolution):
+            given = [call.given for call in begun.convolutions if call.module is carrier.module]
+            hook = _continue_convolution(carrier, carrier.context(given[0][-1:]))
+            handles.append(carrier.module.register_forward_hook(hook, with_kwargs=True))
+        else:
+            hook = _continue_layer(carrier, begun.calls(carrier)[-carrier.calls :])
+            handles.append(carrier.module.register_forward_pre_hook(hook, with_kwargs=True))
+        handles.append(carrier.module.register_forward_hook(resume))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _continue_layer(layer: RecurrentLayer, calls: Sequence[LayerCall]) -> Callable[..., Any]:
+    is_cell = isinstance(layer.module, nn.RNNCellBase)
+    waiting = iter(calls)
+
+    def give(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        states = [state[:, -1:] for state in next(waiting).after]
+        states = [state[0] for state in states] if is_cell else states
+        return args[:1], {**kwargs, "hx": tuple(states) if len(states) > 1 else states[0]}
+
+    return give
+
+
+def _continue_convolution(convolution: CausalConvolution, context: Tensor) -> Callable[..., Any]:
+    def give(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], __: Tensor) -> Tensor:
+        step = (args[0] if args else kwargs["input"])[..., -1:]
+        module = convolution.module
+        return functional.conv1d(
+            functional.pad(torch.cat([context, step], dim=2), (0, convolution.surplus)),
+            module.weight,
+            module.bias,
+            dilation=module.dilation,
+            groups=module.groups,
+        )
+
+    return give

@@ -1,0 +1,78 @@
+"""Every form gives the same from its source, from the file alone, and from the served stream."""
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sluice_client import Client
+from sluice_model import example_inputs, read_contract
+from tests.client.server_process import ServerProcess
+from tests.export.forms import FORMS
+from tests.export.plain import run_alone
+
+# The first of them waits for the export of all.
+pytestmark = pytest.mark.timeout(600)
+NAMES = {title: f"form-{place}" for place, title in enumerate(FORMS)}
+STEPS = 7
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """Where each form was exported to, as model.onnx."""
+    made = {}
+    for title, form in FORMS.items():
+        made[title] = tmp_path_factory.mktemp(NAMES[title])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            form.export(made[title])
+    return made
+
+
+@pytest.fixture(scope="module")
+def server(folders) -> Iterator[ServerProcess]:
+    process = ServerProcess({NAMES[title]: folders[title] / "model.onnx" for title in FORMS})
+    yield process
+    process.stop()
+
+
+@pytest.fixture(scope="module")
+def client(server) -> Iterator[Client]:
+    with Client(server.address) as client:
+        yield client
+
+
+@pytest.mark.parametrize("title", FORMS)
+def test_source_file_and_served_stream_agree(title, folders, client):
+    form, folder, name = FORMS[title], folders[title], NAMES[title]
+    contract = read_contract(folder / "model.onnx")
+    drawn = example_inputs(contract, 2, STEPS, seed=2)
+    cuts = [slice(0, 4), slice(4, 5), slice(5, STEPS)]
+    given = [
+        {spec.name: array[row] for spec, array in zip(contract.inputs, drawn, strict=True)}
+        for row in range(2)
+    ]
+    for row, rows in enumerate(given):
+        with client.sequence(name, f"{name}-{row}") as sequence:
+            streamed = [
+                sequence.step({key: array[cut] for key, array in rows.items()}) for cut in cuts
+            ]
+        expected = form.run(folder, rows)
+        alone = run_alone(folder / "model.onnx", rows)
+        assert expected.keys() == alone.keys() == {spec.name for spec in contract.outputs}
+        for key, array in expected.items():
+            served = np.concatenate(
+                [piece[key] if isinstance(piece, dict) else piece for piece in streamed]
+            )
+            is_exact = all(p.passed for p in contract.proofs if p.name.startswith("bits"))
+            assert_same(served, alone[key], is_exact=is_exact)
+            assert_same(served, array, is_exact=form.is_exact)
+
+
+def assert_same(one: np.ndarray, two: np.ndarray, *, is_exact: bool) -> None:
+    if is_exact:
+        assert np.array_equal(one, two)
+    else:
+        np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-5)

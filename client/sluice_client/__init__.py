@@ -13,6 +13,7 @@ from sluice_client.errors import (
     ModelNotFound,
     NonFinite,
     ProtocolViolation,
+    ReplayNeeded,
     RunFailed,
     SequenceClosed,
     SequenceError,
@@ -30,6 +31,7 @@ from sluice_client.errors import (
     WrongModel,
 )
 from sluice_client.handles import GroupResult
+from sluice_client.tickets import Durability, Ticket
 
 __all__ = [
     "AccessDenied",
@@ -39,6 +41,7 @@ __all__ = [
     "Client",
     "ClientClosed",
     "DataLoss",
+    "Durability",
     "Fenced",
     "Group",
     "GroupResult",
@@ -48,6 +51,7 @@ __all__ = [
     "ModelNotFound",
     "NonFinite",
     "ProtocolViolation",
+    "ReplayNeeded",
     "RunFailed",
     "Sequence",
     "SequenceClosed",
@@ -63,6 +67,7 @@ __all__ = [
     "StepPending",
     "StepTimedOut",
     "StepUnsettled",
+    "Ticket",
     "Unavailable",
     "WrongModel",
 ]

@@ -3,24 +3,46 @@
 import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
+from secrets import token_bytes
 from types import TracebackType
-from typing import Self
+from typing import Final, Self
 from uuid import uuid4
 
 import grpc
 import grpc.aio
-import numpy as np
 
 from sluice_client.async_stream import AsyncRoute, AsyncStream
-from sluice_client.calls import Mode, Opening, Request, SequenceState, group_openings
+from sluice_client.calls import (
+    Mode,
+    Opening,
+    Request,
+    SequenceState,
+    fork_request,
+    group_openings,
+    read_state,
+    ticket_opening,
+)
 from sluice_client.errors import ClientClosed, SequenceNotFound
 from sluice_client.handles import GroupHandle, GroupResult, Handle, SequenceHandle, Step
+from sluice_client.kept import KEPT_BYTES_MAX, KEPT_STEPS_MAX, Bounds
 from sluice_client.reach import CHANNEL_OPTIONS, QUESTION_SECONDS_MAX, read_addresses
 from sluice_client.signature import Input, Output
+from sluice_client.tickets import Durability, Ticket
 from sluice_protos.contract_pb2 import ModelContract
-from sluice_protos.sequences_pb2 import GetStateRequest, ListModelsRequest, ModelInfo
+from sluice_protos.sequences_pb2 import (
+    CloseSequenceRequest,
+    GetStateRequest,
+    ListModelsRequest,
+    ListSequencesRequest,
+    ModelInfo,
+    SequenceInfo,
+)
 from sluice_protos.sequences_pb2_grpc import ModelsStub, SequencesStub
+
+# How long a server that has gone back may answer before its stream is lost.
+_GOING_BACK_SECONDS: Final = 0.05
+_GOING_BACK_MAX: Final = 200
 
 
 class AsyncClient:
@@ -37,6 +59,8 @@ class AsyncClient:
         *,
         credentials: grpc.ChannelCredentials | None = None,
         reconnect_seconds_max: float = 60.0,
+        kept_steps_max: int = KEPT_STEPS_MAX,
+        kept_bytes_max: int = KEPT_BYTES_MAX,
     ) -> None:
         """Make a client; nothing is sent yet.
 
@@ -44,10 +68,13 @@ class AsyncClient:
                                several of them, tried in turn when one does not answer
         credentials            for TLS; None: plain text
         reconnect_seconds_max  how long steps wait for a server to answer again
+        kept_steps_max         inputs of one sequence that are kept until they are durable
+        kept_bytes_max         what they may take, of all sequences of one model
         """
         self._addresses = read_addresses(address)
         self._credentials = credentials
         self._reconnect_seconds_max = reconnect_seconds_max
+        self._bounds = Bounds(kept_steps_max, kept_bytes_max)
         self._channels: list[grpc.aio.Channel] = []
         self._streams: dict[str, AsyncStream] = {}
         self._is_closed = False
@@ -85,26 +112,106 @@ class AsyncClient:
         *,
         mode: Mode = Mode.START,
         state: SequenceState | None = None,
+        durability: Durability | None = None,
+        holds_outputs: bool = False,
     ) -> "AsyncSequence":
         """A sequence, opened by `async with`; None: with an id of its own, from `state` if given.
 
+        durability     what shall survive the server's death: "off", "periodic" or
+                       "strict"; None, and at the most, what the server is set to
+        holds_outputs  the server holds outputs until `confirm` says that they are safe,
+                       for whoever may have to `resume` in another process
+
         Opening raises SequenceExists, SequenceNotFound, ModelNotFound, LimitReached,
-        WrongModel or Unavailable.
+        WrongModel, DataLoss or Unavailable.
         """
-        opening = Opening(sequence_id or uuid4().hex, mode, state)
-        return AsyncSequence(self._stream(model), model, opening)
+        opening = Opening(sequence_id or uuid4().hex, mode, state, durability, holds_outputs)
+        return AsyncSequence(self, self._stream(model), model, opening)
+
+    def resume(self, ticket: Ticket, *, received: int | None = None) -> "AsyncSequence":
+        """The sequence of a ticket, where its handle stood; opened by `async with`.
+
+        For a process whose predecessor was killed. `received` is how many outputs are
+        safe in its journal (None: as many as the ticket says). What the server has
+        beyond them comes from `settle`; `replays_from` tells whether it needs inputs
+        again. Of several handles with one ticket the latest has the sequence.
+        """
+        opening = ticket_opening(ticket.renew(received))
+        return AsyncSequence(self, self._stream(ticket.model), ticket.model, opening)
+
+    async def fork(
+        self,
+        model: str,
+        sequence_id: str,
+        fork_id: str | None = None,
+        *,
+        durability: Durability | None = None,
+    ) -> "AsyncSequence":
+        """A copy of a live sequence, whoever has it, that goes on from the same state.
+
+        It is there when this returns, and is opened by `async with`. Raises
+        SequenceNotFound, or SequenceExists where `fork_id` is alive.
+        """
+        writer = token_bytes(16)
+        request = fork_request(model, sequence_id, fork_id, writer, durability)
+        answer = await self._route().ask(
+            lambda channel: SequencesStub(channel).Fork(request, timeout=QUESTION_SECONDS_MAX),
+            not_found=SequenceNotFound,
+            sequence_id=sequence_id,
+        )
+        ticket = Ticket(
+            model, answer.fork_id, writer, 0, answer.step, answer.step, durability=durability
+        )
+        return AsyncSequence(self, self._stream(model), model, ticket_opening(ticket))
+
+    async def state(self, model: str, sequence_id: str) -> SequenceState:
+        """The state of a live sequence, whoever has it. Raises SequenceNotFound."""
+        request = GetStateRequest(model=model, sequence_id=sequence_id)
+        answer = await self._route().ask(
+            lambda channel: SequencesStub(channel).GetState(request, timeout=QUESTION_SECONDS_MAX),
+            not_found=SequenceNotFound,
+            sequence_id=sequence_id,
+        )
+        return read_state(answer)
+
+    async def close_sequence(self, model: str, sequence_id: str) -> int:
+        """Drop a live sequence, whoever has it; how many steps it had. Raises SequenceNotFound."""
+        request = CloseSequenceRequest(model=model, sequence_id=sequence_id)
+        answer = await self._route().ask(
+            lambda channel: SequencesStub(channel).CloseSequence(
+                request, timeout=QUESTION_SECONDS_MAX
+            ),
+            not_found=SequenceNotFound,
+            sequence_id=sequence_id,
+        )
+        return answer.step
+
+    async def sequences(self, model: str | None = None) -> list[SequenceInfo]:
+        """The live sequences of one model, or of all. Raises ModelNotFound."""
+        request = ListSequencesRequest(model=model or "")
+
+        async def read(channel: grpc.aio.Channel) -> list[SequenceInfo]:
+            call = SequencesStub(channel).ListSequences(request, timeout=QUESTION_SECONDS_MAX)
+            return [info async for info in call]
+
+        return await self._route().ask(read)
 
     def group(
-        self, model: str, sequence_ids: Iterable[str], *, mode: Mode = Mode.START
+        self,
+        model: str,
+        sequence_ids: Iterable[str],
+        *,
+        mode: Mode = Mode.START,
+        durability: Durability | None = None,
     ) -> "AsyncGroup":
         """Sequences that step together, opened by `async with`: all of them or none."""
-        openings = group_openings(sequence_ids, mode)
+        openings = group_openings(sequence_ids, mode, durability)
         return AsyncGroup(self._stream(model), openings)
 
     def _stream(self, model: str) -> AsyncStream:
         stream = self._streams.get(model)
         if stream is None:
-            stream = AsyncStream(model, self._route(), self._reconnect_seconds_max)
+            stream = AsyncStream(model, self._route(), self._reconnect_seconds_max, self._bounds)
             self._streams[model] = stream
         return stream
 
@@ -155,6 +262,7 @@ class _AsyncHandle(Handle):
             # What was opened beside it must be gone before the caller tries again.
             await self._end(self._let_go())
             raise request.errors[min(request.errors)]
+        self._note_opened()
 
     async def close(self) -> None:
         """Drop the state at the server, once all outputs have arrived. May be called again."""
@@ -197,9 +305,11 @@ class _AsyncHandle(Handle):
 class AsyncSequence(_AsyncHandle, SequenceHandle):
     """One sequence: its steps are applied in the order in which they are given, each once."""
 
-    def __init__(self, link: AsyncStream, model: str, opening: Opening) -> None:
-        super().__init__(link, opening)
-        self._model = model
+    def __init__(
+        self, client: AsyncClient, link: AsyncStream, model: str, opening: Opening
+    ) -> None:
+        super().__init__(link, model, opening)
+        self._client = client
 
     async def step(self, x: Input, *, timeout: float | None = None) -> Output:  # noqa: ASYNC109
         """Apply one step, or a chunk of steps, and return its output.
@@ -273,15 +383,42 @@ class AsyncSequence(_AsyncHandle, SequenceHandle):
             steps.put_nowait(None)
 
     async def state(self) -> SequenceState:
-        """The state after the last applied step, as a value that can start another sequence."""
-        request = GetStateRequest(model=self._model, sequence_id=self.sequence_id)
-        answer = await self._link.route.ask(
-            lambda channel: SequencesStub(channel).GetState(request, timeout=QUESTION_SECONDS_MAX),
-            not_found=SequenceNotFound,
-            sequence_id=self.sequence_id,
-        )
-        row = np.frombuffer(answer.row, "<f4").astype(np.float32)
-        return SequenceState(answer.model_digest, answer.step, row)
+        """The state after all steps given so far, as a value that can start another sequence."""
+        for _ in range(_GOING_BACK_MAX):
+            await self._rest()
+            with suppress(SequenceNotFound):
+                state = await self._client.state(self._model, self.sequence_id)
+                if state.step >= self.step_count:
+                    return state
+            # The server has just gone back: the stream is about to notice.
+            await asyncio.sleep(_GOING_BACK_SECONDS)
+        raise self._gone_back_error()
+
+    async def fork(
+        self, fork_id: str | None = None, *, durability: Durability | None = None
+    ) -> "AsyncSequence":
+        """A copy that goes on from the state after all steps given so far.
+
+        None: with an id of its own. It is there when this returns, and is opened by
+        `async with`. Raises SequenceExists where the id is alive.
+        """
+        for _ in range(_GOING_BACK_MAX):
+            await self._rest()
+            with suppress(SequenceNotFound):
+                fork = await self._client.fork(
+                    self._model, self.sequence_id, fork_id, durability=durability
+                )
+                if fork._starts_at >= self.step_count:
+                    return fork
+                await self._client.close_sequence(self._model, fork.sequence_id)
+            await asyncio.sleep(_GOING_BACK_SECONDS)
+        raise self._gone_back_error()
+
+    async def _rest(self) -> None:
+        request = self._ask_rest()
+        await self._link.wait(request)
+        for error in request.errors.values():
+            raise error
 
 
 class AsyncGroup(_AsyncHandle, GroupHandle):

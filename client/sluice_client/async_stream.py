@@ -18,6 +18,7 @@ from sluice_client.errors import (
     SluiceError,
     from_status,
 )
+from sluice_client.kept import Bounds
 from sluice_client.reach import QUESTION_SECONDS_MAX, RESPONSE_BYTES_MAX, Loss, Patience
 from sluice_client.signature import Signature
 from sluice_protos.contract_pb2 import ModelContract
@@ -82,11 +83,21 @@ class AsyncRoute:
 class AsyncStream:
     """All sequences of one model that one AsyncClient has share this."""
 
-    def __init__(self, model: str, route: AsyncRoute, reconnect_seconds_max: float) -> None:
+    def __init__(
+        self,
+        model: str,
+        route: AsyncRoute,
+        reconnect_seconds_max: float,
+        bounds: Bounds | None = None,
+    ) -> None:
         self.lock = contextlib.nullcontext()
         self.route = route
         self._model = model
+        self._bounds = bounds
         self._patience = Patience(reconnect_seconds_max)
+        # With a server whose store does not answer, while it serves others.
+        self._store_patience = Patience(reconnect_seconds_max)
+        self._retry: asyncio.TimerHandle | None = None
         self._connection: Connection | None = None
         self._meeting: asyncio.Task[None] | None = None
         self._has_work = asyncio.Event()
@@ -110,7 +121,12 @@ class AsyncStream:
 
     async def _meet(self) -> None:
         signature = Signature(await self.route.contract(self._model))
-        self._connection = Connection(self._model, signature, response_bytes_max=RESPONSE_BYTES_MAX)
+        self._connection = Connection(
+            self._model,
+            signature,
+            bounds=self._bounds,
+            response_bytes_max=RESPONSE_BYTES_MAX,
+        )
         self._runner = asyncio.create_task(self._run(), name=f"sluice {self._model}")
 
     def flush(self) -> None:
@@ -156,7 +172,7 @@ class AsyncStream:
                     continue
                 if not self.connection.wants_stream:
                     break
-                if loss.code is grpc.StatusCode.UNAVAILABLE and not loss.was_answered:
+                if loss.asks_for_another:
                     self.route.turn()
                 verdict = self._patience.after(loss, loop.time())
                 if isinstance(verdict, SluiceError):
@@ -182,14 +198,24 @@ class AsyncStream:
             async for response in call:
                 was_answered = True
                 connection.receive(response)
+                if connection.is_spent:
+                    return Loss(
+                        grpc.StatusCode.UNAVAILABLE,
+                        connection.refusal,
+                        was_answered=connection.has_opened,
+                        is_refused=True,
+                    )
+                if connection.has_postponed:
+                    self._wait_for_store()
                 if connection.has_something_to_send:
                     self._has_work.set()
-                if connection.is_drained:
-                    break
             code, details = grpc.StatusCode.OK, "the server has ended the stream"
         except grpc.aio.AioRpcError as error:
             code, details = error.code(), error.details() or ""
         finally:
+            if self._retry is not None:
+                self._retry.cancel()
+                self._retry = None
             connection.lose()
             if call is not None:
                 call.cancel()
@@ -197,6 +223,26 @@ class AsyncStream:
                 writer.cancel()
                 await asyncio.gather(writer, return_exceptions=True)
         return Loss(code, details, was_answered, connection.ledger.rows_received > rows)
+
+    def _wait_for_store(self) -> None:
+        """Ask again after a pause for what waits for the store; the stream serves others."""
+        if self._retry is not None:
+            return
+        if self.connection.has_recovered:
+            self.connection.has_recovered = False
+            self._store_patience.rest()
+        loop = asyncio.get_running_loop()
+        loss = Loss(grpc.StatusCode.UNAVAILABLE, self.connection.refusal)
+        verdict = self._store_patience.after(loss, loop.time())
+        if isinstance(verdict, SluiceError):
+            self.connection.give_up(verdict)
+        else:
+            self._retry = loop.call_later(verdict, self._ask_again)
+
+    def _ask_again(self) -> None:
+        self._retry = None
+        self.connection.retry()
+        self._has_work.set()
 
     async def _write(self, call: "Infer") -> None:
         """Send what there is; while one message is being taken, the next one gathers."""

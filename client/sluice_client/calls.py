@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from sluice_client.errors import SluiceError
 from sluice_client.signature import Array
 from sluice_client.tables import Numbers
+from sluice_client.tickets import WIRE_DURABILITY, Durability, Ticket, check_durability
 from sluice_protos import sequences_pb2 as wire
 
 
@@ -48,13 +49,57 @@ class Opening:
     sequence_id: str
     mode: Mode = Mode.START
     state: SequenceState | None = None
-    # Names the handle: never used by another one.
+    durability: Durability | None = None
+    # Outputs are acknowledged when the caller confirms them, not when they have arrived.
+    holds_outputs: bool = False
+    # Names the handle: never used by another one, but by one with its ticket.
     writer: bytes = field(default_factory=lambda: token_bytes(16))
+    # Goes on where the handle with this ticket stood; `mode` and `state` say nothing then.
+    ticket: Ticket | None = None
+
+    def __post_init__(self) -> None:
+        check_durability(self.durability)
 
 
-def group_openings(sequence_ids: Iterable[str], mode: Mode) -> list[Opening]:
+def read_state(answer: wire.SequenceState) -> SequenceState:
+    """A state as the server gives it."""
+    row = np.frombuffer(answer.row, "<f4").astype(np.float32)
+    return SequenceState(answer.model_digest, answer.step, row)
+
+
+def fork_request(
+    model: str,
+    sequence_id: str,
+    fork_id: str | None,
+    writer: bytes,
+    durability: Durability | None,
+) -> wire.ForkRequest:
+    """The question for a copy that `writer` will open."""
+    return wire.ForkRequest(
+        model=model,
+        sequence_id=sequence_id,
+        fork_id=fork_id or "",
+        writer=writer,
+        durability=WIRE_DURABILITY[check_durability(durability)],
+    )
+
+
+def ticket_opening(ticket: Ticket) -> Opening:
+    """What a handle asks for that goes on with the sequence of a ticket."""
+    return Opening(
+        ticket.sequence_id,
+        durability=ticket.durability,
+        holds_outputs=ticket.holds_outputs,
+        writer=ticket.writer,
+        ticket=ticket,
+    )
+
+
+def group_openings(
+    sequence_ids: Iterable[str], mode: Mode, durability: Durability | None
+) -> list[Opening]:
     """The openings of a group. Raises ValueError when it is empty or names an id twice."""
-    openings = [Opening(sequence_id, mode) for sequence_id in sequence_ids]
+    openings = [Opening(sequence_id, mode, durability=durability) for sequence_id in sequence_ids]
     if not openings:
         raise ValueError("a group has at least one sequence")
     if len({opening.sequence_id for opening in openings}) < len(openings):

@@ -1,23 +1,47 @@
 """The client for threads."""
 
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from secrets import token_bytes
 from types import TracebackType
-from typing import Self
+from typing import Final, Self
 from uuid import uuid4
 
 import grpc
-import numpy as np
 
-from sluice_client.calls import Mode, Opening, Request, SequenceState, group_openings
+from sluice_client.calls import (
+    Mode,
+    Opening,
+    Request,
+    SequenceState,
+    fork_request,
+    group_openings,
+    read_state,
+    ticket_opening,
+)
 from sluice_client.errors import ClientClosed, SequenceNotFound
 from sluice_client.handles import GroupHandle, GroupResult, Handle, SequenceHandle, Step
+from sluice_client.kept import KEPT_BYTES_MAX, KEPT_STEPS_MAX, Bounds
 from sluice_client.reach import CHANNEL_OPTIONS, QUESTION_SECONDS_MAX, read_addresses
 from sluice_client.signature import Input, Output
 from sluice_client.thread_stream import Route, ThreadStream
+from sluice_client.tickets import Durability, Ticket
 from sluice_protos.contract_pb2 import ModelContract
-from sluice_protos.sequences_pb2 import GetStateRequest, ListModelsRequest, ModelInfo
+from sluice_protos.sequences_pb2 import (
+    CloseSequenceRequest,
+    GetStateRequest,
+    ListModelsRequest,
+    ListSequencesRequest,
+    ModelInfo,
+    SequenceInfo,
+)
 from sluice_protos.sequences_pb2_grpc import ModelsStub, SequencesStub
+
+# How long a server that has gone back may answer before its stream is lost.
+_GOING_BACK_SECONDS: Final = 0.05
+_GOING_BACK_MAX: Final = 200
 
 
 class Client:
@@ -34,6 +58,8 @@ class Client:
         *,
         credentials: grpc.ChannelCredentials | None = None,
         reconnect_seconds_max: float = 60.0,
+        kept_steps_max: int = KEPT_STEPS_MAX,
+        kept_bytes_max: int = KEPT_BYTES_MAX,
     ) -> None:
         """Make a client; nothing is sent yet.
 
@@ -41,9 +67,12 @@ class Client:
                                several of them, tried in turn when one does not answer
         credentials            for TLS; None: plain text
         reconnect_seconds_max  how long steps wait for a server to answer again
+        kept_steps_max         inputs of one sequence that are kept until they are durable
+        kept_bytes_max         what they may take, of all sequences of one model
         """
         self._channels = [_dial(target, credentials) for target in read_addresses(address)]
         self._reconnect_seconds_max = reconnect_seconds_max
+        self._bounds = Bounds(kept_steps_max, kept_bytes_max)
         self._streams: dict[str, ThreadStream] = {}
         self._is_closed = False
 
@@ -82,24 +111,105 @@ class Client:
         *,
         mode: Mode = Mode.START,
         state: SequenceState | None = None,
+        durability: Durability | None = None,
+        holds_outputs: bool = False,
     ) -> "Sequence":
         """A sequence, opened by `with`; None: with an id of its own, from `state` if given.
 
-        Opening raises SequenceExists, SequenceNotFound, ModelNotFound, LimitReached,
-        WrongModel or Unavailable.
-        """
-        opening = Opening(sequence_id or uuid4().hex, mode, state)
-        return Sequence(self._stream(model), model, opening)
+        durability     what shall survive the server's death: "off", "periodic" or
+                       "strict"; None, and at the most, what the server is set to
+        holds_outputs  the server holds outputs until `confirm` says that they are safe,
+                       for whoever may have to `resume` in another process
 
-    def group(self, model: str, sequence_ids: Iterable[str], *, mode: Mode = Mode.START) -> "Group":
+        Opening raises SequenceExists, SequenceNotFound, ModelNotFound, LimitReached,
+        WrongModel, DataLoss or Unavailable.
+        """
+        opening = Opening(sequence_id or uuid4().hex, mode, state, durability, holds_outputs)
+        return Sequence(self, self._stream(model), model, opening)
+
+    def resume(self, ticket: Ticket, *, received: int | None = None) -> "Sequence":
+        """The sequence of a ticket, where its handle stood; opened by `with`.
+
+        For a process whose predecessor was killed. `received` is how many outputs are
+        safe in its journal (None: as many as the ticket says). What the server has
+        beyond them comes from `settle`; `replays_from` tells whether it needs inputs
+        again. Of several handles with one ticket the latest has the sequence.
+        """
+        opening = ticket_opening(ticket.renew(received))
+        return Sequence(self, self._stream(ticket.model), ticket.model, opening)
+
+    def fork(
+        self,
+        model: str,
+        sequence_id: str,
+        fork_id: str | None = None,
+        *,
+        durability: Durability | None = None,
+    ) -> "Sequence":
+        """A copy of a live sequence, whoever has it, that goes on from the same state.
+
+        It is there when this returns, and is opened by `with`. Raises
+        SequenceNotFound, or SequenceExists where `fork_id` is alive.
+        """
+        writer = token_bytes(16)
+        request = fork_request(model, sequence_id, fork_id, writer, durability)
+        answer = self._route().ask(
+            lambda channel: SequencesStub(channel).Fork(request, timeout=QUESTION_SECONDS_MAX),
+            not_found=SequenceNotFound,
+            sequence_id=sequence_id,
+        )
+        ticket = Ticket(
+            model, answer.fork_id, writer, 0, answer.step, answer.step, durability=durability
+        )
+        return Sequence(self, self._stream(model), model, ticket_opening(ticket))
+
+    def state(self, model: str, sequence_id: str) -> SequenceState:
+        """The state of a live sequence, whoever has it. Raises SequenceNotFound."""
+        request = GetStateRequest(model=model, sequence_id=sequence_id)
+        answer = self._route().ask(
+            lambda channel: SequencesStub(channel).GetState(request, timeout=QUESTION_SECONDS_MAX),
+            not_found=SequenceNotFound,
+            sequence_id=sequence_id,
+        )
+        return read_state(answer)
+
+    def close_sequence(self, model: str, sequence_id: str) -> int:
+        """Drop a live sequence, whoever has it; how many steps it had. Raises SequenceNotFound."""
+        request = CloseSequenceRequest(model=model, sequence_id=sequence_id)
+        answer = self._route().ask(
+            lambda channel: SequencesStub(channel).CloseSequence(
+                request, timeout=QUESTION_SECONDS_MAX
+            ),
+            not_found=SequenceNotFound,
+            sequence_id=sequence_id,
+        )
+        return answer.step
+
+    def sequences(self, model: str | None = None) -> list[SequenceInfo]:
+        """The live sequences of one model, or of all. Raises ModelNotFound."""
+        request = ListSequencesRequest(model=model or "")
+        return self._route().ask(
+            lambda channel: list(
+                SequencesStub(channel).ListSequences(request, timeout=QUESTION_SECONDS_MAX)
+            )
+        )
+
+    def group(
+        self,
+        model: str,
+        sequence_ids: Iterable[str],
+        *,
+        mode: Mode = Mode.START,
+        durability: Durability | None = None,
+    ) -> "Group":
         """Sequences that step together, opened by `with`: all of them or none."""
-        openings = group_openings(sequence_ids, mode)
+        openings = group_openings(sequence_ids, mode, durability)
         return Group(self._stream(model), openings)
 
     def _stream(self, model: str) -> ThreadStream:
         # setdefault: two threads that come at once get the same one.
         return self._streams.get(model) or self._streams.setdefault(
-            model, ThreadStream(model, self._route(), self._reconnect_seconds_max)
+            model, ThreadStream(model, self._route(), self._reconnect_seconds_max, self._bounds)
         )
 
     def _route(self) -> Route:
@@ -142,6 +252,7 @@ class _SyncHandle(Handle):
             # What was opened beside it must be gone before the caller tries again.
             self._end(self._let_go())
             raise request.errors[min(request.errors)]
+        self._note_opened()
 
     def close(self) -> None:
         """Drop the state at the server, once all outputs have arrived. May be called again."""
@@ -184,9 +295,9 @@ class _SyncHandle(Handle):
 class Sequence(_SyncHandle, SequenceHandle):
     """One sequence: its steps are applied in the order in which they are given, each once."""
 
-    def __init__(self, link: ThreadStream, model: str, opening: Opening) -> None:
-        super().__init__(link, opening)
-        self._model = model
+    def __init__(self, client: Client, link: ThreadStream, model: str, opening: Opening) -> None:
+        super().__init__(link, model, opening)
+        self._client = client
 
     def step(self, x: Input, *, timeout: float | None = None) -> Output:
         """Apply one step, or a chunk of steps, and return its output.
@@ -238,15 +349,42 @@ class Sequence(_SyncHandle, SequenceHandle):
         return self._result(steps.popleft())
 
     def state(self) -> SequenceState:
-        """The state after the last applied step, as a value that can start another sequence."""
-        request = GetStateRequest(model=self._model, sequence_id=self.sequence_id)
-        answer = self._link.route.ask(
-            lambda channel: SequencesStub(channel).GetState(request, timeout=QUESTION_SECONDS_MAX),
-            not_found=SequenceNotFound,
-            sequence_id=self.sequence_id,
-        )
-        row = np.frombuffer(answer.row, "<f4").astype(np.float32)
-        return SequenceState(answer.model_digest, answer.step, row)
+        """The state after all steps given so far, as a value that can start another sequence."""
+        for _ in range(_GOING_BACK_MAX):
+            self._rest()
+            with suppress(SequenceNotFound):
+                state = self._client.state(self._model, self.sequence_id)
+                if state.step >= self.step_count:
+                    return state
+            # The server has just gone back: the stream is about to notice.
+            time.sleep(_GOING_BACK_SECONDS)
+        raise self._gone_back_error()
+
+    def fork(
+        self, fork_id: str | None = None, *, durability: Durability | None = None
+    ) -> "Sequence":
+        """A copy that goes on from the state after all steps given so far.
+
+        None: with an id of its own. It is there when this returns, and is opened by
+        `with`. Raises SequenceExists where the id is alive.
+        """
+        for _ in range(_GOING_BACK_MAX):
+            self._rest()
+            with suppress(SequenceNotFound):
+                fork = self._client.fork(
+                    self._model, self.sequence_id, fork_id, durability=durability
+                )
+                if fork._starts_at >= self.step_count:
+                    return fork
+                self._client.close_sequence(self._model, fork.sequence_id)
+            time.sleep(_GOING_BACK_SECONDS)
+        raise self._gone_back_error()
+
+    def _rest(self) -> None:
+        request = self._ask_rest()
+        self._link.wait(request)
+        for error in request.errors.values():
+            raise error
 
 
 class Group(_SyncHandle, GroupHandle):

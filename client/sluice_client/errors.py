@@ -16,7 +16,8 @@ SluiceError
 │   │   └── SequenceExpired it was idle too long, or made room for others
 │   ├── Fenced              another client has taken it over
 │   ├── WrongModel          a state made by another model
-│   └── DataLoss            the server has lost steps it had confirmed
+│   ├── ReplayNeeded        the server needs inputs again that another handle was given
+│   └── DataLoss            the server or its store has lost what it had confirmed
 ├── ModelNotFound           the server serves no model of that name
 ├── LimitReached            a limit of the server; the message names it
 ├── AccessDenied            the server asks for (other) credentials
@@ -127,8 +128,19 @@ class WrongModel(SequenceError):
     """A state was made by another model than the one that should go on from it."""
 
 
+class ReplayNeeded(SequenceError):
+    """The server needs inputs again, from `step` on, that were given to another handle.
+
+    Only of a sequence that goes on from a ticket: `client.resume` it again and give
+    its `replay` what it asks for.
+    """
+
+
 class DataLoss(SequenceError):
-    """The server has lost steps or outputs that it had confirmed."""
+    """The server or its store has lost steps or outputs that it had confirmed.
+
+    `step` is how many steps there still are, where that is known.
+    """
 
 
 class ModelNotFound(SluiceError, LookupError):
@@ -172,9 +184,12 @@ _OF_FAULT: dict["Fault.Reason.ValueType", type[SluiceError]] = {
     Fault.WRONG_MODEL: WrongModel,
     Fault.UNKNOWN_LANE: ProtocolViolation,
     Fault.GAP: ProtocolViolation,
-    Fault.STALE: ProtocolViolation,
+    # The only higher attempts of a writer are those of a handle with the same ticket.
+    Fault.STALE: Fenced,
     Fault.CONFLICT: ProtocolViolation,
     Fault.LANE_IN_USE: ProtocolViolation,
+    Fault.UNAVAILABLE: Unavailable,
+    Fault.DATA_LOSS: DataLoss,
 }
 
 _OF_CLOSED: dict["Closed.Reason.ValueType", tuple[type[SluiceError], str]] = {

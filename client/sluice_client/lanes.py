@@ -12,7 +12,9 @@ A lane goes through these, keeping its number over all streams:
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from sluice_client.calls import Opening, Request
+from sluice_client.calls import Call, Opening, Request
+from sluice_client.errors import SluiceError
+from sluice_client.tickets import Durability
 
 
 class Status(Enum):
@@ -34,8 +36,17 @@ class Lane:
     asked_by: Request
     asked_position: int
     status: Status = Status.WAITING
+    # Of the last open that was sent; each carries a higher one.
     attempt: int = 0
     expected_epoch: int = 0
+    # What the server has given; None before it has opened the sequence.
+    durability: Durability | None = None
+    # The store has not answered since it was asked about this lane.
+    is_postponed: bool = False
+    # Of a lane that goes on from a ticket: outputs to steps that another handle has given.
+    restored: Call | None = None
+    # The server is at this step, and needs the inputs from it on again that another handle had.
+    replays_from: int | None = None
     # The first Opened has arrived: from then on only RESUME is asked.
     was_opened: bool = False
     # The server has a sequence on this lane of the present stream.
@@ -43,5 +54,7 @@ class Lane:
     # The handle has let it go.
     is_released: bool = False
     is_parking: bool = False
+    # Why it has ended.
+    error: SluiceError | None = None
     ended_by: Request | None = None
     ended_position: int = 0

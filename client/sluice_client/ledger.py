@@ -3,24 +3,32 @@
 Pure bookkeeping on arrays, for thousands of lanes at once: no protocol, no I/O, no
 clock. A lane's steps, as counts:
 
-    received ≤ sent ≤ end
-    │          │      └ given by callers
-    │          └ sent on the present stream (or applied before it)
-    └ answered; the inputs from here on are kept, so that they can be sent again
+    durable ≤ received ≤ end
+    durable ≤ sent     ≤ end
+    │         │          └ given by callers
+    │         └ received: answered; sent: sent on the present stream, or applied before it
+    └ the inputs from here on are kept, so that they can be sent again
+
+`durable` follows `received` by itself where no server goes back behind what it has
+answered. Where one may, the lane *trails*: its answered chunks stay until `secure`
+tells that they are durable. A server that has gone back applies them again, and as
+long as `behind` of its answers are still to come, they are dropped.
 """
 
-from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sluice_client.acknowledgements import Acknowledgements
 from sluice_client.calls import Call
 from sluice_client.errors import SluiceError, StepDiscarded
+from sluice_client.frames import Frame, gather, join
+from sluice_client.kept import Bounds, Kept
 from sluice_client.signature import Array
-from sluice_client.tables import Numbers, Table, expand, first_occurrences, groups
+from sluice_client.tables import NONE, Numbers, Table, expand, first_occurrences, groups
 
-NONE: Final = -1
+_ENDLESS: Final = 2**62
 
 _LANE = {
     "received": np.int64,
@@ -29,9 +37,21 @@ _LANE = {
     "head": np.int64,  # the chunk that holds step `received`
     "cursor": np.int64,  # the chunk that holds step `sent`
     "tail": np.int64,  # the last chunk
-    "unacknowledged": np.int64,  # outputs the server was not yet told of
+    "unacknowledged": np.int64,  # outputs the server may forget and was not yet told of
     "is_attached": np.bool_,  # chunks may be sent
     "has_ended": np.bool_,  # no step will ever be answered
+}
+# Of the same lanes: what a step of a sequence that keeps nothing never touches.
+_LANE_RARE = {
+    "durable": np.int64,
+    "behind": np.int64,  # answers below `received` that are still to come
+    "inputs_from": np.int64,  # the first step whose input was given here
+    "oldest": np.int64,  # the first answered chunk that is kept, if any
+    "newest": np.int64,  # the last of them
+    "confirmed": np.int64,  # of a lane that holds: outputs that are safe with the caller
+    "keeps": np.bool_,  # the server says what is durable
+    "trails": np.bool_,  # answered inputs are kept, from `durable` on
+    "holds": np.bool_,  # outputs are acknowledged when the caller confirms them
 }
 _CHUNK = {
     "first": np.int64,  # steps before it
@@ -43,42 +63,37 @@ _CHUNK = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Frame:
-    """Chunks that leave together: lanes, first steps and counts [chunks], arrays [rows, …]."""
-
-    lanes: Numbers
-    first_steps: Numbers
-    counts: Numbers
-    inputs: list[Array]
-
-
 class Ledger:
     """All lanes of one connection with the steps that are under way."""
 
-    def __init__(self) -> None:
-        self.lanes = Table(_LANE)
+    def __init__(self, bounds: Bounds | None = None) -> None:
+        self.lanes = Table(_LANE, _LANE_RARE)
         self._chunks = Table(_CHUNK)
+        self.acknowledgements = Acknowledgements(self.lanes)
+        self.kept = Kept(self.lanes, self._chunks)
+        self._bounds = bounds or Bounds()
         self._calls: dict[int, Call] = {}
         self._given: list[Call] = []
         self._ready: list[Numbers] = []
-        self._touched: list[Numbers] = []
+        # Lanes that may send no more until something is durable.
+        self._stalled: list[Numbers] = []
         self._ends: dict[int, SluiceError] = {}
         # Steps that were sent and not answered.
         self.in_flight = 0
-        # Outputs that have arrived since the last acknowledgement, of all lanes.
-        self.unacknowledged = 0
         # Outputs that have arrived, ever.
         self.rows_received = 0
+        # How many lanes keep, and trail; the sum of `behind` over attached lanes.
+        self._keeping = self._trailing = self._behind = 0
 
     # -- lanes ----------------------------------------------------------------
 
     def take(self, count: int) -> Numbers:
         """Lanes that nobody uses."""
         lanes = self.lanes.take(count)
-        rows = np.zeros(count, self.lanes.rows.dtype)
+        rows, rare = np.zeros(count, self.lanes.rows.dtype), np.zeros(count, self.lanes.rare.dtype)
         rows["head"] = rows["cursor"] = rows["tail"] = NONE
-        self.lanes.rows[lanes] = rows
+        rare["oldest"] = rare["newest"] = NONE
+        self.lanes.rows[lanes], self.lanes.rare[lanes] = rows, rare
         return lanes
 
     def give(self, lane: int) -> None:
@@ -87,34 +102,84 @@ class Ledger:
         self.lanes["is_attached"][lane] = False
         self.lanes.give(np.array([lane]))
 
-    def begin(self, lane: int, step: int) -> None:
-        """A new lane's sequence has `step` steps already."""
-        for column in ("received", "sent", "end"):
-            self.lanes[column][lane] = step
+    def begin(self, lane: int, step: int, durable: int, inputs_from: int) -> None:
+        """A new lane's sequence has `step` outputs already; its inputs are given from a step on."""
+        row, rare = self.lanes.rows[lane], self.lanes.rare[lane]
+        row["received"] = row["sent"] = row["end"] = rare["confirmed"] = step
+        rare["durable"], rare["inputs_from"] = durable, inputs_from
 
-    def attach(self, lane: int, applied: int) -> None:
-        """Go on sending from step `applied`; the outputs below it are on their way."""
+    def keep(self, lane: int, *, is_keeping: bool) -> None:
+        """Say whether the server tells this lane what is durable, and may go back to that."""
+        row = self.lanes.rare[lane]
+        self._keeping += int(is_keeping) - int(row["keeps"])
+        row["keeps"] = is_keeping
+
+    def attach(self, lane: int, applied: int, durable: int) -> None:
+        """Go on sending from step `applied`; outputs that have not arrived are on their way."""
         self.admit()
-        row = self.lanes.rows[lane]
-        chunk = int(row["head"])
-        while chunk != NONE and self._chunks["stop"][chunk] <= applied:
-            chunk = int(self._chunks["next"][chunk])
-        row["sent"], row["cursor"], row["is_attached"] = applied, chunk, True
-        self.in_flight += applied - int(row["received"])
+        row, rare = self.lanes.rows[lane], self.lanes.rare[lane]
+        received = int(row["received"])
+        behind = received - min(self.acknowledgements.told(lane), applied)
+        if rare["keeps"]:
+            rare["durable"] = max(int(rare["durable"]), min(durable, applied))
+        else:
+            rare["durable"] = min(received, applied)
+        rare["behind"], row["sent"], row["is_attached"] = behind, applied, True
+        self._behind += behind
+        self.in_flight += applied - received + behind
+        self._set_trailing(lane, trails=bool(rare["keeps"]) or behind > 0)
+        self.kept.forget(np.array([lane]))
+        row["cursor"] = self._find(lane, applied)
         self._ready.append(np.array([lane]))
 
     def detach(self, lane: int) -> None:
         """Send nothing more: what was under way may be lost."""
-        row = self.lanes.rows[lane]
+        row, behind = self.lanes.rows[lane], int(self.lanes.rare["behind"][lane])
         if row["is_attached"]:
-            self.in_flight -= int(row["sent"] - row["received"])
+            self.in_flight -= int(row["sent"] - row["received"]) + behind
+            self._behind -= behind
             row["sent"], row["is_attached"] = row["received"], False
 
-    def is_idle(self, lane: int) -> bool:
-        """Everything that was given has been answered."""
+    def safe(self, lane: int) -> int:
+        """The step that no server may go back behind: the inputs before it are not kept."""
+        rare = self.lanes.rare[lane]
+        return int(rare["durable"]) if rare["trails"] or rare["keeps"] else self.received(lane)
+
+    def is_safe(self, lane: int) -> bool:
+        """No server goes back behind what this lane's caller has."""
+        return self.safe(lane) >= self.received(lane)
+
+    def _find(self, lane: int, step: int) -> int:
+        """The chunk that holds this step."""
+        stop, after = self._chunks["stop"], self._chunks["next"]
+        chunk = int(self.lanes.rare["oldest"][lane])
+        if chunk == NONE:
+            chunk = int(self.lanes["head"][lane])
+        while chunk != NONE and stop[chunk] <= step:
+            chunk = int(after[chunk])
+        return chunk
+
+    def _set_trailing(self, lane: int, *, trails: bool) -> None:
+        row = self.lanes.rare[lane]
+        self._trailing += int(trails) - int(row["trails"])
+        row["trails"] = trails
+
+    def lacks_inputs(self, lane: int, step: int) -> bool:
+        """Inputs from this step on were given to another handle, not to this one."""
+        return bool(step < self.lanes.rare["inputs_from"][lane])
+
+    def is_fresh(self, lane: int) -> bool:
+        """Nothing was given to this lane yet."""
         self.admit()
         row = self.lanes.rows[lane]
-        return bool(row["received"] == row["end"])
+        return bool(self.lanes.rare["inputs_from"][lane] == row["received"] == row["end"])
+
+    def is_idle(self, lane: int) -> bool:
+        """Everything that was given has been answered, and is applied at this server."""
+        self.admit()
+        row = self.lanes.rows[lane]
+        is_caught_up = not self.lanes.rare["behind"][lane]
+        return bool(row["received"] == row["sent"] == row["end"] and is_caught_up)
 
     def received(self, lane: int) -> int:
         """The outputs that have arrived, as a count from the sequence's start."""
@@ -178,13 +243,13 @@ class Ledger:
         mine = table[lanes]
         follows = mine["tail"] != NONE
         chunks["next"][mine["tail"][follows]] = chunk[follows]
-        mine["head"] = np.where(follows, mine["head"], chunk)
+        mine["head"] = np.where(mine["head"] == NONE, chunk, mine["head"])
         mine["cursor"] = np.where(mine["cursor"] == NONE, chunk, mine["cursor"])
         mine["tail"], mine["end"] = chunk, first + counts
         table[lanes] = mine
         self._ready.append(lanes)
 
-    def pick(self, rows_max: int, chunk_steps_max: int) -> Frame | None:
+    def pick(self, rows_max: int, chunk_steps_max: int, step_bytes: int = 0) -> Frame | None:
         """The next frame of at most `rows_max` steps; what it holds counts as sent.
 
         Lanes take turns: a long chunk does not hold up another lane's single step.
@@ -200,8 +265,13 @@ class Ledger:
         waiting: list[Numbers] = []
         while lanes.size and rows_max > 0:
             chunk = table["cursor"][lanes]
+            stop = self._chunks["stop"][chunk]
+            if self._keeping:
+                lanes, chunk, stop = self._stall(lanes, chunk, stop, step_bytes)
+                if not lanes.size:
+                    break
             first = table["sent"][lanes]
-            counts = np.minimum(self._chunks["stop"][chunk] - first, chunk_steps_max)
+            counts = np.minimum(stop - first, chunk_steps_max)
             room = rows_max - (np.cumsum(counts) - counts)
             counts = np.minimum(counts, room)
             if room[-1] <= 0:
@@ -213,7 +283,8 @@ class Ledger:
                     first[sends],
                     counts[sends],
                 )
-            picked.append(self._gather(lanes, chunk, first, counts))
+            mine = self._chunks.rows[chunk]
+            picked.append(gather(lanes, mine, first, counts, self._calls, self.kept.sources))
             table["sent"][lanes] = sent = first + counts
             finished = sent == self._chunks["stop"][chunk]
             table["cursor"][lanes] = np.where(finished, self._chunks["next"][chunk], chunk)
@@ -221,37 +292,30 @@ class Ledger:
             lanes = lanes[table["cursor"][lanes] != NONE]
         waiting.append(lanes)
         self._ready = [lanes for lanes in waiting if lanes.size]
-        frame = _join(picked)
+        frame = join(picked)
         if frame is not None:
             self.in_flight += int(frame.counts.sum())
         return frame
+
+    def _stall(
+        self, lanes: Numbers, chunk: Numbers, stop: Numbers, step_bytes: int
+    ) -> tuple[Numbers, Numbers, Numbers]:
+        """Leave out the lanes that keep too much, and cut what the others may send."""
+        mine, rare = self.lanes.rows[lanes], self.lanes.rare[lanes]
+        # What has been answered is sent again whatever is kept: it is kept already.
+        limit = mine["received"]
+        if self.kept.bytes(step_bytes) < self._bounds.bytes_max:
+            limit = np.maximum(limit, rare["durable"] + self._bounds.steps_max)
+        limit = np.where(rare["keeps"], limit, _ENDLESS)
+        goes_on = mine["sent"] < limit
+        if not goes_on.all():
+            self._stalled.append(lanes[~goes_on])
+        return lanes[goes_on], chunk[goes_on], np.minimum(stop, limit)[goes_on]
 
     def _may_send(self, lanes: Numbers) -> NDArray[np.bool_]:
         mine = self.lanes.rows[lanes]
         result: NDArray[np.bool_] = mine["is_attached"] & (mine["cursor"] != NONE)
         return result
-
-    def _gather(self, lanes: Numbers, chunk: Numbers, first: Numbers, counts: Numbers) -> Frame:
-        """The rows of one piece of each lane, brought together call by call."""
-        mine = self._chunks.rows[chunk]
-        order, runs = groups(mine["call"])
-        rows = mine["row"][order] + (first - mine["first"])[order]
-        counts = counts[order]
-        pieces: list[list[Array]] = []
-        for number, start, stop in runs:
-            inputs = self._calls[number].inputs
-            if stop - start == 1:
-                row = int(rows[start])
-                pieces.append([array[row : row + int(counts[start])] for array in inputs])
-            else:
-                index = expand(rows[start:stop], counts[start:stop])
-                pieces.append([array[index] for array in inputs])
-        inputs = (
-            pieces[0]
-            if len(pieces) == 1
-            else [np.concatenate(arrays) for arrays in zip(*pieces, strict=True)]
-        )
-        return Frame(lanes[order], first[order], counts, inputs)
 
     # -- from the wire to the caller --------------------------------------------
 
@@ -277,6 +341,8 @@ class Ledger:
             skip = np.minimum(np.maximum(rows["received"] - start, 0), number)
             is_right = (start + skip <= rows["received"]) & (start + number <= rows["sent"])
             wrong.append(mine[~is_right])
+            if self._behind:
+                self._catch_up(mine[is_right], (start + number)[is_right])
             news = is_right & (number > skip)
             self._deliver(mine[news], (number - skip)[news], (origin + skip)[news], outputs)
             if len(turn) == len(lanes):
@@ -293,10 +359,9 @@ class Ledger:
         table, chunks = self.lanes.rows, self._chunks.rows
         total = int(counts.sum())
         self.in_flight -= total
-        self.unacknowledged += total
         self.rows_received += total
-        table["unacknowledged"][lanes] += counts
-        self._touched.append(lanes)
+        self.acknowledgements.note(lanes, counts, total)
+        everybody = lanes
         while lanes.size:
             chunk = table["head"][lanes]
             mine = chunks[chunk]
@@ -304,13 +369,19 @@ class Ledger:
             piece = np.minimum(counts, mine["stop"] - received)
             table["received"][lanes] = received + piece
             finished = received + piece == mine["stop"]
-            after = mine["next"][finished]
-            table["head"][lanes[finished]] = after
-            table["tail"][lanes[finished][after == NONE]] = NONE
+            owners, done, after = lanes[finished], chunk[finished], mine["next"][finished]
+            table["head"][owners] = after
+            if self._trailing:
+                stays = self.lanes.rare["trails"][owners]
+                self.kept.keep(owners[stays], done[stays], self._calls)
+                owners, done, after = owners[~stays], done[~stays], after[~stays]
+            table["tail"][owners[after == NONE]] = NONE
             self._hand_over(mine, mine["row"] + received - mine["first"], piece, source, outputs)
-            self._chunks.give(chunk[finished])
+            self._chunks.give(done)
             more = counts > piece
             lanes, counts, source = lanes[more], (counts - piece)[more], (source + piece)[more]
+        if self._trailing:
+            self.kept.forget(everybody)
 
     def _hand_over(
         self,
@@ -341,18 +412,52 @@ class Ledger:
         """Some step may be waiting to be sent."""
         return bool(self._given or self._ready)
 
-    def is_acknowledgement_due(self, lanes: Numbers, steps_max: int) -> bool:
-        """The server may soon stop running one of `lanes` for want of an acknowledgement."""
-        mine = self.lanes.rows[lanes[lanes < len(self.lanes)]]
-        waits = mine["sent"] > mine["received"]
-        return bool(np.any(waits & (2 * mine["unacknowledged"] >= steps_max)))
+    # -- what is kept to be sent again -----------------------------------------------
 
-    def acknowledge(self) -> None:
-        """The server is being told of all outputs that have arrived."""
-        for lanes in self._touched:
-            self.lanes["unacknowledged"][lanes] = 0
-        self._touched.clear()
-        self.unacknowledged = 0
+    def secure(self, lanes: Numbers, steps: Numbers) -> Numbers:
+        """The server says that so many steps of these lanes are durable: [lanes], [lanes].
+
+        Returns the lanes where that cannot be right: so many were never sent.
+        """
+        known = lanes < len(self.lanes)
+        known[known] = (self.lanes["is_attached"] & self.lanes.rare["keeps"])[lanes[known]]
+        lanes, steps = lanes[known], steps[known]
+        is_right = steps <= self.lanes["sent"][lanes]
+        np.maximum.at(self.lanes.rare["durable"], lanes[is_right], steps[is_right])
+        self.kept.forget(np.unique(lanes[is_right]))
+        self._unstall()
+        return lanes[~is_right]
+
+    def _unstall(self) -> None:
+        self._ready += self._stalled
+        self._stalled.clear()
+
+    def restore(self, lane: int, call: Call) -> None:
+        """Keep the inputs of a call as if they had been given and answered just before now."""
+        row, count = self.lanes.rows[lane], int(call.counts[0])
+        chunk = self._chunks.take(1)
+        fresh = np.zeros(1, self._chunks.rows.dtype)
+        first = row["received"] - count
+        fresh["first"], fresh["stop"], fresh["next"] = first, row["received"], NONE
+        fresh["call"] = call.number
+        self._chunks.rows[chunk] = fresh
+        self.kept.keep(np.array([lane]), chunk, {call.number: call})
+        row["tail"], self.lanes.rare["inputs_from"][lane] = chunk[0], first
+        if row["is_attached"]:
+            row["cursor"] = self._find(lane, int(row["sent"]))
+            self._ready.append(np.array([lane]))
+
+    def _catch_up(self, lanes: Numbers, stops: Numbers) -> None:
+        """Answers have come up to these steps, of lanes that may have them already."""
+        mine = self.lanes.rare[lanes]
+        still = np.clip(self.lanes["received"][lanes] - stops, 0, mine["behind"])
+        gained = int((mine["behind"] - still).sum())
+        self.in_flight -= gained
+        self._behind -= gained
+        self.lanes.rare["behind"][lanes] = still
+        for lane in lanes[(still == 0) & mine["trails"] & ~mine["keeps"]].tolist():
+            self._set_trailing(lane, trails=False)
+            self.kept.forget(np.array([lane]))
 
     # -- failures -----------------------------------------------------------------
 
@@ -367,29 +472,44 @@ class Ledger:
 
     def end(self, lane: int, error: SluiceError) -> None:
         """No more outputs will come: fail all that is under way, and all that is given later."""
+        self.keep(lane, is_keeping=False)
         self._cut(lane, error, error)
         self.detach(lane)
+        self.acknowledgements.hold(lane, is_holding=False)
         self.lanes["has_ended"][lane] = True
         self._ends[lane] = error
+        self._unstall()
 
     def _cut(self, lane: int, error: SluiceError, later: SluiceError) -> None:
         """Forget what has not been answered: `error` for the first call, `later` for the rest."""
         self.admit()
-        row, chunks = self.lanes.rows[lane], self._chunks.rows
+        row, rare, chunks = self.lanes.rows[lane], self.lanes.rare[lane], self._chunks.rows
         step, chunk = int(row["received"]), int(row["head"])
         if row["is_attached"]:
-            self.in_flight -= int(row["sent"]) - step
+            self.in_flight -= int(row["sent"]) - step + int(rare["behind"])
+            self._behind -= int(rare["behind"])
+        rare["behind"] = 0
         row["sent"] = row["end"] = step
-        row["head"] = row["cursor"] = row["tail"] = NONE
+        row["head"] = row["cursor"] = NONE
         dropped: list[int] = []
         while chunk != NONE:
             mine = chunks[chunk]
             begin, stop = max(step, int(mine["first"])), int(mine["stop"])
-            number, position = int(mine["call"]), int(mine["position"])
+            number, position, after = int(mine["call"]), int(mine["position"]), int(mine["next"])
+            if rare["trails"] and int(mine["first"]) < step:
+                # Its first steps have been applied, and may have to be again.
+                mine["stop"] = step
+                self.kept.keep(np.array([lane]), np.array([chunk]), self._calls)
+            else:
+                dropped.append(chunk)
             self._fail(number, position, stop - begin, error.at(error.sequence_id, begin))
-            dropped.append(chunk)
-            chunk, error = int(mine["next"]), later
+            chunk, error = after, later
         self._chunks.give(np.array(dropped, np.int64))
+        row["tail"] = rare["newest"] if rare["oldest"] != NONE else NONE
+        if row["tail"] != NONE:
+            chunks["next"][row["tail"]] = NONE
+        self._set_trailing(lane, trails=bool(rare["keeps"]))
+        self.kept.forget(np.array([lane]))
 
     def _fail(self, number: int, position: int, rows: int, error: SluiceError) -> None:
         call = self._calls[number]
@@ -401,17 +521,3 @@ class Ledger:
         if not call.rows_left:
             del self._calls[call.number]
             call.finish()
-
-
-def _join(frames: list[Frame]) -> Frame | None:
-    if len(frames) <= 1:
-        return frames[0] if frames else None
-    return Frame(
-        np.concatenate([frame.lanes for frame in frames]),
-        np.concatenate([frame.first_steps for frame in frames]),
-        np.concatenate([frame.counts for frame in frames]),
-        [
-            np.concatenate(arrays)
-            for arrays in zip(*(frame.inputs for frame in frames), strict=True)
-        ],
-    )

@@ -2,8 +2,9 @@
 
 from typing import Final
 
+from sluice_client.frames import Frame
 from sluice_client.lanes import Lane
-from sluice_client.ledger import Frame
+from sluice_client.tickets import WIRE_DURABILITY
 from sluice_protos.sequences_pb2 import RESUME, InferRequest, Limits, OpenSequence, SequenceState
 
 UNLIMITED: Final = 2**31 - 1
@@ -16,7 +17,10 @@ _MESSAGE_BYTES: Final = 4096
 
 
 def open_message(lane: Lane, received: int) -> OpenSequence:
-    """The open of a lane: as its handle asked at first, RESUME once it has been opened."""
+    """The open of a lane: as its handle asked at first, RESUME once it has been opened.
+
+    `received` is what a RESUME says has arrived.
+    """
     opening = lane.opening
     message = OpenSequence(
         lane=lane.number,
@@ -24,8 +28,9 @@ def open_message(lane: Lane, received: int) -> OpenSequence:
         writer=opening.writer,
         attempt=lane.attempt,
         expected_epoch=lane.expected_epoch,
+        durability=WIRE_DURABILITY[opening.durability],
     )
-    if lane.was_opened:
+    if lane.was_opened or opening.ticket is not None:
         message.mode = RESUME
         message.received = received
         return message

@@ -52,9 +52,17 @@ class Loss:
 
     code: grpc.StatusCode
     details: str
-    # A message had come, or even an output.
+    # The server was of use, or has even sent outputs.
     was_answered: bool = False
     had_outputs: bool = False
+    # The server wants no more of this client now.
+    is_refused: bool = False
+
+    @property
+    def asks_for_another(self) -> bool:
+        """The next server may do better."""
+        is_silent = self.code is grpc.StatusCode.UNAVAILABLE and not self.was_answered
+        return self.is_refused or is_silent
 
     def as_error(self) -> SluiceError:
         """As the exception for everybody who waits for this stream."""
@@ -77,17 +85,21 @@ class Patience:
         self._since: float | None = None
         self._losses = 0
 
+    def rest(self) -> None:
+        """All is well again."""
+        self._since, self._losses = None, 0
+
     def after(self, loss: Loss, now: float) -> float | SluiceError:
         """Seconds until the next attempt (full jitter), or the error to give up with."""
         if loss.code not in _PASSING | _DOUBTFUL:
-            self._since, self._losses = None, 0
+            self.rest()
             return loss.as_error()
         is_fresh = loss.was_answered if loss.code in _PASSING else loss.had_outputs
         if is_fresh or self._since is None:
             self._since, self._losses = now, 0
         elif now - self._since > self._seconds_max:
             seconds = now - self._since
-            self._since, self._losses = None, 0
+            self.rest()
             return Unavailable(
                 f"no server has answered for {seconds:.0f} s ({loss.details or loss.code.name}); "
                 "steps that were under way may have been applied",

@@ -1,20 +1,30 @@
 """Columns of numbers whose rows are taken and given back: the memory of the ledger."""
 
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 Numbers = NDArray[np.int64]
 
+# No row, where a row's number is kept.
+NONE: Final = -1
+
 _FIRST = np.zeros(1, np.int64)
 
 
 class Table:
-    """A structured array that grows by doubling; a row is known by its number."""
+    """A structured array that grows by doubling; a row is known by its number.
 
-    def __init__(self, columns: dict[str, Any], size: int = 16) -> None:
+    `rare` has further columns of the same rows, apart: whole rows are taken often,
+    and cost what they weigh.
+    """
+
+    def __init__(
+        self, columns: dict[str, Any], rare: dict[str, Any] | None = None, size: int = 16
+    ) -> None:
         self.rows = np.zeros(size, np.dtype(list(columns.items())))
+        self.rare = np.zeros(size, np.dtype(list((rare or {}).items())))
         # A stack of free numbers, the lowest on top.
         self._free = np.arange(size - 1, -1, -1, dtype=np.int64)
         self._free_count = size
@@ -40,14 +50,19 @@ class Table:
 
     def _grow(self) -> None:
         size = len(self.rows)
-        rows = np.zeros(2 * size, self.rows.dtype)
-        rows[:size] = self.rows
-        self.rows = rows
+        self.rows = _double(self.rows)
+        self.rare = _double(self.rare)
         free = np.empty(2 * size, np.int64)
         free[:size] = np.arange(2 * size - 1, size - 1, -1)
         free[size : size + self._free_count] = self._free[: self._free_count]
         self._free = free
         self._free_count += size
+
+
+def _double(rows: NDArray[np.void]) -> NDArray[np.void]:
+    more = np.zeros(2 * len(rows), rows.dtype)
+    more[: len(rows)] = rows
+    return more
 
 
 def expand(starts: Numbers, counts: Numbers) -> Numbers:

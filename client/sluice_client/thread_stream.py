@@ -15,6 +15,7 @@ import grpc
 from sluice_client.calls import Pending
 from sluice_client.connection import Connection
 from sluice_client.errors import ModelNotFound, ProtocolViolation, SluiceError, from_status
+from sluice_client.kept import Bounds
 from sluice_client.reach import QUESTION_SECONDS_MAX, RESPONSE_BYTES_MAX, Loss, Patience
 from sluice_client.signature import Signature
 from sluice_protos.contract_pb2 import ModelContract
@@ -82,12 +83,22 @@ class Route:
 class ThreadStream:
     """All sequences of one model that one Client has share this."""
 
-    def __init__(self, model: str, route: Route, reconnect_seconds_max: float) -> None:
+    def __init__(
+        self,
+        model: str,
+        route: Route,
+        reconnect_seconds_max: float,
+        bounds: Bounds | None = None,
+    ) -> None:
         # Guards the connection; told of every change that could give something to send.
         self.lock = threading.Condition()
         self.route = route
         self._model = model
+        self._bounds = bounds
         self._patience = Patience(reconnect_seconds_max)
+        # With a server whose store does not answer, while it serves others.
+        self._store_patience = Patience(reconnect_seconds_max)
+        self._retry: threading.Timer | None = None
         self._connection: Connection | None = None
         self._meeting = threading.Lock()
         self._is_closed = threading.Event()
@@ -106,7 +117,10 @@ class ThreadStream:
             if self._connection is None:
                 signature = Signature(self.route.contract(self._model))
                 self._connection = Connection(
-                    self._model, signature, response_bytes_max=RESPONSE_BYTES_MAX
+                    self._model,
+                    signature,
+                    bounds=self._bounds,
+                    response_bytes_max=RESPONSE_BYTES_MAX,
                 )
                 self._runner.start()
         return self._connection
@@ -156,7 +170,7 @@ class ThreadStream:
                 log.exception("the client has failed")
                 self._fail(SluiceError(f"the client has failed: {error!r}"))
                 continue
-            if loss.code is grpc.StatusCode.UNAVAILABLE and not loss.was_answered:
+            if loss.asks_for_another:
                 self.route.turn()
             verdict = self._patience.after(loss, time.monotonic())
             if isinstance(verdict, SluiceError):
@@ -187,22 +201,55 @@ class ThreadStream:
                 was_answered = True
                 with self.lock:
                     connection.receive(response)
+                    if connection.is_spent:
+                        return Loss(
+                            grpc.StatusCode.UNAVAILABLE,
+                            connection.refusal,
+                            was_answered=connection.has_opened,
+                            is_refused=True,
+                        )
+                    if connection.has_postponed:
+                        self._wait_for_store()
                     if connection.has_something_to_send:
                         self.lock.notify_all()
-                    if connection.is_drained:
-                        break
             code, details = grpc.StatusCode.OK, "the server has ended the stream"
         except grpc.RpcError as error:
             code, details = error.code(), error.details() or ""
         finally:
             with self.lock:
                 is_over.set()
+                if self._retry is not None:
+                    self._retry.cancel()
+                    self._retry = None
                 if self._call is not None:
                     self._call.cancel()
                     self._call = None
                 connection.lose()
                 self.lock.notify_all()
         return Loss(code, details, was_answered, connection.ledger.rows_received > rows)
+
+    def _wait_for_store(self) -> None:
+        """Ask again after a pause for what waits for the store; the stream serves others."""
+        if self._retry is not None:
+            return
+        if self.connection.has_recovered:
+            self.connection.has_recovered = False
+            self._store_patience.rest()
+        loss = Loss(grpc.StatusCode.UNAVAILABLE, self.connection.refusal)
+        verdict = self._store_patience.after(loss, time.monotonic())
+        if isinstance(verdict, SluiceError):
+            self.connection.give_up(verdict)
+        else:
+            self._retry = threading.Timer(verdict, self._ask_again)
+            self._retry.daemon = True
+            self._retry.start()
+
+    def _ask_again(self) -> None:
+        with self.lock:
+            if threading.current_thread() is self._retry:
+                self._retry = None
+                self.connection.retry()
+                self.lock.notify_all()
 
     def _requests(self, is_over: threading.Event) -> Iterator[InferRequest]:
         """What to send; gRPC's own thread asks for the next when the last one has been taken."""

@@ -216,7 +216,7 @@ def test_a_fenced_or_drained_lane_asks_to_resume_before_it_gives_up(connection, 
     if reason == Closed.DRAINING:
         # Not at the server that stops: on the next stream.
         assert connection.next_request() is None
-        assert connection.is_drained
+        assert connection.is_spent
         opening = lose(connection).open[0]
     else:
         opening = send(connection).open[0]

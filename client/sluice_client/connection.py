@@ -246,13 +246,10 @@ class Connection:
         self.ledger.acknowledgements.clear()
         for lane in list(self._lanes.values()):
             lane.is_occupied = False
+            is_safe = self.ledger.is_safe(lane.number)
             if lane.status is Status.ENDED:
                 self._free(lane)
-            elif (
-                lane.status is Status.ENDING
-                and lane.is_parking
-                and self.ledger.is_safe(lane.number)
-            ):
+            elif lane.status is Status.ENDING and lane.is_parking and is_safe:
                 self._end(lane, None)  # a stream that ends parks its lanes
             else:
                 self._reopen(lane)

@@ -34,9 +34,9 @@ def serve(**flags: Any) -> None:
 
     from sluice_model import ModelError
     from sluice_service.logs import set_up_logs
-    from sluice_service.server import serve as serve_until_stopped
     from sluice_service.settings import Settings
     from sluice_service.store import StoreError, StoreSetupError
+    from sluice_service.workers import serve as serve_until_stopped
 
     given = {name: value for name, value in flags.items() if value not in (None, [])}
     try:

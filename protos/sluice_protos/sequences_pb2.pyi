@@ -820,6 +820,7 @@ class SequenceInfo(_message.Message):
     IS_PARKED_FIELD_NUMBER: _builtins.int
     IDLE_SECONDS_FIELD_NUMBER: _builtins.int
     HELD_STEPS_FIELD_NUMBER: _builtins.int
+    IS_ELSEWHERE_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     sequence_id: _builtins.str
     step: _builtins.int
@@ -827,6 +828,8 @@ class SequenceInfo(_message.Message):
     is_parked: _builtins.bool
     idle_seconds: _builtins.float
     held_steps: _builtins.int
+    is_elsewhere: _builtins.bool
+    """Lives at another server, or waits in the store: `step` is the last durable one."""
     def __init__(
         self,
         *,
@@ -837,10 +840,11 @@ class SequenceInfo(_message.Message):
         is_parked: _builtins.bool = ...,
         idle_seconds: _builtins.float = ...,
         held_steps: _builtins.int = ...,
+        is_elsewhere: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "held_steps", b"held_steps", "idle_seconds", b"idle_seconds", "is_parked", b"is_parked", "model", b"model", "sequence_id", b"sequence_id", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "held_steps", b"held_steps", "idle_seconds", b"idle_seconds", "is_elsewhere", b"is_elsewhere", "is_parked", b"is_parked", "model", b"model", "sequence_id", b"sequence_id", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

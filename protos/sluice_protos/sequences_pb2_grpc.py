@@ -94,7 +94,8 @@ class SequencesServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListSequences(self, request, context):
-        """The live sequences, one message each.
+        """The live sequences, one message each: those of this server, and after them
+        those that only the store knows.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

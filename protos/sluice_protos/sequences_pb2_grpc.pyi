@@ -51,7 +51,9 @@ class SequencesStub:
     CloseSequence: _grpc.UnaryUnaryMultiCallable[_sequences_pb2.CloseSequenceRequest, _sequences_pb2.CloseSequenceResponse]
     """Drops a live sequence, whoever holds it."""
     ListSequences: _grpc.UnaryStreamMultiCallable[_sequences_pb2.ListSequencesRequest, _sequences_pb2.SequenceInfo]
-    """The live sequences, one message each."""
+    """The live sequences, one message each: those of this server, and after them
+    those that only the store knows.
+    """
 
 @_typing.type_check_only
 class SequencesAsyncStub(SequencesStub):
@@ -65,7 +67,9 @@ class SequencesAsyncStub(SequencesStub):
     CloseSequence: _aio.UnaryUnaryMultiCallable[_sequences_pb2.CloseSequenceRequest, _sequences_pb2.CloseSequenceResponse]  # type: ignore[assignment]
     """Drops a live sequence, whoever holds it."""
     ListSequences: _aio.UnaryStreamMultiCallable[_sequences_pb2.ListSequencesRequest, _sequences_pb2.SequenceInfo]  # type: ignore[assignment]
-    """The live sequences, one message each."""
+    """The live sequences, one message each: those of this server, and after them
+    those that only the store knows.
+    """
 
 class SequencesServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -106,7 +110,9 @@ class SequencesServicer(metaclass=_abc_1.ABCMeta):
         request: _sequences_pb2.ListSequencesRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_sequences_pb2.SequenceInfo], _abc.AsyncIterator[_sequences_pb2.SequenceInfo]]:
-        """The live sequences, one message each."""
+        """The live sequences, one message each: those of this server, and after them
+        those that only the store knows.
+        """
 
 def add_SequencesServicer_to_server(servicer: SequencesServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 

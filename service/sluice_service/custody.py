@@ -20,6 +20,7 @@ from sluice_service.store import (
     Granted,
     Key,
     Store,
+    Stored,
     StoreError,
     Verdict,
     unpack,
@@ -123,6 +124,14 @@ class Custody:
                 f"model {self._model!r} has no live sequence {sequence_id!r}, here or in the store"
             )
         return unpack(stored.checkpoint.data)
+
+    async def list_stored(self) -> AsyncIterator[Stored]:
+        """Every live sequence that the store has of this model. Raises StoreDownError."""
+        try:
+            async for stored in self._store.stored(self._model):
+                yield stored
+        except StoreError as error:
+            raise as_down(error) from error
 
     async def close_elsewhere(self, sequence_id: str, ending: str) -> int:
         """Drop a sequence that is not here, whoever has it; its durable steps. Raises LaneError."""

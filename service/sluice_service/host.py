@@ -7,7 +7,7 @@ thread, and what could disturb it waits until it has been applied.
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from concurrent.futures import Executor
 from functools import partial
 
@@ -206,8 +206,8 @@ class Host:
         """For how long the store has not answered; 0 while it does, or is not used."""
         return self._keeper.down_seconds if self._keeper is not None else 0.0
 
-    def list_sequences(self) -> Iterator[SequenceInfo]:
-        """Every live sequence, as it stands now."""
+    def live_sequences(self) -> Iterator[SequenceInfo]:
+        """Every live sequence of this server, as it stands now."""
         now, table = self._clock.now(), self._sequences
         for sequence in list(table):
             if sequence.phase is Phase.ENDED:  # while the list went out
@@ -222,6 +222,23 @@ class Host:
                 idle_seconds=now - float(table.active[slot]),
                 held_steps=int(table.step[slot]) - table.held_from(slot),
             )
+
+    async def list_sequences(self) -> AsyncIterator[SequenceInfo]:
+        """Every live sequence of this server, then those that only the store knows."""
+        here = set()
+        for info in self.live_sequences():
+            here.add(info.sequence_id)
+            yield info
+        if self._keeper is not None:
+            async for stored in self._custody.list_stored():
+                if stored.key.sequence_id not in here:
+                    yield SequenceInfo(
+                        model=self.name,
+                        sequence_id=stored.key.sequence_id,
+                        step=stored.checkpoint.step,
+                        epoch=stored.epoch,
+                        is_elsewhere=True,
+                    )
 
     async def state(self, sequence_id: str) -> SequenceState:
         """The state after the last applied step; of a sequence elsewhere, the last durable one.

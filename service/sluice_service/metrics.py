@@ -18,6 +18,7 @@ from prometheus_client import (
 )
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
+from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
 # When a series began is noise on a page; Prometheus finds out by itself.
@@ -266,6 +267,32 @@ class ModelMetrics:
     def fault(self, code: str, reason: str) -> None:
         """A client was told of a fault."""
         self.all.faults.labels(self.name, code, reason).inc()
+
+
+def merge_pages(pages: dict[int, str]) -> tuple[bytes, str]:
+    """The text pages of several workers as one, each sample with its worker's number."""
+    families: dict[str, Metric] = {}
+    for number, page in pages.items():
+        for family in text_string_to_metric_families(page):
+            merged = families.setdefault(
+                family.name, Metric(family.name, family.documentation, family.type)
+            )
+            merged.samples += [
+                sample._replace(labels={**sample.labels, "worker": str(number)})
+                for sample in family.samples
+            ]
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Merged(families.values()))
+    encoder, content_type = choose_encoder("")
+    return encoder(registry), content_type
+
+
+class _Merged(Collector):
+    def __init__(self, families: Iterable[Metric]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterable[Metric]:
+        return self._families
 
 
 def as_info(versions: dict[str, Any]) -> dict[str, str]:

@@ -1,19 +1,19 @@
 """The HTTP side: /metrics for Prometheus, /healthz and /readyz for whoever keeps it running."""
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
-from sluice_service.metrics import Metrics
-
 
 def make_app(
-    metrics: Metrics, is_ready: Callable[[], bool], trouble: Callable[[], str]
+    expose: Callable[[str], Awaitable[tuple[bytes, str]]],
+    is_ready: Callable[[], bool],
+    trouble: Callable[[], str],
 ) -> web.Application:
-    """The pages, reading live from `metrics`, `is_ready`, and what `trouble` there is, if any."""
+    """The pages, read live: `expose` gives (body, content type) for what a scrape accepts."""
 
     async def show_metrics(request: web.Request) -> web.Response:
-        body, content_type = metrics.expose(request.headers.get("Accept", ""))
+        body, content_type = await expose(request.headers.get("Accept", ""))
         return web.Response(body=body, headers={"Content-Type": content_type})
 
     async def show_health(_: web.Request) -> web.Response:

@@ -1,9 +1,7 @@
 """Assembles a server, serves, and stops in good order."""
 
 import asyncio
-import contextlib
 import gc
-import signal
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +28,7 @@ from sluice_service.store import Store, open_store
 log = structlog.get_logger()
 
 # What is left of a stop after the drain: calls that do not end by themselves.
-_GRACE_SECONDS = 2.0
+GRACE_SECONDS = 2.0
 _KEEPALIVE_SECONDS = 30
 _PING_SECONDS_MIN = 10
 
@@ -38,12 +36,13 @@ _PING_SECONDS_MIN = 10
 class Server:
     """A server from its settings. `await start()`, then `await stop()`."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, shares_port: bool = False) -> None:
         """Load every model, test it and warm it up; takes seconds.
 
         Raises ModelError when a file cannot be served, StoreSetupError for a bad store.
         """
         self.settings = settings
+        self._shares_port = shares_port
         self.metrics = Metrics()
         self.grpc_port = 0
         self.http_port = 0
@@ -90,10 +89,11 @@ class Server:
         if self._store is not None:
             for warning in await self._store.start():
                 log.warning("store", warning=warning)
-        _require_free("listen", self.settings.listen)
-        _require_free("http", self.settings.http)
+        if not self._shares_port:
+            require_free("listen", self.settings.listen)
+        require_free("http", self.settings.http)
         self._http = web.AppRunner(
-            make_app(self.metrics, lambda: self._is_ready, self._trouble),
+            make_app(self._expose, lambda: self._is_ready, self._trouble),
             access_log=None,
             handle_signals=False,
         )
@@ -149,12 +149,15 @@ class Server:
         self._open_inference.stop()
         for task in self._tasks:
             task.cancel()
-        await self._grpc.stop(_GRACE_SECONDS)
+        await self._grpc.stop(GRACE_SECONDS)
         await self._http.cleanup()
         if self._store is not None:
             await self._store.stop()
         self._executor.shutdown(wait=False)
         log.info("stopped")
+
+    async def _expose(self, accept: str) -> tuple[bytes, str]:
+        return self.metrics.expose(accept)
 
     def _trouble(self) -> str:
         """What an operator should know of a server that serves all the same."""
@@ -171,8 +174,9 @@ class Server:
             ("grpc.max_receive_message_length", self.settings.request_bytes_max),
             # Responses are cut to what each client says it takes.
             ("grpc.max_send_message_length", -1),
-            # Two servers on one port would each get some of a client's calls.
-            ("grpc.so_reuseport", 0),
+            # Two servers on one port each get some of a client's calls: only workers,
+            # which share a store, may.
+            ("grpc.so_reuseport", int(self._shares_port)),
             ("grpc.keepalive_time_ms", _KEEPALIVE_SECONDS * 1000),
             ("grpc.keepalive_timeout_ms", 10_000),
             ("grpc.keepalive_permit_without_calls", 1),
@@ -195,7 +199,7 @@ def _store(settings: Settings) -> Store | None:
     return None
 
 
-def _require_free(flag: str, address: str) -> None:
+def require_free(flag: str, address: str) -> None:
     """Raise OSError, which names the flag, where nobody could listen on HOST:PORT."""
     host, _, port = address.rpartition(":")
     try:
@@ -210,19 +214,3 @@ def _require_free(flag: str, address: str) -> None:
             f"cannot listen on {address} ({error.strerror or error}); is another server there? "
             f"Choose another address with --{flag}"
         ) from error
-
-
-async def serve(settings: Settings) -> None:
-    """Serve until SIGTERM or SIGINT, then stop in good order.
-
-    Raises ModelError, OSError, StoreSetupError or StoreError when the server cannot start.
-    """
-    stopping = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stopping.set)
-    server = Server(settings)
-    await server.start()
-    await stopping.wait()
-    with contextlib.suppress(asyncio.CancelledError):
-        await server.stop()

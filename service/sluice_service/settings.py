@@ -5,9 +5,9 @@ than the YAML file.
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, FilePath, field_validator
+from pydantic import Field, FilePath, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     NoDecode,
@@ -154,6 +154,12 @@ class Settings(BaseSettings):
     run_threads: Count = Field(
         default=1, title="Runs", description="Threads that one call may use inside an operator."
     )
+    workers: Count = Field(
+        default=1,
+        title="Process",
+        description="Server processes that share the port. More than one need a --store that "
+        "they share, and a --durability: any of them may get a sequence's next stream.",
+    )
     drain_seconds_max: Seconds = Field(
         default=25,
         title="Process",
@@ -191,6 +197,15 @@ class Settings(BaseSettings):
         if not host or not port.isdigit() or int(port) > 65535:
             raise ValueError(f"{value!r} is not HOST:PORT, such as 127.0.0.1:8001")
         return value
+
+    @model_validator(mode="after")
+    def _workers_share(self) -> Self:
+        if self.workers > 1 and (self.durability == "off" or self.store == "memory"):
+            raise ValueError(
+                "--workers: a sequence of one worker is unknown to the others; give them "
+                "--store sqlite:///PATH or redis://HOST and --durability periodic or strict"
+            )
+        return self
 
     @classmethod
     def settings_customise_sources(

@@ -482,6 +482,19 @@ async def test_the_state_of_a_sequence_elsewhere_is_its_last_durable_one(replica
     assert (hers.step, hers.row) == (mine.step, mine.row) == (2, np.float32(3).tobytes())
 
 
+async def test_a_list_has_what_lives_here_and_what_only_the_store_knows(replica) -> None:
+    here, there = await replica(), await replica()
+    wire = here.wire(MODEL)
+    await wire.open(0, "s", writer=ME, attempt=1)
+    await sums(wire, 0, 0, [1, 2])
+    await there.wire(MODEL).open(0, "t", writer=ME, attempt=1)
+    listed = await there.list(MODEL)
+    assert {name: (info.step, info.is_elsewhere) for name, info in listed.items()} == {
+        "s": (2, True),
+        "t": (0, False),
+    }
+
+
 async def test_a_start_from_a_state_is_durable_at_once(replica) -> None:
     first = await replica(durability="periodic")
     wire = first.wire(MODEL)

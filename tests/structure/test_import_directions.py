@@ -38,6 +38,7 @@ SERVICE_LAYERS = (
     ("host",),
     ("rpc", "pages"),
     ("server",),
+    ("workers",),
 )
 
 # The reference of demo and bench: it may call ONNX Runtime because it imports nothing of ours.

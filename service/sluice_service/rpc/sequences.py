@@ -121,7 +121,7 @@ class SequencesService:
         async with as_status(context):
             names = [request.model] if request.model else sorted(self._hosts)
             for name in names:
-                for info in find_host(self._hosts, name).list_sequences():
+                async for info in find_host(self._hosts, name).list_sequences():
                     yield info
 
 

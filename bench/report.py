@@ -1,4 +1,4 @@
-"""Runs all six tables and puts them into README.md: `python -m bench.report`.
+"""Runs all the tables and puts them into README.md: `python -m bench.report`.
 
 With names, such as `python -m bench.report overhead latency`, only those.
 """
@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 README = Path(__file__).with_name("README.md")
-TABLES = ("overhead", "rivals", "ragged", "scale", "streams", "latency")
+TABLES = ("overhead", "rivals", "ragged", "scale", "streams", "latency", "stores")
 _PACKAGES = ("onnxruntime", "grpcio", "numpy")
 
 

@@ -249,8 +249,7 @@ def _judge_place(path: Path) -> list[str]:
     folder = path.parent
     if not folder.is_dir():
         raise StoreSetupError(
-            f"there is no folder {folder} for the SQLite store; make it, or mend the URL: three "
-            "slashes begin a relative path, four an absolute one (sqlite:////var/lib/sluice.db)"
+            f"there is no folder {folder} for the SQLite store; make it, or mend the path"
         )
     if not os.access(folder, os.W_OK | os.X_OK):
         raise StoreSetupError(

@@ -31,7 +31,9 @@ def test_memory_is_a_store_of_this_process() -> None:
     "url", ["", "Memory", "sqlite://", "sqlite:///", "postgres://h/d", "redis:h"]
 )
 def test_a_url_of_no_store_is_refused_with_the_forms_that_work(url) -> None:
-    with pytest.raises(StoreSetupError, match=r"memory, sqlite:///.*redis://.*rediss://"):
+    with pytest.raises(
+        StoreSetupError, match=r"memory, sqlite:///.*sqlite:rel.*redis://.*rediss://"
+    ):
         open_one(url)
 
 
@@ -62,15 +64,17 @@ def test_a_url_is_shown_without_its_password() -> None:
     assert "secret" not in redact("redis://h/0?password=secret")
 
 
-async def test_three_slashes_begin_a_relative_path_and_four_an_absolute_one(
+async def test_a_path_of_sqlite_is_absolute_with_slashes_and_relative_without(
     tmp_path, monkeypatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a").mkdir()
+    assert str(tmp_path).startswith("/")
     for url, path in (
-        ("sqlite:///a/relative.db", tmp_path / "a" / "relative.db"),
-        (f"sqlite:///{tmp_path}/absolute.db", tmp_path / "absolute.db"),
-        (f"sqlite:///{tmp_path}/with space?and#more%.db", tmp_path / "with space?and#more%.db"),
+        ("sqlite:a/relative.db", tmp_path / "a" / "relative.db"),
+        (f"sqlite://{tmp_path}/three.db", tmp_path / "three.db"),
+        (f"sqlite:///{tmp_path}/four.db", tmp_path / "four.db"),
+        (f"sqlite://{tmp_path}/with space?and#more%.db", tmp_path / "with space?and#more%.db"),
     ):
         store = open_one(url)
         await store.start()
@@ -78,11 +82,16 @@ async def test_three_slashes_begin_a_relative_path_and_four_an_absolute_one(
         assert path.exists()
 
 
+def test_a_file_in_the_root_is_taken_for_a_relative_path_and_told() -> None:
+    with pytest.raises(StoreSetupError, match=r"in the working directory say sqlite:sluice\.db"):
+        open_one("sqlite:///sluice.db")
+
+
 # SQLite.
 
 
-async def test_a_folder_that_is_not_there_is_refused_with_the_two_ways_to_mend_it(tmp_path) -> None:
-    with pytest.raises(StoreSetupError, match=r"make it, or mend the URL.*four an absolute one"):
+async def test_a_folder_that_is_not_there_is_refused(tmp_path) -> None:
+    with pytest.raises(StoreSetupError, match="make it, or mend the path"):
         await open_one(f"sqlite:///{tmp_path}/nowhere/store.db").start()
 
 

@@ -261,7 +261,10 @@ async def test_a_replica_is_refused_and_its_primary_is_warned_of(start_redis) ->
 
 async def test_a_cluster_is_refused(start_redis) -> None:
     with pytest.raises(StoreSetupError, match="is a cluster"):
-        await warnings_of(start_redis("--cluster-enabled", "yes"))
+        # Its usual second port, 10,000 above the first, may be none.
+        await warnings_of(
+            start_redis("--cluster-enabled", "yes", "--cluster-port", str(free_port()))
+        )
 
 
 async def test_a_full_redis_is_told_and_loses_nothing(start_redis) -> None:

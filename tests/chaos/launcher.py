@@ -30,21 +30,22 @@ def trace_work(trace: Trace) -> None:
     apply, sending, write = RunLoop._apply, Lanes.sending, _Session._write_next
     forget = Sequences.forget
     leaving: dict[int, list[tuple[str, int]]] = {}
-    names: dict[int, str] = {}
+    names: dict[tuple[int, int], str] = {}
 
     def apply_traced(self: Any, run: Any, outcome: Any) -> None:
         apply(self, run, outcome)
         for slot in run.slots.tolist():
-            names[slot] = self._sequences.at(slot).sequence_id
-            trace.enter(names[slot], int(self._sequences.step[slot]) - 1)
-            trace.put(names[slot], Instant.APPLIED, int(self._sequences.step[slot]))
+            name, step = self._sequences.at(slot).sequence_id, int(self._sequences.step[slot])
+            names[id(self._lanes), slot] = name
+            trace.enter(name, step - 1)
+            trace.put(name, Instant.APPLIED, step)
         spring(trace, Instant.APPLIED)
 
     def sending_traced(self: Any, stream: Any, delivery: Any, responses: int) -> None:
         sending(self, stream, delivery, responses)
         ends = delivery.first + delivery.lengths
         for slot, end in zip(delivery.slots.tolist(), ends.tolist(), strict=True):
-            name = names.get(slot, "")
+            name = names.get((id(self), slot), "")
             leaving.setdefault(id(stream), []).append((name, end))
 
     async def write_traced(self: Any) -> None:

@@ -22,9 +22,15 @@ def wait_until(claim: Callable[[], bool], world: World, words: str) -> None:
 
 
 def await_progress(world: World) -> None:
-    """Until something has arrived that was not there before."""
-    before = world.received
-    wait_until(lambda: world.received > before, world, "any progress")
+    """Until every client has received something that it had not before."""
+    before = [client.received for client in world.clients]
+    wait_until(
+        lambda: all(
+            client.received > size for client, size in zip(world.clients, before, strict=True)
+        ),
+        world,
+        "progress of every client",
+    )
 
 
 def lose_responses(world: World, server: Server) -> None:
@@ -51,17 +57,87 @@ def break_within_a_message(world: World, server: Server, way: Way, size: int) ->
     )
 
 
+def await_trap(world: World, server: Server) -> set[str]:
+    """Until the trap of a server has sprung; the gaps that had steps in them."""
+    wait_until(lambda: not server.trace.is_armed, world, "into the trap")
+    # The signal comes a moment later, from the process itself.
+    wait_until(lambda: server.process.is_halted, world, "to a halt")
+    return landed_in(server)
+
+
 def kill_at(world: World, server: Server, instant: Instant, *, count: int = 1) -> set[str]:
     """Kill a server the `count`th time it comes to an instant; the gaps that had steps in them."""
     server.trace.arm(instant, count, signal.SIGKILL)
-    wait_until(lambda: not server.process.is_running, world, f"came to {instant.name}")
+    gaps = await_trap(world, server)
     server.process.kill()
-    return landed_in(server)
+    return gaps
 
 
-def pause_at(world: World, server: Server, instant: Instant, *, count: int = 1) -> set[str]:
-    """Stop a server the `count`th time it comes to an instant; the gaps that had steps in them."""
-    server.trace.arm(instant, count, signal.SIGSTOP)
-    wait_until(lambda: not server.trace.is_armed, world, f"came to {instant.name}")
-    server.process.is_paused = True
-    return landed_in(server)
+def leave(world: World, server: Server, instant: Instant) -> None:
+    """Stop a server at an instant; wake it when all that it had has gone on elsewhere."""
+    server.trace.arm(instant, 1, signal.SIGSTOP)
+    await_trap(world, server)
+    server.process.proxy.refuse()
+    await_progress(world)
+    server.process.wake()
+    server.process.proxy.heal()
+
+
+def turn_back(world: World, server: Server, other: Server, instant: Instant) -> None:
+    """Stop a server that is being come to at an instant of that; wake it when all have left."""
+    server.trace.arm(instant, 1, signal.SIGSTOP)
+    other.process.proxy.refuse()
+    await_trap(world, server)
+    other.process.proxy.heal()
+    server.process.proxy.refuse()
+    await_progress(world)
+    server.process.wake()
+    server.process.proxy.heal()
+
+
+def swap(world: World, instant: Instant, turn: int) -> None:
+    """Have everything move between the two servers of a world, one of them paused."""
+    here, there = world.servers if turn % 2 == 0 else world.servers[::-1]
+    if instant in (Instant.CLAIMING, Instant.CLAIMED):
+        turn_back(world, there, here, instant)
+    else:
+        there.process.proxy.refuse()
+        await_progress(world)
+        there.process.proxy.heal()
+        leave(world, here, instant)
+
+
+def restart(world: World, server: Server) -> None:
+    """End a server by SIGTERM, as a rollout does, and start it again."""
+    assert server.process.stop() == 0, world.tails()
+    server.process.start()
+
+
+def lose_redis(world: World) -> None:
+    """Kill Redis while it has answered writes, and nobody has heard the answers."""
+    redis = world.redis
+    assert redis is not None
+    redis.proxy.hold(Way.BACK)
+
+    def is_unheard() -> bool:
+        return any(
+            at.checkpointed > at.durable
+            for server in world.servers
+            for _, at in server.trace.progress()
+        )
+
+    wait_until(is_unheard, world, "a write on its way")
+    redis.kill()
+    redis.proxy.heal()
+    redis.start()
+
+
+def sleep_through_a_claim(world: World, server: Server) -> None:
+    """Stop a server about to write; wake it when another has its sequence and went on with it."""
+    rival = world.clients[1 - world.servers.index(server)]
+    server.trace.arm(Instant.CHECKPOINTED, 1, signal.SIGSTOP)
+    await_trap(world, server)
+    before = rival.received
+    wait_until(lambda: rival.received > before, world, "the other server's answer")
+    server.process.wake()
+    await_progress(world)

@@ -29,7 +29,6 @@ class Process:
         self._reader: threading.Thread | None = None
         self._news = threading.Condition()
         self.lines: list[str] = []
-        self.is_paused = False
 
     @property
     def pid(self) -> int:
@@ -48,6 +47,14 @@ class Process:
         """True between a start and the end."""
         return self._process is not None and self._process.poll() is None
 
+    @property
+    def is_halted(self) -> bool:
+        """True once it is dead, or stopped by a signal."""
+        if not self.is_running:
+            return True
+        status = Path(f"/proc/{self.pid}/stat").read_text()
+        return status.rpartition(")")[2].split()[0] in ("T", "Z")
+
     def start(self) -> None:
         """Run it, from its first line of output on."""
         assert not self.is_running
@@ -59,7 +66,6 @@ class Process:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
-        self.is_paused = False
         self._reader = threading.Thread(target=self._read, args=(self._process,), daemon=True)
         self._reader.start()
 
@@ -78,12 +84,10 @@ class Process:
     def pause(self) -> None:
         """Stop it where it stands, by SIGSTOP."""
         self._signal(signal.SIGSTOP)
-        self.is_paused = True
 
     def wake(self) -> None:
         """Let it go on, by SIGCONT."""
         self._signal(signal.SIGCONT)
-        self.is_paused = False
 
     def wait(self, seconds: float) -> int | None:
         """Its exit code, or None when it still runs after so many seconds."""

@@ -1,14 +1,17 @@
 """Through connections that break at the worst moments every output arrives, once, bit for bit."""
 
 from pathlib import Path
+from typing import Any
 
 from tests.chaos import moments
 from tests.chaos.proxy import Way
 from tests.chaos.world import Models, Setting, World
 
+SMALL: dict[str, Any] = {"workers": 4, "steps_max": 150}
+
 
 def test_connections_may_break_at_any_moment(models: Models, tmp_path: Path) -> None:
-    with World(Setting("memory", "off"), models, tmp_path, seed=1) as world:
+    with World(Setting("memory", "off", **SMALL), models, tmp_path, seed=1) as world:
         (server,) = world.servers
         for _ in range(3):
             moments.lose_responses(world, server)

@@ -1,6 +1,5 @@
 """Everything that runs in one round: servers and a store behind proxies, and their clients."""
 
-import random
 import sys
 import threading
 from dataclasses import dataclass
@@ -74,6 +73,12 @@ class Client:
         self.process = Process([sys.executable, "-m", program, str(folder)])
         self.lock = threading.Lock()
 
+    @property
+    def received(self) -> int:
+        """Bytes in its journals: more, whenever an output has arrived."""
+        journals = [*self.folder.glob("*.outputs"), *self.folder.glob("claims")]
+        return sum(path.stat().st_size for path in journals)
+
 
 class World:
     """Made, it stands still; `with` starts everything and ends it."""
@@ -113,7 +118,8 @@ class World:
     def _client(self, seed: int, number: int) -> Client:
         setting = self.setting
         addresses = [server.process.address for server in self.servers]
-        random.Random(seed + number).shuffle(addresses)
+        first = number % len(addresses)
+        addresses = addresses[first:] + addresses[:first]
         client = Client(setting.clients[number], self.folder / f"client-{number}")
         client.folder.mkdir()
         Task(
@@ -153,11 +159,6 @@ class World:
         if self.redis is not None:
             self.redis.close()
 
-    @property
-    def received(self) -> int:
-        """Bytes in all journals: it grows while there is progress."""
-        return sum(path.stat().st_size for path in self.folder.glob("client-*/*.outputs"))
-
     def journaled(self, sequence_id: str) -> int:
         """The steps of a sequence whose outputs its client has."""
         folder = self.folder / f"client-{sequence_id.split('-')[1]}"
@@ -183,14 +184,14 @@ class World:
             if not client.process.is_running:
                 client.process.start()
 
-    def finish(self) -> Verdict:
+    def finish(self, seconds_max: float = FINISH_SECONDS_MAX) -> Verdict:
         """Heal, let every client come to an end, and judge all that they have received."""
         self.heal()
         for client in self.clients:
             (client.folder / "stop").touch()
         verdict = Verdict()
         for client in self.clients:
-            code = client.process.wait(FINISH_SECONDS_MAX)
+            code = client.process.wait(seconds_max)
             if code != 0:
                 said = "".join(client.process.lines[-30:])
                 verdict.add("error", f"{client.folder.name} ended with {code}:\n{said}")

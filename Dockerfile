@@ -18,7 +18,7 @@ RUN python -m pip wheel --no-deps --build-constraint constraints.txt --wheel-dir
 # The environment gets no pip of its own: nothing is installed into a running server.
 RUN python -m venv --without-pip /opt/sluice
 RUN python -m pip --python /opt/sluice/bin/python install --constraint constraints.txt \
-    "$(echo dist/*.whl)[service]"
+    "$(echo dist/*.whl)[service,redis]"
 
 FROM python:3.11-slim
 COPY --from=build /opt/sluice /opt/sluice

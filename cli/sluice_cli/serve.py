@@ -45,8 +45,11 @@ def serve(**flags: Any) -> None:
         _fail(_explain(error))
     except SettingsError as error:
         _fail(f"--config: {error}")
-    if not settings.model:
-        _fail("there is no model to serve; name one with --model NAME=PATH")
+    if not settings.model and settings.model_repository is None:
+        _fail(
+            "there is no model to serve; name one with --model NAME=PATH, or a folder of them "
+            "with --model-repository DIR"
+        )
     set_up_logs(settings)
     try:
         asyncio.run(serve_until_stopped(settings))
@@ -100,6 +103,7 @@ def _metavar(name: str, annotation: Any) -> str:
     """What a value looks like."""
     named = {"model": "NAME=PATH", "config": "FILE", "listen": "HOST:PORT", "http": "HOST:PORT"}
     named["store"] = "URL"
+    named["model_repository"] = "DIR"
     if get_origin(annotation) is Literal:
         return "|".join(get_args(annotation))
     return named.get(name, "SECONDS" if annotation is float else "N")

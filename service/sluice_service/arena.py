@@ -4,32 +4,60 @@ import numpy as np
 from numpy.typing import NDArray
 
 Slots = NDArray[np.int64]
+States = NDArray[np.float32]
 
 
 class Arena:
     """`rows` [slots, state_size] float32, reserved once and never copied to grow.
 
     The operating system gives memory only to rows that have been written, and
-    freed rows are used again first, so memory follows the live sequences.
+    freed rows are used again first, so memory follows the live sequences. A model
+    that changes while sequences live has a plane of rows for each of its versions,
+    and a slot is in the plane in which its sequence began.
     """
 
-    def __init__(self, slots: int, initial: NDArray[np.float32]) -> None:
+    def __init__(self, slots: int, initial: States) -> None:
         """Reserve `slots` rows; `initial` [state_size] is what a new row holds."""
-        self._rows = np.zeros((slots, len(initial)), np.float32)
-        self._initial = initial
-        self._has_zero_start = not initial.any()
+        self._slots = slots
+        self._planes: dict[int, _Plane] = {}
+        self._plane = np.zeros(slots, np.int64)  # of each slot
         self._freed: list[int] = []
         self._untouched = 0
+        self.begin_plane(initial)
 
-    @property
-    def row_bytes(self) -> int:
-        """The bytes of one state."""
-        return self._initial.nbytes
+    # Planes.
+
+    def begin_plane(self, initial: States) -> int:
+        """A new plane whose rows begin as `initial` [state_size], for all who begin from now on."""
+        number = max(self._planes, default=-1) + 1
+        self._planes[number] = _Plane(number, self._slots, initial)
+        self.turn_to(number)
+        return number
+
+    def turn_to(self, number: int) -> None:
+        """Let sequences begin in that plane from now on."""
+        self._newest = self._planes[number]
+        self._has_one_plane = len(self._planes) == 1
+
+    def drop_plane(self, number: int) -> None:
+        """Give a plane's memory back; nobody is in it, and nobody begins there."""
+        del self._planes[number]
+        self._has_one_plane = len(self._planes) == 1
+
+    def planes(self, slots: Slots) -> NDArray[np.int64]:
+        """The plane of each of `slots` [batch]: [batch]."""
+        return self._plane.take(slots)
+
+    def plane_of(self, slot: int) -> int:
+        """The plane of one slot."""
+        return int(self._plane[slot])
+
+    # Rows.
 
     @property
     def row_size(self) -> int:
-        """The floats of one state."""
-        return len(self._initial)
+        """The floats of the widest state."""
+        return max(len(plane.initial) for plane in self._planes.values())
 
     @property
     def live(self) -> int:
@@ -39,39 +67,76 @@ class Arena:
     @property
     def is_full(self) -> bool:
         """True when every row is allocated."""
-        return self.live == len(self._rows)
+        return self.live == self._slots
 
-    def allocate(self, row: NDArray[np.float32] | None = None) -> int:
-        """A slot that holds `row` [state_size], or else the initial state.
+    def allocate(self, row: States | None = None, plane_number: int | None = None) -> int:
+        """A slot that holds `row` [state_size], or else the initial state; in the newest plane.
 
         Raises IndexError when the arena is full.
         """
+        plane = self._newest if plane_number is None else self._planes[plane_number]
         if self._freed:
             slot = self._freed.pop()
-            self._rows[slot] = self._initial
+            plane.rows[slot] = plane.initial
         else:
-            if self._untouched == len(self._rows):
+            if self._untouched == self._slots:
                 raise IndexError("the arena is full")
             slot = self._untouched
             self._untouched += 1
-            if not self._has_zero_start:
-                self._rows[slot] = self._initial
+            if not plane.has_zero_start:
+                plane.rows[slot] = plane.initial
+        self._plane[slot] = plane.number
         if row is not None:
-            self._rows[slot] = row
+            plane.rows[slot] = row
         return slot
 
     def free(self, slot: int) -> None:
         """Give a slot back."""
         self._freed.append(slot)
 
-    def reset(self, slot: int, row: NDArray[np.float32] | None = None) -> None:
-        """Put `row` [state_size], or else the initial state, into a slot."""
-        self._rows[slot] = self._initial if row is None else row
+    def reset(self, slot: int, row: States | None = None, plane_number: int | None = None) -> None:
+        """Let a slot begin again, with `row` [state_size] or else the initial state."""
+        plane = self._newest if plane_number is None else self._planes[plane_number]
+        self._plane[slot] = plane.number
+        plane.rows[slot] = plane.initial if row is None else row
 
-    def take(self, slots: Slots) -> NDArray[np.float32]:
-        """The states of `slots` [batch], copied: [batch, state_size]."""
-        return self._rows.take(slots, axis=0)
+    def row(self, slot: int) -> States:
+        """The state in one slot, copied: [state_size] of its plane."""
+        row: States = self._planes[int(self._plane[slot])].rows[slot].copy()
+        return row
 
-    def put(self, slots: Slots, states: NDArray[np.float32]) -> None:
+    def take(self, slots: Slots) -> States:
+        """The states of `slots` [batch], copied: [batch, state_size], narrow ones padded."""
+        if self._has_one_plane:
+            return self._newest.rows.take(slots, axis=0)
+        where = self.planes(slots)
+        numbers = np.unique(where).tolist()
+        if len(numbers) == 1:
+            return self._planes[numbers[0]].rows.take(slots, axis=0)
+        states = np.zeros((len(slots), self.row_size), np.float32)
+        for number in numbers:
+            rows, chosen = self._planes[number].rows, where == number
+            states[chosen, : rows.shape[1]] = rows[slots[chosen]]
+        return states
+
+    def put(self, slots: Slots, states: States) -> None:
         """Store `states` [batch, state_size]; the inverse of `take`."""
-        self._rows[slots] = states
+        if self._has_one_plane:
+            self._newest.rows[slots] = states
+            return
+        where = self.planes(slots)
+        for number in np.unique(where).tolist():
+            rows, chosen = self._planes[number].rows, where == number
+            rows[slots[chosen]] = states[chosen, : rows.shape[1]]
+
+
+class _Plane:
+    """The rows of those sequences that began under one version."""
+
+    __slots__ = ("has_zero_start", "initial", "number", "rows")
+
+    def __init__(self, number: int, slots: int, initial: States) -> None:
+        self.number = number
+        self.rows = np.zeros((slots, len(initial)), np.float32)
+        self.initial = initial
+        self.has_zero_start = not initial.any()

@@ -1,4 +1,4 @@
-"""Executes runs of one model: states from the arena, one call, failures narrowed to their rows."""
+"""Executes runs of one version of a model: one call, failures narrowed to their rows."""
 
 import time
 from dataclasses import dataclass
@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 
 from sluice_model import Model, RunError, example_inputs
 from sluice_protos.datatypes import DTYPES
-from sluice_service.arena import Arena
 from sluice_service.errors import LaneError, NonFiniteError, RunFailedError
 from sluice_service.ragged import Array, is_finite, is_whole
 from sluice_service.scheduler import Run
@@ -34,10 +33,9 @@ class Outcome:
 class Engine:
     """Runs one model, and knows from its warm-up how long a run takes."""
 
-    def __init__(self, model: Model, arena: Arena, *, refuses_non_finite: bool) -> None:
+    def __init__(self, model: Model, *, refuses_non_finite: bool) -> None:
         """Warm the model up; every later call finds its buffers and code paths ready."""
         self._model = model
-        self._arena = arena
         self._refuses_non_finite = refuses_non_finite
         self._call_seconds, self._cell_seconds = self._measure()
 
@@ -49,15 +47,14 @@ class Engine:
         """How many sequences × steps a run of that many seconds can hold."""
         return max(1, int((seconds - self._call_seconds) / self._cell_seconds))
 
-    def execute(self, run: Run) -> Outcome:
-        """Run it; where it fails, halve it until the rows at fault stand alone.
+    def execute(self, run: Run, states: NDArray[np.float32]) -> Outcome:
+        """Run it from `states` [batch, state_size]; where it fails, narrow it to the rows at fault.
 
-        Reads the arena and changes nothing: to apply the outcome is the run loop's.
+        Changes nothing but `states`: to apply the outcome is the run loop's.
         """
         started = time.monotonic()
         steps = run.inputs[0].shape[1]
         steps_each = steps if is_whole(run.lengths, steps) else 0
-        states = self._arena.take(run.slots)
         errors: dict[int, LaneError] = {}
         try:
             outputs, states = self._model.run(
@@ -76,7 +73,7 @@ class Engine:
         error = RunFailedError("an error inside the server; its log has the traceback")
         return Outcome(
             self._empty_outputs(run),
-            np.zeros((count, self._arena.row_size), np.float32),
+            np.zeros((count, len(self._model.initial_state)), np.float32),
             dict.fromkeys(range(count), error),
             0,
             0.0,

@@ -4,6 +4,7 @@
     ├── ModelNotFoundError        NOT_FOUND            ends the call
     ├── RequestError              INVALID_ARGUMENT     ends the call
     ├── StoppingError             UNAVAILABLE          ends the call
+    ├── RepositoryError           FAILED_PRECONDITION  ends the call
     └── LaneError                                      a Fault of one lane; the others go on
         ├── InvalidInputError     INVALID_ARGUMENT
         ├── UnknownLaneError      NOT_FOUND
@@ -64,6 +65,12 @@ class StoppingError(ServiceError):
     """The server stops; another may take the call."""
 
     status = StatusCode.UNAVAILABLE
+
+
+class RepositoryError(ServiceError):
+    """A model that cannot be loaded or unloaded."""
+
+    status = StatusCode.FAILED_PRECONDITION
 
 
 class LaneError(ServiceError):

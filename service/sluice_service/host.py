@@ -14,7 +14,7 @@ from functools import partial
 import numpy as np
 import structlog
 
-from sluice_model import Model, SelfTest
+from sluice_protos.contract_pb2 import ModelContract
 from sluice_protos.sequences_pb2 import (
     START,
     Closed,
@@ -29,13 +29,12 @@ from sluice_protos.sequences_pb2 import (
 from sluice_service.arena import Arena, Slots
 from sluice_service.clock import AwakeClock
 from sluice_service.custody import Answer, Custody, as_down
-from sluice_service.engine import Engine
 from sluice_service.errors import ExistsError, InvalidInputError, LaneError, NotFoundError
 from sluice_service.inputs import InputRules
 from sluice_service.keeper import Keeper
 from sluice_service.lanes import Lanes
 from sluice_service.metrics import ModelMetrics
-from sluice_service.openings import Openings, Origin
+from sluice_service.openings import Openings
 from sluice_service.queues import Frame, Kind
 from sluice_service.ragged import Array, Integers, is_ones, starts_of
 from sluice_service.runs import RunLoop
@@ -45,6 +44,7 @@ from sluice_service.settings import Settings
 from sluice_service.snapshots import Snapshots
 from sluice_service.store import Store, StoreError
 from sluice_service.streams import Stream
+from sluice_service.versions import Version, Versions
 
 log = structlog.get_logger()
 
@@ -61,29 +61,26 @@ class Host:
     def __init__(
         self,
         name: str,
-        model: Model,
-        self_test: SelfTest,
+        version: Version,
         settings: Settings,
         metrics: ModelMetrics,
         executor: Executor,
         store: Store | None,
     ) -> None:
-        """Reserve the arena and warm the model up; takes as long as a few dozen runs."""
+        """Serve `version`, until another one is adopted."""
         slots = settings.sequences_max
-        refuses_non_finite = settings.non_finite == "refuse"
         self.name = name
-        self.contract = model.contract
-        self._self_test = self_test
         self._settings = settings
         self._metrics = metrics
         self._clock = AwakeClock(gap_max=2 * _TICK_SECONDS)
         self.inputs = InputRules(
-            model.contract,
+            version.contract,
             chunk_steps_max=settings.chunk_steps_max,
-            refuses_non_finite=refuses_non_finite,
+            refuses_non_finite=settings.non_finite == "refuse",
         )
         self.limits = _limits(settings, self.inputs)
-        self._arena = Arena(slots, model.initial_state)
+        self._arena = Arena(slots, version.model.initial_state)
+        self._versions = Versions(version, self._arena)
         self._sequences = Sequences(
             slots,
             tombstones_max=slots,
@@ -91,13 +88,12 @@ class Host:
             unacknowledged_steps_max=self.limits.unacknowledged_steps_max,
             undurable_steps_max=settings.undurable_steps_max,
         )
-        engine = Engine(model, self._arena, refuses_non_finite=refuses_non_finite)
         self._scheduler = Scheduler(
             self._sequences,
             slots,
             run_sequences_max=settings.run_sequences_max,
             run_steps_max=settings.run_steps_max,
-            run_cells_max=engine.cells_within(settings.run_seconds_max),
+            run_cells_max=self._versions.cells_within(settings.run_seconds_max),
         )
         self._lanes = Lanes(
             self._arena,
@@ -114,7 +110,7 @@ class Host:
             self._sequences,
             self._scheduler,
             self._lanes,
-            engine,
+            self._versions,
             self._clock,
             metrics,
             executor,
@@ -125,20 +121,19 @@ class Host:
             self._sequences,
             self._lanes,
             self.inputs,
-            Origin(model.contract.digest, self_test.arithmetic),
+            self._versions,
             self._clock,
             metrics,
             durability=settings.durability,
         )
-        self._keeper = self._keep(model, store) if store is not None else None
+        self._keeper = self._keep(store) if store is not None else None
         self._opening: set[asyncio.Task[None]] = set()
         self._follow()
 
-    def _keep(self, model: Model, store: Store) -> Keeper:
+    def _keep(self, store: Store) -> Keeper:
         """What keeps this model's sequences in the store."""
-        arithmetic = self._self_test.arithmetic
         snapshots = Snapshots(
-            self._arena, self._sequences, self._lanes, self.inputs, model, arithmetic
+            self._arena, self._sequences, self._lanes, self.inputs, self._versions
         )
         self._custody = Custody(
             store, self.name, self._sequences, self._openings, snapshots, self._runs
@@ -169,9 +164,13 @@ class Host:
                 metrics.sequences_live: lambda: len(self._sequences),
                 metrics.sequences_parked: lambda: self._sequences.parked,
                 metrics.sequences_max: lambda: self._settings.sequences_max,
-                metrics.state_bytes: lambda: len(self._sequences) * self._arena.row_bytes,
+                metrics.state_bytes: lambda: self._versions.state_bytes(
+                    np.flatnonzero(self._sequences.is_alive)
+                ),
                 metrics.streams: lambda: len(self._lanes),
-                metrics.is_bit_exact: lambda: self._self_test.is_bit_exact,
+                metrics.is_bit_exact: lambda: self.version.self_test.is_bit_exact,
+                metrics.version: lambda: self.version.number,
+                metrics.versions_loaded: lambda: len(self._versions),
             },
         )
         if (keeper := self._keeper) is not None:
@@ -192,14 +191,38 @@ class Host:
             digest=self.contract.digest,
             is_ready=self.is_welcoming,
             sequences_live=len(self._sequences),
-            is_bit_exact=self._self_test.is_bit_exact,
-            arithmetic=self._self_test.arithmetic,
+            is_bit_exact=self.version.self_test.is_bit_exact,
+            arithmetic=self.version.arithmetic,
         )
 
     @property
     def is_welcoming(self) -> bool:
-        """True until the server stops: new sequences may be opened."""
-        return not self._lanes.is_draining
+        """True until the model is unloaded or the server stops: new sequences may be opened."""
+        return not self._lanes.is_unloading and not self._lanes.is_draining
+
+    @property
+    def is_draining(self) -> bool:
+        """True once the server stops: nothing that comes now is run."""
+        return self._lanes.is_draining
+
+    @property
+    def version(self) -> Version:
+        """On which sequences begin."""
+        return self._versions.newest
+
+    @property
+    def versions(self) -> list[Version]:
+        """All on which sequences run or begin, oldest first."""
+        return list(self._versions)
+
+    @property
+    def contract(self) -> ModelContract:
+        """What the version on which sequences begin says of itself."""
+        return self.version.contract
+
+    def version_of(self, stream: Stream, lane: int) -> Version:
+        """The version on which the sequence of an open lane runs."""
+        return self._versions.of(stream.slot(lane))
 
     @property
     def store_down_seconds(self) -> float:
@@ -251,9 +274,9 @@ class Host:
 
         slot = self._find(sequence_id).slot
         return SequenceState(
-            model_digest=self.contract.digest,
+            model_digest=self._versions.of(slot).digest,
             step=int(self._sequences.step[slot]),
-            row=self._arena.take(np.array([slot])).tobytes(),
+            row=self._arena.row(slot).tobytes(),
         )
 
     def _find(self, sequence_id: str) -> Sequence:
@@ -394,6 +417,32 @@ class Host:
         if self._scheduler.has_ready:
             self._runs.wake()
 
+    # The life of the versions.
+
+    async def adopt(self, version: Version) -> None:
+        """Let sequences begin on `version`; those that live finish on theirs. Raises ModelError."""
+        await self._runs.between_runs(lambda: self._versions.adopt(version))
+        self._lanes.is_unloading = False
+        self.inputs.state_sizes = self._versions.state_sizes()
+        self._scheduler.run_cells_max = self._versions.cells_within(self._settings.run_seconds_max)
+
+    def close(self) -> None:
+        """Let no sequence begin; those that live go on."""
+        self._lanes.is_unloading = True
+
+    @property
+    def is_deserted(self) -> bool:
+        """True when no sequence lives, and none may begin."""
+        return self._lanes.is_unloading and not len(self._sequences)
+
+    async def sweep(self) -> None:
+        """Unload the versions on which nothing runs any more."""
+        alive = self._sequences.is_alive
+        gone = await self._runs.between_runs(lambda: self._versions.sweep(np.flatnonzero(alive)))
+        self.inputs.state_sizes = self._versions.state_sizes()
+        for version in gone:
+            log.info("version_unloaded", model=self.name, version=version.number)
+
     # The life of the sequences.
 
     async def fork(self, request: ForkRequest) -> ForkResponse:
@@ -461,6 +510,7 @@ class Host:
             await asyncio.sleep(_TICK_SECONDS)
             try:
                 await self.expire()
+                await self.sweep()
             except Exception:
                 # A defect of ours must not keep sequences alive for ever: look again.
                 log.exception("expiry_broke", model=self.name)

@@ -54,7 +54,8 @@ class InputRules:
     def __init__(
         self, contract: ModelContract, *, chunk_steps_max: int, refuses_non_finite: bool
     ) -> None:
-        self._contract = contract
+        # The floats of a state, by the digest of the version it is of.
+        self.state_sizes = {contract.digest: contract.state_size}
         self._chunk_steps_max = chunk_steps_max
         self._refuses_non_finite = refuses_non_finite
         self._rules = [_Rule(spec) for spec in contract.inputs]
@@ -112,14 +113,16 @@ class InputRules:
 
         Raises WrongModelError or InvalidInputError.
         """
-        if state.model_digest != self._contract.digest:
+        size = self.state_sizes.get(state.model_digest)
+        if size is None:
+            here = ", ".join(digest[:12] for digest in self.state_sizes)
             raise WrongModelError(
-                f"the state is of model {state.model_digest[:12]}, this is "
-                f"{self._contract.digest[:12]}; a state fits only the model that made it"
+                f"the state is of model {state.model_digest[:12]}, this is {here}; "
+                "a state fits only the model that made it"
             )
         if state.step > STEPS_MAX:
             raise InvalidInputError(f"the state is of step {state.step}; steps end at {STEPS_MAX}")
-        expected = 4 * self._contract.state_size
+        expected = 4 * size
         if len(state.row) != expected:
             raise InvalidInputError(f"the state has {len(state.row)} bytes, not {expected}")
         row = np.frombuffer(state.row, "<f4")

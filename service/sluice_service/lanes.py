@@ -47,6 +47,7 @@ class Lanes:
         outbox_rows_max: int,
     ) -> None:
         self.is_draining = False
+        self.is_unloading = False  # what lives goes on, nothing begins
         self._arena = arena
         self._sequences = sequences
         self._scheduler = scheduler

@@ -122,6 +122,7 @@ class Metrics:
     def __init__(self) -> None:
         registry = self.registry = CollectorRegistry()
         self._models: dict[str, ModelMetrics] = {}
+        self._followed: dict[str, list[Gauge]] = {}
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
         GCCollector(registry=registry)
@@ -178,14 +179,25 @@ class Metrics:
             "undurable_steps", "Steps that the sequence furthest ahead is ahead of the store."
         )
         self.load_seconds = gauge("model_load_seconds", "Load, self-test and warm-up.")
+        self.version = gauge("model_version", "The version on which sequences begin.")
+        self.versions_loaded = gauge(
+            "model_versions_loaded", "Versions on which sequences run or begin."
+        )
+        self.load_failures = counter("model_load_failures", "Files that could not be served.")
         self.is_bit_exact = gauge(
             "model_bit_exact", "1 when the self-test gave the same bits however it ran."
         )
 
     def follow(self, model: str, gauges: dict[Gauge, Callable[[], float]]) -> None:
         """Let gauges read their values at scrape time."""
+        self._followed[model] = list(gauges)
         for gauge, read in gauges.items():
             gauge.labels(model).set_function(read)
+
+    def forget(self, model: str) -> None:
+        """Let go of the gauges of a model that is served no more; what was counted stays."""
+        for gauge in self._followed.pop(model):
+            gauge.remove(model)
 
     def model(self, name: str) -> "ModelMetrics":
         """What one model's host counts."""

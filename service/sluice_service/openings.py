@@ -2,13 +2,13 @@
 
 import uuid
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import numpy as np
 
 from sluice_protos.sequences_pb2 import (
     OFF,
     PERIODIC,
+    RESTART,
     SERVER_DEFAULT,
     STRICT,
     Closed,
@@ -37,18 +37,11 @@ from sluice_service.ragged import Array
 from sluice_service.sequences import Held, Sequence, Sequences
 from sluice_service.store import Checkpoint, Granted, unpack
 from sluice_service.streams import LANES_MAX, Stream
+from sluice_service.versions import Version, Versions
 
 # Of a sequence's id and of a writer.
 _NAME_BYTES_MAX = 512
 DURABILITIES = {"off": OFF, "periodic": PERIODIC, "strict": STRICT}
-
-
-@dataclass(frozen=True, slots=True)
-class Origin:
-    """What makes the checkpoints of a model here: equal origins, equal bits."""
-
-    model_digest: str
-    arithmetic: str
 
 
 class Openings:
@@ -60,7 +53,7 @@ class Openings:
         sequences: Sequences,
         lanes: Lanes,
         inputs: InputRules,
-        origin: Origin,
+        versions: Versions,
         clock: AwakeClock,
         metrics: ModelMetrics,
         *,
@@ -70,7 +63,7 @@ class Openings:
         self._sequences = sequences
         self._lanes = lanes
         self._inputs = inputs
-        self._origin = origin
+        self._versions = versions
         self._clock = clock
         self._metrics = metrics
         self._durability = DURABILITIES[durability]
@@ -128,7 +121,10 @@ class Openings:
         _check_names(request)
         if not request.sequence_id:
             request.sequence_id = uuid.uuid4().hex
-        if self._arena.is_full and self._sequences.get(request.sequence_id) is None:
+        found = self._sequences.get(request.sequence_id)
+        if self._lanes.is_unloading and (found is None or _begins_again(request, found)):
+            raise DrainingError("this model is being unloaded: what lives goes on, nothing begins")
+        if self._arena.is_full and found is None:
             raise LimitError(
                 f"{len(self._sequences)} sequences are alive, as many as sequences_max allows; "
                 "close some, or serve with a higher --sequences-max"
@@ -200,17 +196,17 @@ class Openings:
         """Without a store: create a sequence, or take a live one as the claim says."""
         found, table = self._sequences.get(request.sequence_id), self._sequences
         if found is None:
-            row, step = self._start(request)
+            row, step, plane = self._start(request)
             record = Record(request.writer, request.attempt, table.raise_epoch(), is_alive=True)
-            slot, now = self._arena.allocate(row), self._clock.now()
+            slot, now = self._arena.allocate(row, plane), self._clock.now()
             return table.create(request.sequence_id, slot, record, step=step, now=now)
-        row, step = self._start(request) if claim is Claim.WIPE else (None, 0)
+        row, step, plane = self._start(request) if claim is Claim.WIPE else (None, 0, None)
         received = self._received(found, request, claim)
         self._lanes.part(found, Closed.FENCED)
         table.received[found.slot] = received
         table.bound(found.slot)
         if claim is Claim.WIPE:
-            self._arena.reset(found.slot, row)
+            self._arena.reset(found.slot, row, plane)
             table.rewind(found.slot, step)
             found.held.clear()
         if claim is not Claim.RESUME:
@@ -234,13 +230,13 @@ class Openings:
         stale = self._sequences.get(request.sequence_id)
         if stale is not None:
             self._lanes.lose(stale)
-        checkpoint = self._unpack(granted)
+        checkpoint = unpack(granted.checkpoint.data)
         if not request.writer and granted.claim is Claim.RESUME:
             _require_clean(request, checkpoint, granted)
         table = self._sequences
         durability = self.durability(request)
         record = Record(request.writer, request.attempt, granted.epoch, is_alive=True)
-        slot = self._arena.allocate(np.frombuffer(checkpoint.row, "<f4"))
+        slot, version = self._place(request, granted, checkpoint)
         step, now = checkpoint.step, self._clock.now()
         sequence = table.create(request.sequence_id, slot, record, step=step, now=now)
         table.received[slot] = checkpoint.floor
@@ -249,29 +245,42 @@ class Openings:
             held = Held(checkpoint.floor, step - checkpoint.floor, list(checkpoint.outputs))
             sequence.held.append(held)
         if granted.claim is not Claim.CREATE:
-            self._metrics.restored(is_exact=checkpoint.arithmetic == self._origin.arithmetic)
+            is_exact = checkpoint.arithmetic == version.arithmetic
+            self._metrics.restored(is_exact=is_exact)
         table.received[slot] = self._received(sequence, request, granted.claim)
         table.bound(slot)
         return sequence
 
-    def _unpack(self, granted: Granted) -> Checkpoint:
-        """The checkpoint of a grant. Raises DataLossError, WrongModelError."""
-        checkpoint = unpack(granted.checkpoint.data)
-        if checkpoint.model_digest != self._origin.model_digest:
-            raise WrongModelError(
-                f"the stored state is of model {checkpoint.model_digest[:12]}, this server has "
-                f"{self._origin.model_digest[:12]}; serve the model that made it, or close the "
-                "sequence and start it again"
-            )
-        if len(checkpoint.row) != self._arena.row_bytes:
+    def _place(
+        self, request: OpenSequence, granted: Granted, checkpoint: Checkpoint
+    ) -> tuple[int, Version]:
+        """A slot for a checkpoint, on the version that made it. Raises WrongModelError."""
+        if granted.claim in (Claim.CREATE, Claim.WIPE) and not request.HasField("state"):
+            # The newest now, even if another one was when the store was asked.
+            return self._arena.allocate(), self._versions.newest
+        version = self._version(checkpoint.model_digest)
+        if len(checkpoint.row) != 4 * version.state_size:
             raise DataLossError("the stored checkpoint has a state of another size")
-        return checkpoint
+        row = np.frombuffer(checkpoint.row, "<f4")
+        return self._arena.allocate(row, version.plane), version
 
-    def _start(self, request: OpenSequence) -> tuple[Array | None, int]:
-        """The row and step a new sequence begins with; no row: the initial state."""
+    def _version(self, digest: str) -> Version:
+        """The version that a state is of. Raises WrongModelError."""
+        version = self._versions.find(digest)
+        if version is None:
+            here = ", ".join(one.digest[:12] for one in self._versions)
+            raise WrongModelError(
+                f"the stored state is of model {digest[:12]}, this server has {here}; serve the "
+                "model that made it, or close the sequence and start it again"
+            )
+        return version
+
+    def _start(self, request: OpenSequence) -> tuple[Array | None, int, int | None]:
+        """The row, step and plane a new sequence begins with; no row: the initial state."""
         if not request.HasField("state"):
-            return None, 0
-        return self._inputs.state_row(request.state), request.state.step
+            return None, 0, None
+        row = self._inputs.state_row(request.state)
+        return row, request.state.step, self._version(request.state.model_digest).plane
 
     def _received(self, sequence: Sequence, request: OpenSequence, claim: Claim) -> int:
         """What the client has, as far as this server can know of it. Raises OutOfRangeError."""
@@ -290,6 +299,12 @@ class Openings:
                 f"not from {request.received}; resume with received {floor} or more"
             )
         return min(request.received, step)
+
+
+def _begins_again(request: OpenSequence, found: Sequence) -> bool:
+    """True when an open asks for the initial state of a live sequence, and is no repeat."""
+    is_repeat = request.writer != b"" and request.writer == found.record.writer
+    return request.mode == RESTART and not is_repeat
 
 
 def _require_clean(request: OpenSequence, checkpoint: Checkpoint, granted: Granted) -> None:

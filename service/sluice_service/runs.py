@@ -12,13 +12,14 @@ from numpy.typing import NDArray
 from sluice_protos.sequences_pb2 import Closed
 from sluice_service.arena import Arena, Slots
 from sluice_service.clock import AwakeClock
-from sluice_service.engine import Engine, Outcome
+from sluice_service.engine import Outcome
 from sluice_service.lanes import Lanes
 from sluice_service.metrics import ModelMetrics
 from sluice_service.ragged import unpad
 from sluice_service.scheduler import Ending, Run, Scheduler
 from sluice_service.sequences import Sequences
 from sluice_service.streams import Delivery
+from sluice_service.versions import Versions
 
 log = structlog.get_logger()
 T = TypeVar("T")
@@ -30,7 +31,7 @@ _INLINE_ALONE_SECONDS_MAX = 0.003
 
 
 class RunLoop:
-    """Takes runs from the scheduler, has the engine execute them, applies what comes out."""
+    """Takes runs from the scheduler, has the versions execute them, applies what comes out."""
 
     def __init__(
         self,
@@ -38,7 +39,7 @@ class RunLoop:
         sequences: Sequences,
         scheduler: Scheduler,
         lanes: Lanes,
-        engine: Engine,
+        versions: Versions,
         clock: AwakeClock,
         metrics: ModelMetrics,
         executor: Executor,
@@ -48,7 +49,7 @@ class RunLoop:
         self._sequences = sequences
         self._scheduler = scheduler
         self._lanes = lanes
-        self._engine = engine
+        self._versions = versions
         self._clock = clock
         self._metrics = metrics
         self._executor = executor
@@ -129,7 +130,7 @@ class RunLoop:
         sequences, steps = run.inputs[0].shape[:2]
         is_alone = len(self._lanes) == 1
         inline_max = _INLINE_ALONE_SECONDS_MAX if is_alone else _INLINE_SECONDS_MAX
-        if self._engine.estimate(sequences, steps) <= inline_max:
+        if self._versions.estimate(sequences, steps) <= inline_max:
             self._land(run, self._execute(run))
             return
         self._in_flight = run
@@ -139,11 +140,11 @@ class RunLoop:
 
     def _execute(self, run: Run) -> Outcome:
         try:
-            return self._engine.execute(run)
+            return self._versions.execute(run)
         except Exception:
             # A defect of ours: its rows get a fault, the server goes on.
             log.exception("run_broke")
-            return self._engine.failed(run)
+            return self._versions.failed(run)
 
     def _land(self, run: Run, outcome: Outcome) -> None:
         """Apply a run, then what waited for that instant."""

@@ -55,6 +55,11 @@ class Run:
     arrived: list[float]  # when messages came, and how many chunks each gave
     weights: list[int]
 
+    def only(self, rows: Integers) -> "Run":
+        """Some of its rows [n], to be executed."""
+        inputs = [array[rows] for array in self.inputs]
+        return Run(self.slots[rows], None, self.first[rows], self.lengths[rows], inputs, [], [], [])
+
 
 class Scheduler:
     """The queues of one model's lanes and the ring of those that can run."""
@@ -72,7 +77,7 @@ class Scheduler:
         self._queues = Queues(slots)
         self._run_sequences_max = run_sequences_max
         self._run_steps_max = run_steps_max
-        self._run_cells_max = run_cells_max  # sequences × steps
+        self.run_cells_max = run_cells_max  # sequences × steps
         self._inbox: list[Frame] = []
         self._mixed_runs = 0  # to come, in which long chunks give way to short ones
         self._is_stalled = np.zeros(slots, np.bool_)  # waits at its limit
@@ -214,7 +219,7 @@ class Scheduler:
         count = len(slots)
         if not 1 <= steps <= self._run_steps_max or count > self._run_sequences_max:
             return None
-        if steps > 1 and count * steps > self._run_cells_max:
+        if steps > 1 and count * steps > self.run_cells_max:
             return None
         if not sequences.is_straight[slots].all():
             return None
@@ -337,7 +342,7 @@ class Scheduler:
 
     def _steps_max(self, sequences: int) -> int:
         """The most steps for a run of so many sequences that keeps nobody waiting for long."""
-        cells_max = self._run_cells_max
+        cells_max = self.run_cells_max
         if self._mixed_runs:
             cells_max //= _SHARE_WHEN_MIXED
         return min(self._run_steps_max, max(1, cells_max // sequences))

@@ -3,7 +3,6 @@
 import asyncio
 import gc
 import socket
-import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 
@@ -12,12 +11,12 @@ import structlog
 from aiohttp import web
 from grpc_reflection.v1alpha import reflection
 
-from sluice_model import Model, run_self_test
 from sluice_protos import open_inference_pb2, sequences_pb2
 from sluice_protos.sequences_pb2_grpc import add_ModelsServicer_to_server
-from sluice_service.host import Host
+from sluice_service.hosts import Hosts
 from sluice_service.metrics import Metrics, as_info
 from sluice_service.pages import make_app
+from sluice_service.repository import Repository
 from sluice_service.rpc.health import Health
 from sluice_service.rpc.models import ModelsService
 from sluice_service.rpc.open_inference import OpenInferenceService
@@ -30,6 +29,7 @@ log = structlog.get_logger()
 # What is left of a stop after the drain: calls that do not end by themselves.
 GRACE_SECONDS = 2.0
 _KEEPALIVE_SECONDS = 30
+_RUNS_MAX = 64
 _PING_SECONDS_MIN = 10
 
 
@@ -47,38 +47,25 @@ class Server:
         self.grpc_port = 0
         self.http_port = 0
         self._is_ready = False
-        self._executor = ThreadPoolExecutor(
-            max_workers=max(1, len(settings.model)), thread_name_prefix="run"
-        )
+        # A model has one run in a thread at a time.
+        self._executor = ThreadPoolExecutor(max_workers=_RUNS_MAX, thread_name_prefix="run")
         self._store = _store(settings)
-        self._hosts = {name: self._load(name) for name in settings.model}
+        self._hosts = Hosts(settings, self.metrics, self._executor, self._store, self._changed)
+        for name, path in settings.model.items():
+            self._hosts.add(name, self._hosts.load(path))
+        self._repository: Repository | None = None
+        if settings.model_repository is not None:
+            self._repository = Repository(
+                settings.model_repository, settings, self._hosts, self.metrics
+            )
+            self._repository.open()
         self._health = Health(self._hosts)
         self._open_inference = OpenInferenceService(
-            self._hosts, settings, self.metrics, lambda: self._is_ready
+            self._hosts, self._repository, settings, self.metrics, lambda: self._is_ready
         )
-        self._tasks: list[asyncio.Task[None]] = []
+        self._following: asyncio.Task[None] | None = None
         packages = ("sluice-serving", "onnxruntime", "grpcio", "numpy")
         self.metrics.build.info(as_info({package: version(package) for package in packages}))
-
-    def _load(self, name: str) -> Host:
-        started = time.monotonic()
-        path = self.settings.model[name]
-        model = Model.load(path, threads=self.settings.run_threads)
-        self_test = run_self_test(model)
-        metrics = self.metrics.model(name)
-        host = Host(name, model, self_test, self.settings, metrics, self._executor, self._store)
-        seconds = time.monotonic() - started
-        self.metrics.load_seconds.labels(name).set(seconds)
-        log.info(
-            "model_loaded",
-            model=name,
-            path=str(path),
-            digest=model.contract.digest[:12],
-            is_bit_exact=self_test.is_bit_exact,
-            arithmetic=self_test.arithmetic[:12],
-            seconds=round(seconds, 3),
-        )
-        return host
 
     async def start(self) -> None:
         """Listen, and say ready once both ports are open.
@@ -125,7 +112,9 @@ class Server:
                 "Choose another address with --listen"
             ) from error
         await self._grpc.start()
-        self._tasks = [asyncio.create_task(host.live()) for host in self._hosts.values()]
+        self._hosts.start()
+        if self._repository is not None:
+            self._following = asyncio.create_task(self._repository.live())
         # What is alive now stays: the collector need not look at it again and again.
         gc.collect()
         gc.freeze()
@@ -141,14 +130,14 @@ class Server:
         """Not ready → open nothing new → finish what is queued → tell every lane → close."""
         await self._say(is_ready=False)
         log.info("draining")
-        drains = asyncio.gather(*(host.drain() for host in self._hosts.values()))
+        if self._following is not None:
+            self._following.cancel()
         try:
-            await asyncio.wait_for(drains, self.settings.drain_seconds_max)
+            await asyncio.wait_for(self._hosts.drain(), self.settings.drain_seconds_max)
         except TimeoutError:
             log.warning("drain_cut_off", seconds=self.settings.drain_seconds_max)
         self._open_inference.stop()
-        for task in self._tasks:
-            task.cancel()
+        self._hosts.stop()
         await self._grpc.stop(GRACE_SECONDS)
         await self._http.cleanup()
         if self._store is not None:
@@ -168,6 +157,12 @@ class Server:
         self._is_ready = is_ready
         self.metrics.is_ready.set(is_ready)
         await self._health.say(is_serving=is_ready)
+
+    async def _changed(self, name: str) -> None:
+        """A model has come, has another version, or has gone."""
+        self._open_inference.renew(name)
+        is_serving = self._is_ready and name in self._hosts and self._hosts[name].is_welcoming
+        await self._health.tell(name, is_serving=is_serving)
 
     def _options(self) -> list[tuple[str, int]]:
         return [

@@ -7,7 +7,7 @@ than the YAML file.
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, FilePath, field_validator, model_validator
+from pydantic import DirectoryPath, Field, FilePath, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     NoDecode,
@@ -39,6 +39,23 @@ class Settings(BaseSettings):
         title="What is served",
         description="A model to serve, as NAME=PATH; may be given again for more. "
         "In the environment: SLUICE_MODEL=NAME=PATH,NAME=PATH.",
+    )
+    model_repository: DirectoryPath | None = Field(
+        default=None,
+        title="What is served",
+        description="A folder of models to serve, each as NAME/VERSION/model.onnx. The newest "
+        "version that can be served is.",
+    )
+    model_control: Literal["none", "poll", "explicit"] = Field(
+        default="none",
+        title="What is served",
+        description="How the repository is followed: read once at the start, looked at every "
+        "repository_poll_seconds, or loaded and unloaded by clients alone.",
+    )
+    repository_poll_seconds: Seconds = Field(
+        default=15,
+        title="What is served",
+        description="How often a repository is looked at with model_control poll.",
     )
     listen: str = Field(
         default="127.0.0.1:8001",

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sluice_model import Model
 from sluice_protos.sequences_pb2 import OpenSequence
 from sluice_service.arena import Arena, Slots
 from sluice_service.inputs import InputRules
 from sluice_service.lanes import Lanes
 from sluice_service.sequences import Sequence, Sequences
 from sluice_service.store import Checkpoint, Packed, pack
+from sluice_service.versions import Version, Versions
 
 
 @dataclass(slots=True)
@@ -33,28 +33,32 @@ class Snapshots:
         sequences: Sequences,
         lanes: Lanes,
         inputs: InputRules,
-        model: Model,
-        arithmetic: str,
+        versions: Versions,
     ) -> None:
         self._arena = arena
         self._sequences = sequences
         self._lanes = lanes
         self._inputs = inputs
-        self._digest = model.contract.digest
-        self._arithmetic = arithmetic
-        self._outputs = len(model.contract.outputs)
-        self._initial = self._begin(model.initial_state.astype("<f4").tobytes(), 0)
+        self._versions = versions
+        self._outputs = len(versions.newest.contract.outputs)
+        self._initial: tuple[Version, Packed] | None = None
         self._place = np.full(len(sequences.step), -1, np.int64)  # scratch
 
     def initial(self, request: OpenSequence) -> Packed:
         """What a new sequence begins with. Raises LaneError for a state it cannot have."""
-        if not request.HasField("state"):
-            return self._initial
-        return self._begin(self._inputs.state_row(request.state).tobytes(), request.state.step)
+        newest = self._versions.newest
+        if request.HasField("state"):
+            row = self._inputs.state_row(request.state)
+            version = self._versions.find(request.state.model_digest) or newest
+            return self._begin(version, row.tobytes(), request.state.step)
+        if self._initial is None or self._initial[0] is not newest:
+            row = newest.model.initial_state.astype("<f4")
+            self._initial = newest, self._begin(newest, row.tobytes(), 0)
+        return self._initial[1]
 
-    def _begin(self, row: bytes, step: int) -> Packed:
+    def _begin(self, version: Version, row: bytes, step: int) -> Packed:
         nothing = (b"",) * self._outputs
-        checkpoint = Checkpoint(self._digest, self._arithmetic, step, step, b"", row, nothing)
+        checkpoint = Checkpoint(version.digest, version.arithmetic, step, step, b"", row, nothing)
         return Packed(step, pack(checkpoint))
 
     def take(self, slots: Slots, *, is_parked: bool = False) -> list[Snapshot]:
@@ -73,21 +77,22 @@ class Snapshots:
             np.minimum(table.received[slots], steps).tolist(),
             (table.is_strict[slots] | is_parked).tolist(),
             rows,
+            self._versions.of_each(slots),
             self._held(slots),
             strict=True,
         )
         taken = []
-        for sequence, step, floor, is_clean, row, outputs in kept:
+        for sequence, step, floor, is_clean, row, version, outputs in kept:
             if not sequence.is_durable:
                 continue
             claim_id = sequence.claim_id
             checkpoint = Checkpoint(
-                self._digest,
-                self._arithmetic,
+                version.digest,
+                version.arithmetic,
                 step,
                 floor,
                 claim_id if is_clean else b"",
-                row.tobytes(),
+                row[: version.state_size].tobytes(),
                 tuple([b"".join(pieces) for pieces in outputs]),
             )
             packed = Packed(step, pack(checkpoint))

@@ -78,15 +78,15 @@ async def test_every_served_model_is_in_the_index(caller) -> None:
     assert models == {(name, "1", "READY") for name in ("accumulator", "integers", "stateless")}
 
 
-async def test_loading_while_running_is_refused_with_what_to_do(caller) -> None:
+async def test_a_server_without_a_repository_says_how_to_have_one(caller) -> None:
     for call, message in (
         (caller.stub.RepositoryModelLoad, pb.RepositoryModelLoadRequest(model_name="x")),
         (caller.stub.RepositoryModelUnload, pb.RepositoryModelUnloadRequest(model_name="x")),
     ):
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await call(message, timeout=SECONDS)
-        assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
-        assert "--model" in (caught.value.details() or "")
+        assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+        assert "--model-repository" in (caught.value.details() or "")
 
 
 async def test_questions_about_an_unknown_model_are_not_found(caller) -> None:

@@ -33,50 +33,74 @@ def test_what_is_taken_is_a_copy() -> None:
 
 
 class ArenaMachine(RuleBasedStateMachine):
-    """An arena against a dictionary of rows."""
+    """An arena against a dictionary of rows, in planes of different widths."""
 
     def __init__(self) -> None:
         super().__init__()
         self.arena = Arena(SLOTS, INITIAL)
+        self.initial = INITIAL.tolist()
+        self.newest = 0
+        self.planes = {0}
         self.rows: dict[int, list[float]] = {}
+        self.plane: dict[int, int] = {}
 
-    @rule(row=st.none() | st.lists(st.integers(0, 9), min_size=3, max_size=3))
-    def allocate(self, row) -> None:
+    @precondition(lambda self: len(self.planes) < 3)
+    @rule(initial=st.lists(st.integers(0, 9), min_size=1, max_size=5))
+    def begin_plane(self, initial) -> None:
+        self.initial = initial
+        self.newest = self.arena.begin_plane(np.array(initial, np.float32))
+        assert self.newest not in self.planes
+        self.planes.add(self.newest)
+
+    @rule()
+    def drop_planes(self) -> None:
+        for number in self.planes - {self.newest, *self.plane.values()}:
+            self.arena.drop_plane(number)
+            self.planes.remove(number)
+
+    @rule(value=st.none() | st.integers(0, 9))
+    def allocate(self, value) -> None:
         if len(self.rows) == SLOTS:
             with pytest.raises(IndexError):
                 self.arena.allocate()
             return
-        slot = self.arena.allocate(None if row is None else np.array(row, np.float32))
+        row = self.initial if value is None else [value] * len(self.initial)
+        slot = self.arena.allocate(None if value is None else np.array(row, np.float32))
         assert slot not in self.rows
-        self.rows[slot] = INITIAL.tolist() if row is None else row
+        self.rows[slot], self.plane[slot] = row, self.newest
 
     @precondition(lambda self: self.rows)
     @rule(data=st.data())
     def free(self, data) -> None:
         slot = data.draw(st.sampled_from(sorted(self.rows)))
-        del self.rows[slot]
+        del self.rows[slot], self.plane[slot]
         self.arena.free(slot)
 
     @precondition(lambda self: self.rows)
     @rule(data=st.data(), value=st.integers(10, 99))
     def put(self, data, value) -> None:
-        slot = data.draw(st.sampled_from(sorted(self.rows)))
-        self.arena.put(np.array([slot]), np.full((1, 3), value, np.float32))
-        self.rows[slot] = [value] * 3
+        slots = data.draw(st.lists(st.sampled_from(sorted(self.rows)), unique=True))
+        states = np.full((len(slots), self.arena.row_size), value, np.float32)
+        self.arena.put(np.array(slots, np.int64), states)
+        for slot in slots:
+            self.rows[slot] = [value] * len(self.rows[slot])
 
     @precondition(lambda self: self.rows)
     @rule(data=st.data())
     def reset(self, data) -> None:
         slot = data.draw(st.sampled_from(sorted(self.rows)))
         self.arena.reset(slot)
-        self.rows[slot] = INITIAL.tolist()
+        self.rows[slot], self.plane[slot] = self.initial, self.newest
 
     @invariant()
     def agrees(self) -> None:
         slots = sorted(self.rows)
-        assert self.arena.take(np.array(slots, np.int64)).tolist() == [
-            self.rows[slot] for slot in slots
-        ]
+        taken = self.arena.take(np.array(slots, np.int64))
+        for slot, state in zip(slots, taken.tolist(), strict=True):
+            row = self.rows[slot]
+            assert state[: len(row)] == row
+            assert self.arena.row(slot).tolist() == row
+            assert self.arena.plane_of(slot) == self.plane[slot]
         assert self.arena.live == len(slots)
         assert self.arena.is_full == (len(slots) == SLOTS)
 

@@ -37,8 +37,7 @@ Replicas = Callable[..., Awaitable[Served]]
 
 async def crash(served: Served) -> None:
     """End a server as kill -9 would: nothing is finished, nothing is told to the store."""
-    for task in served.server._tasks:
-        task.cancel()
+    served.server._hosts.stop()
     await served.server._grpc.stop(0)
     await served.server._http.cleanup()
     await served.channel.close()

@@ -221,7 +221,7 @@ async def test_a_stop_waits_for_the_run(gate, gated) -> None:
 
 
 async def test_a_stop_waits_no_longer_than_it_may(gate, sums, monkeypatch) -> None:
-    monkeypatch.setattr("sluice_service.server._GRACE_SECONDS", 0.05)
+    monkeypatch.setattr("sluice_service.server.GRACE_SECONDS", 0.05)
     served = await sums(drain_seconds_max=0.05)
     wire = served.wire("accumulator")
     await wire.open(0)

@@ -10,12 +10,18 @@ import grpc
 from google.protobuf.message import DecodeError, Message
 
 from sluice_protos import open_inference_pb2 as pb
-from sluice_service.errors import ModelNotFoundError, RequestError, ServiceError
+from sluice_service.errors import (
+    ModelNotFoundError,
+    RepositoryError,
+    RequestError,
+    ServiceError,
+)
 from sluice_service.host import Host
 from sluice_service.metrics import Metrics
+from sluice_service.repository import Repository
 from sluice_service.rpc import open_inference_models as models
 from sluice_service.rpc.open_inference_exchange import Exchange
-from sluice_service.rpc.open_inference_requests import VERSION, Format, Request
+from sluice_service.rpc.open_inference_requests import Format, Request
 from sluice_service.rpc.sequences import find_host
 from sluice_service.rpc.status import as_status
 from sluice_service.settings import Settings
@@ -29,6 +35,9 @@ EXTENSIONS = (
     "sequence(string_id)",
     "statistics",
 )
+
+
+REPOSITORY = "model_repository"
 
 
 class _Served:
@@ -46,15 +55,17 @@ class OpenInferenceService:
     def __init__(
         self,
         hosts: Mapping[str, Host],
+        repository: Repository | None,
         settings: Settings,
         metrics: Metrics,
         is_ready: Callable[[], bool],
     ) -> None:
         self._hosts = hosts
+        self._repository = repository
         self._settings = settings
         self._metrics = metrics
         self._is_ready = is_ready
-        self._models = {name: _Served(host, settings) for name, host in hosts.items()}
+        self._models: dict[str, _Served] = {}
         self._conversations: set[_Conversation] = set()
 
     def handler(self) -> "grpc.GenericRpcHandler[Any, Any]":
@@ -76,14 +87,31 @@ class OpenInferenceService:
         methods["ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(
             self.model_stream_infer, None, pb.ModelStreamInferResponse.SerializeToString
         )
-        for name in ("RepositoryModelLoad", "RepositoryModelUnload"):
-            methods[name] = grpc.unary_unary_rpc_method_handler(_refuse_repository)
+        methods["RepositoryModelLoad"] = grpc.unary_unary_rpc_method_handler(
+            self.repository_model_load,
+            pb.RepositoryModelLoadRequest.FromString,
+            pb.RepositoryModelLoadResponse.SerializeToString,
+        )
+        methods["RepositoryModelUnload"] = grpc.unary_unary_rpc_method_handler(
+            self.repository_model_unload,
+            pb.RepositoryModelUnloadRequest.FromString,
+            pb.RepositoryModelUnloadResponse.SerializeToString,
+        )
         return grpc.method_handlers_generic_handler(NAME, methods)
 
     def stop(self) -> None:
         """Let every stream end once it has its answers."""
         for conversation in self._conversations:
             conversation.stop()
+
+    def renew(self, name: str) -> None:
+        """A model has come, has another version, or has gone."""
+        served = self._models.get(name)
+        if served is None:
+            return
+        served.exchange.renew()
+        if self._hosts.get(name) is not served.host:
+            del self._models[name]
 
     # Inference.
 
@@ -130,12 +158,51 @@ class OpenInferenceService:
         return served
 
     def _find(self, name: str, number: str) -> _Served:
-        if number not in ("", VERSION):
+        """A model, where the version asked for is loaded. Raises ModelNotFoundError."""
+        host = find_host(self._hosts, name)
+        if number and not any(str(version.number) == number for version in host.versions):
+            loaded = ", ".join(str(version.number) for version in host.versions)
             raise ModelNotFoundError(
-                f"there is no version {number!r} of model {name!r}; leave it out, or ask for "
-                f"{VERSION!r}"
+                f"there is no version {number!r} of model {name!r}; leave it out, or ask for one "
+                f"of: {loaded}"
             )
-        return self._models[find_host(self._hosts, name).name]
+        served = self._models.get(name)
+        if served is None or served.host is not host:
+            served = self._models[name] = _Served(host, self._settings)
+        return served
+
+    # The repository.
+
+    async def repository_model_load(
+        self, request: pb.RepositoryModelLoadRequest, context: Context
+    ) -> pb.RepositoryModelLoadResponse:
+        """Load a model's newest version."""
+        async with as_status(context):
+            if request.parameters:
+                raise RequestError(
+                    f"parameters {sorted(request.parameters)} are unknown here: a model is what "
+                    "lies in the repository"
+                )
+            await self._require_repository().load(request.model_name)
+            return pb.RepositoryModelLoadResponse()
+        raise AssertionError
+
+    async def repository_model_unload(
+        self, request: pb.RepositoryModelUnloadRequest, context: Context
+    ) -> pb.RepositoryModelUnloadResponse:
+        """Let no sequence of a model begin; those that live finish."""
+        async with as_status(context):
+            await self._require_repository().unload(request.model_name)
+            return pb.RepositoryModelUnloadResponse()
+        raise AssertionError
+
+    def _require_repository(self) -> Repository:
+        if self._repository is None:
+            raise RepositoryError(
+                "this server has no repository: its models are named with --model; serve a folder "
+                "of them with --model-repository DIR and --model-control explicit"
+            )
+        return self._repository
 
     # Questions.
 
@@ -146,19 +213,23 @@ class OpenInferenceService:
         return pb.ServerReadyResponse(ready=self._is_ready())
 
     def _model_ready(self, request: pb.ModelReadyRequest) -> pb.ModelReadyResponse:
-        is_there = request.name in self._models and request.version in ("", VERSION)
-        return pb.ModelReadyResponse(
-            ready=is_there and self._is_ready() and self._hosts[request.name].is_welcoming
+        host = self._hosts.get(request.name)
+        is_there = (
+            host is not None
+            and host.is_welcoming
+            and request.version in ("", str(host.version.number))
         )
+        return pb.ModelReadyResponse(ready=is_there and self._is_ready())
 
     def _server_metadata(self, request: pb.ServerMetadataRequest) -> pb.ServerMetadataResponse:
         return pb.ServerMetadataResponse(
-            name="sluice", version=version("sluice-serving"), extensions=EXTENSIONS
+            name="sluice",
+            version=version("sluice-serving"),
+            extensions=EXTENSIONS if self._repository is None else (*EXTENSIONS, REPOSITORY),
         )
 
     def _model_metadata(self, request: pb.ModelMetadataRequest) -> pb.ModelMetadataResponse:
-        host = self._find(request.name, request.version).host
-        return models.describe(host.name, host.contract)
+        return models.describe(self._find(request.name, request.version).host)
 
     def _model_config(self, request: pb.ModelConfigRequest) -> pb.ModelConfigResponse:
         host = self._find(request.name, request.version).host
@@ -169,19 +240,21 @@ class OpenInferenceService:
         chosen = (
             [self._find(request.name, request.version)]
             if request.name
-            else list(self._models.values())
+            else [self._find(name, "") for name in self._hosts]
         )
         return pb.ModelStatisticsResponse(
             model_stats=[
                 models.count(
-                    served.host.name, self._metrics.model(served.host.name), served.exchange.tally
+                    served.host, self._metrics.model(served.host.name), served.exchange.tally
                 )
                 for served in chosen
             ]
         )
 
     def _repository_index(self, request: pb.RepositoryIndexRequest) -> pb.RepositoryIndexResponse:
-        entries = (models.index(host) for host in self._hosts.values())
+        entries = [entry for host in self._hosts.values() for entry in models.index(host)]
+        if self._repository is not None:
+            entries += models.list_others(self._repository)
         return pb.RepositoryIndexResponse(
             models=[entry for entry in entries if entry.state == "READY" or not request.ready]
         )
@@ -255,7 +328,7 @@ class _Conversation:
             response = pb.ModelStreamInferResponse(
                 error_message=str(request.error),
                 infer_response=pb.ModelInferResponse(
-                    model_name=name, model_version=VERSION, id=request.id
+                    model_name=name, model_version=request.version, id=request.id
                 ),
             )
         await self._context.write(response)
@@ -285,12 +358,3 @@ def _unary(
     return grpc.unary_unary_rpc_method_handler(
         answer, read, lambda message: message.SerializeToString()
     )
-
-
-async def _refuse_repository(data: bytes, context: Context) -> bytes:
-    """Loading while running is no part of this server."""
-    await context.abort(
-        grpc.StatusCode.UNIMPLEMENTED,
-        "models are loaded when the server starts; name them with --model NAME=PATH and restart it",
-    )
-    raise AssertionError

@@ -23,6 +23,7 @@ from sluice_protos.sequences_pb2 import (
 )
 from sluice_service.errors import (
     LimitError,
+    ModelNotFoundError,
     ServiceError,
     StoppingError,
 )
@@ -58,6 +59,7 @@ class Exchange:
         self._host = host
         self._start_mode = RESTART if settings.duplicate_start == "restart" else START
         self._spare_max = min(_SPARE_MAX, settings.sequences_max // 8)
+        self._version = str(host.version.number)  # on which sequences begin
         self._stream: Stream | None = None
         self._by_key: dict[str, Lane] = {}
         self._by_number: dict[int, Lane] = {}
@@ -79,8 +81,19 @@ class Exchange:
 
     def submit(self, request: Request) -> None:
         """Take a request; its `on_done` is called when it has outputs or an error."""
-        if not self._host.is_welcoming:
+        if self._host.is_draining:
             request.fail(StoppingError("this server is stopping; ask another"))
+            return
+        if not request.key and not self._host.is_welcoming:
+            request.fail(StoppingError(f"model {self._host.name!r} is being unloaded"))
+            return
+        if request.version not in ("", self._version) and (request.is_start or not request.key):
+            request.fail(
+                ModelNotFoundError(
+                    f"version {request.version} of model {self._host.name!r} takes no new "
+                    f"sequences; leave it out, or ask for {self._version}"
+                )
+            )
             return
         if self.is_full:
             request.fail(
@@ -148,7 +161,9 @@ class Exchange:
         if lane.key:
             self._next(lane)
         elif lane.number != NONE:
-            if len(self._spare) < self._spare_max:
+            if len(self._spare) < self._spare_max and self._host.is_welcoming:
+                if lane.version != self._version:
+                    self._restart([lane])
                 self._spare.append(lane)
             else:
                 self._close(lane)
@@ -235,10 +250,27 @@ class Exchange:
         lanes, self._chunks = [lane for lane in self._chunks if lane.is_open], []
         if not lanes or self._stream is None:
             return
-        borrowed = [lane.number for lane in lanes if not lane.key]
+        borrowed = [lane for lane in lanes if not lane.key]
         if borrowed:
-            self._host.restart(self._stream, borrowed)
+            self._restart(borrowed)
         self._host.submit(self._stream, *as_frame(lanes))
+
+    def renew(self) -> None:
+        """Let the places for requests without a sequence be of the newest version."""
+        self._version = str(self._host.version.number)
+        if not self._host.is_welcoming:
+            while self._spare:
+                self._close(self._spare.pop())
+            self._schedule()
+        elif self._spare:
+            self._restart(self._spare)
+
+    def _restart(self, lanes: list[Lane]) -> None:
+        """Set lanes back to the initial state, of the newest version."""
+        assert self._stream is not None
+        self._host.restart(self._stream, [lane.number for lane in lanes])
+        for lane in lanes:
+            lane.version = self._version
 
     # From the host.
 
@@ -271,6 +303,7 @@ class Exchange:
             if lane is not None and lane.current is not None:
                 lane.step = first + steps
                 lane.missing -= steps
+                lane.current.version = lane.version
                 lane.current.collect(
                     lane.row,
                     steps,
@@ -286,7 +319,8 @@ class Exchange:
     def _opened(self, opened: Opened) -> None:
         lane = self._by_number[opened.lane]
         lane.is_open, lane.step = True, opened.applied
-        assert lane.current is not None
+        assert lane.current is not None and self._stream is not None
+        lane.version = str(self._host.version_of(self._stream, lane.number).number)
         error = misplaced(lane, lane.current)
         if error is None:
             self._chunks.append(lane)

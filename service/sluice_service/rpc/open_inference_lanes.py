@@ -11,6 +11,7 @@ from sluice_protos.sequences_pb2 import Closed, Fault
 from sluice_service.errors import (
     GapError,
     LaneError,
+    ModelNotFoundError,
     NotFoundError,
     OutOfRangeError,
     RequestError,
@@ -69,13 +70,25 @@ class Tally:
 class Lane:
     """A sequence, or a place for requests without one."""
 
-    __slots__ = ("current", "is_open", "key", "last", "missing", "number", "queue", "row", "step")
+    __slots__ = (
+        "current",
+        "is_open",
+        "key",
+        "last",
+        "missing",
+        "number",
+        "queue",
+        "row",
+        "step",
+        "version",
+    )
 
     def __init__(self, key: str) -> None:
         self.key = key  # "": no sequence
         self.number = NONE
         self.is_open = False
         self.step = 0  # applied
+        self.version = ""  # on which it runs
         self.queue: deque[Request] = deque()
         self.current: Request | None = None
         self.row = 0  # of the current request's batch
@@ -84,7 +97,12 @@ class Lane:
 
 
 def misplaced(lane: Lane, request: Request) -> ServiceError | None:
-    """Why a request that counts its steps is not the next one of its sequence."""
+    """Why a request is not the next one of its sequence, by its version or its steps."""
+    if request.version not in ("", lane.version):
+        return ModelNotFoundError(
+            f"sequence {request.sequence} runs on version {lane.version} until it ends, not on "
+            f"{request.version}; leave the version out"
+        )
     first = request.first
     if first is None or first == lane.step or request.is_start:
         return None

@@ -1,5 +1,7 @@
 """What the Open Inference Protocol tells of a model: tensors, configuration, figures."""
 
+from collections.abc import Iterator
+
 from sluice_protos.contract_pb2 import ModelContract, StatePart, TensorSpec
 from sluice_protos.open_inference_pb2 import (
     TYPE_FP32,
@@ -18,22 +20,24 @@ from sluice_protos.open_inference_pb2 import (
 )
 from sluice_service.host import Host
 from sluice_service.metrics import ModelMetrics
+from sluice_service.repository import Repository
 from sluice_service.rpc.open_inference_lanes import Tally
-from sluice_service.rpc.open_inference_requests import VERSION
 from sluice_service.settings import Settings
 
 PLATFORM = "onnxruntime_onnx"
 BACKEND = "onnxruntime"
 ANY_SIZE = -1
 
+ModelIndex = RepositoryIndexResponse.ModelIndex
 TensorMetadata = ModelMetadataResponse.TensorMetadata
 
 
-def describe(name: str, contract: ModelContract) -> ModelMetadataResponse:
+def describe(host: Host) -> ModelMetadataResponse:
     """The tensors as one step has them, behind a batch of any size."""
+    contract = host.contract
     return ModelMetadataResponse(
-        name=name,
-        versions=[VERSION],
+        name=host.name,
+        versions=[str(version.number) for version in host.versions],
         platform=PLATFORM,
         inputs=[_tensor(spec) for spec in contract.inputs],
         outputs=[_tensor(spec) for spec in contract.outputs],
@@ -77,8 +81,8 @@ def configure(name: str, contract: ModelContract, settings: Settings) -> ModelCo
     )
 
 
-def count(name: str, metrics: ModelMetrics, tally: Tally) -> ModelStatistics:
-    """What the model has done since the server started.
+def count(host: Host, metrics: ModelMetrics, tally: Tally) -> ModelStatistics:
+    """What the model has done since the server started, all its versions together.
 
     Requests are those of this protocol; steps, runs and the time in them are those of
     every protocol, because they share runs. Clients expect the three parts of computing
@@ -87,8 +91,8 @@ def count(name: str, metrics: ModelMetrics, tally: Tally) -> ModelStatistics:
     queue = metrics.queue_seconds
     computed = round(metrics.run_sequences.sum)
     return ModelStatistics(
-        name=name,
-        version=VERSION,
+        name=host.name,
+        version=str(host.version.number),
         last_inference=round(tally.last_time * 1e3),
         inference_count=metrics.steps.value,
         execution_count=metrics.runs.value,
@@ -103,15 +107,23 @@ def count(name: str, metrics: ModelMetrics, tally: Tally) -> ModelStatistics:
     )
 
 
-def index(host: Host) -> RepositoryIndexResponse.ModelIndex:
-    """The model as the list of all models has it."""
-    is_ready = host.is_welcoming
-    return RepositoryIndexResponse.ModelIndex(
-        name=host.name,
-        version=VERSION,
-        state="READY" if is_ready else "UNAVAILABLE",
-        reason="" if is_ready else "the server is stopping",
-    )
+def index(host: Host) -> Iterator[ModelIndex]:
+    """The versions of a model that are loaded, as the list of all models has them."""
+    for version in host.versions:
+        state, reason = "READY", ""
+        if host.is_draining:
+            state, reason = "UNAVAILABLE", "the server is stopping"
+        elif version is not host.version or not host.is_welcoming:
+            state, reason = "UNLOADING", "its live sequences finish on it"
+        yield ModelIndex(name=host.name, version=str(version.number), state=state, reason=reason)
+
+
+def list_others(repository: Repository) -> Iterator[ModelIndex]:
+    """What lies in the repository beside that, and why it is not served."""
+    for entry in repository.entries():
+        yield ModelIndex(
+            name=entry.name, version=str(entry.version), state=entry.state, reason=entry.reason
+        )
 
 
 def _tensor(spec: TensorSpec) -> TensorMetadata:

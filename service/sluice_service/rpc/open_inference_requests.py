@@ -13,8 +13,6 @@ from sluice_service.rpc.open_inference_tensors import TensorFormat
 
 OutputTensor = ModelInferResponse.InferOutputTensor
 
-# Sluice serves one version of each model; the protocol wants it numbered.
-VERSION = "1"
 _FINAL_RESPONSE = "triton_enable_empty_final_response"
 _RESERVED = "triton_"
 
@@ -41,6 +39,7 @@ class Request:
         "outputs",
         "sequence",
         "steps",
+        "version",
         "wanted",
         "wants_final_flag",
     )
@@ -49,6 +48,7 @@ class Request:
         self.arrived = time.monotonic()
         self.on_done = on_done
         self.id = ""
+        self.version = ""  # asked for, and then that which it ran on
         # The sequence: as a host knows it ("" is none), and as messages quote it.
         self.key = ""
         self.sequence = ""
@@ -122,6 +122,7 @@ class Format:
         Raises RequestError or InvalidInputError, which name what was expected.
         """
         request.id = message.id
+        request.version = message.model_version
         if message.parameters:
             read_parameters(message.parameters, request)
         self._read_inputs(message, request)
@@ -133,7 +134,7 @@ class Format:
         tensors = self._outputs
         response = ModelInferResponse(
             model_name=self._name,
-            model_version=VERSION,
+            model_version=request.version,
             id=request.id,
             outputs=[
                 OutputTensor(

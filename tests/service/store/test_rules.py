@@ -461,6 +461,18 @@ async def test_a_tombstone_is_forgotten_in_the_end(place, store) -> None:
     assert again.epoch > granted.epoch
 
 
+async def test_each_tombstone_has_its_own_time(place, store) -> None:
+    first, second = await claim(store, ask("first")), await claim(store, ask("second"))
+    for name, granted in (("first", first), ("second", second)):
+        await store.close([Closing(key(name), granted.claim_id, "done")])
+    await place.pass_time(TOMBSTONE_SECONDS * 0.5)
+    again = await claim(store, ask("first", writer=b"you", epoch=first.epoch))
+    await store.close([Closing(key("first"), again.claim_id, "done again")])
+    await place.pass_time(TOMBSTONE_SECONDS * 0.7)
+    assert isinstance(await refuse(store, ask("second", RESUME)), NotFoundError)
+    assert isinstance(await refuse(store, ask("first", RESUME, b"you")), SequenceClosedError)
+
+
 async def test_a_sequence_that_nobody_renews_is_dropped(place, store) -> None:
     granted = await claim(store, ask())
     await place.pass_time(RECORD_SECONDS * 1.1)

@@ -1,41 +1,48 @@
 """Exposes the state of recurrent operators of an ONNX graph that keep it to themselves."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Final
 
+import numpy as np
 import onnx
-from onnx import TensorProto, helper
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
 
-from sluice_export.axes import BATCH
+from sluice_export.axes import BATCH, Layout
 from sluice_export.errors import BidirectionalError, LayerError
 from sluice_export.pairing import StatePair
 from sluice_export.signature import LENGTHS
 from sluice_export.surgery import (
     RECURRENT,
     constants_of,
+    evaluate,
     free_name,
     inputs_of,
     label,
     read_attribute,
+    set_input,
 )
 
 _LENGTHS_SLOT: Final = 4
 _STATES: Final = {"LSTM": ("h", "c"), "GRU": ("h",), "RNN": ("h",)}
 
 
-def expose_states(graph: onnx.GraphProto, states: Collection[str]) -> list[StatePair]:
-    """Give each recurrent operator that starts from zeros a state input and a state output.
+def expose_states(proto: onnx.ModelProto, layout: Layout) -> list[StatePair]:
+    """Give each recurrent operator that keeps its state a state input and a state output.
 
-    Operators that start from one of the inputs `states` have theirs already.
+    Operators that start from one of the states of `layout` have theirs already. What
+    one starts from that is constant becomes the default of its input.
 
     Raises BidirectionalError or LayerError, naming the operator, where it has no
     state that could be carried.
     """
+    graph = proto.graph
     pairs: list[StatePair] = []
     for node in graph.node:
-        if node.op_type in RECURRENT and not _starts_from_state(graph, node, states):
+        if node.op_type in RECURRENT and not _starts_from_state(graph, node, layout.states):
             _check(graph, node)
-            pairs += _expose(graph, node)
+            starts = [_find_start(proto, node, place, layout) for place in (5, 6)]
+            pairs += _expose(graph, node, starts)
     return pairs
 
 
@@ -46,7 +53,7 @@ def add_lengths(graph: onnx.GraphProto) -> str:
         return ""
     name = free_name(graph, LENGTHS)
     for node in nodes:
-        _put(node, _LENGTHS_SLOT, name)
+        set_input(node, _LENGTHS_SLOT, name)
     graph.input.append(helper.make_tensor_value_info(name, TensorProto.INT32, [BATCH]))
     return name
 
@@ -58,11 +65,6 @@ def _check(graph: onnx.GraphProto, node: onnx.NodeProto) -> None:
             f"{label(node)} has direction {direction.decode()}: each of its outputs needs the "
             "whole future of the sequence; train it forward only"
         )
-    if read_attribute(node, "layout", 0):
-        raise LayerError(
-            f"{label(node)} has layout=1, which ONNX Runtime does not run; "
-            "export it with the time axis first"
-        )
     if node.input[1] not in constants_of(graph):
         raise LayerError(f"{label(node)} has computed weights; save the file with constant ones")
 
@@ -72,10 +74,9 @@ def _starts_from_state(
 ) -> bool:
     """Whether an operator's state comes from a state input already.
 
-    Raises LayerError where it is computed from other inputs, or is constant but not zero.
+    Raises LayerError where it is computed from other inputs.
     """
     producers = {name: other for other in graph.node for name in other.output}
-    constants = constants_of(graph)
     given = set(inputs_of(graph))
     waiting, seen = [name for name in node.input[5:7] if name], set[str]()
     while waiting:
@@ -92,30 +93,45 @@ def _starts_from_state(
             f"{min(seen & given - set(states))!r}; a stream carries the state from step to step, "
             "so let it start from zeros, or from a state input (--state input=output)"
         )
-    if seen & set(states):
-        return True
-    made = [producers[name] for name in seen if name in producers]
-    filled = [one for one in made if one.op_type == "ConstantOfShape" and not _is_zero(one)]
-    if filled or any(constants[name].any() for name in node.input[5:7] if name in constants):
+    return bool(seen & set(states))
+
+
+def _find_start(
+    proto: onnx.ModelProto, node: onnx.NodeProto, place: int, layout: Layout
+) -> NDArray[np.float32] | None:
+    """What an operator starts from, [1, 1, hidden], if that is not zero.
+
+    Raises LayerError where it is not the same for every row, or cannot be told.
+    """
+    if place >= len(node.input) or not node.input[place]:
+        return None
+    batch = 2 if layout.has_batch else 1
+    types = {value.name: value.type.tensor_type.elem_type for value in proto.graph.input}
+    given = {
+        name: np.zeros(layout.shape(name, batch, 3), helper.tensor_dtype_to_np_dtype(types[name]))
+        for name in layout.inputs
+    }
+    value = evaluate(proto, node.input[place], given)
+    if value is None or (value != value[:, :1]).any():
         raise LayerError(
-            f"{label(node)} starts from a constant state that is not zero; make its initial "
-            "state an input of the file, with the constant as its default"
+            f"{label(node)} starts from a state that is not the same for every sequence, or "
+            "cannot be told; make it an input of the file, with its value as its default"
         )
-    return False
+    return value[:, :1].astype(np.float32) if value.any() else None
 
 
-def _is_zero(node: onnx.NodeProto) -> bool:
-    value = read_attribute(node, "value", None)
-    return value is None or not onnx.numpy_helper.to_array(value).any()
-
-
-def _expose(graph: onnx.GraphProto, node: onnx.NodeProto) -> list[StatePair]:
+def _expose(
+    graph: onnx.GraphProto, node: onnx.NodeProto, starts: Sequence[NDArray[np.float32] | None]
+) -> list[StatePair]:
     hidden = int(read_attribute(node, "hidden_size", 0))
     name = node.name.strip("/").replace("/", ".") or node.output[0]
     pairs = []
     for place, state in enumerate(_STATES[node.op_type]):
         before = free_name(graph, f"{name}.{state}")
-        _put(node, 5 + place, before)
+        start = starts[place]
+        if start is not None:
+            graph.initializer.append(numpy_helper.from_array(start, before))
+        set_input(node, 5 + place, before)
         while len(node.output) < 2 + place:
             node.output.append("")
         after = node.output[1 + place] or free_name(graph, f"{before}.after")
@@ -126,9 +142,3 @@ def _expose(graph: onnx.GraphProto, node: onnx.NodeProto) -> list[StatePair]:
             graph.output.append(helper.make_tensor_value_info(after, TensorProto.FLOAT, shape))
         pairs.append(StatePair(before, after))
     return pairs
-
-
-def _put(node: onnx.NodeProto, place: int, name: str) -> None:
-    while len(node.input) <= place:
-        node.input.append("")
-    node.input[place] = name

@@ -18,24 +18,21 @@ from sluice_export.delivery import TOLERANCE, Progress, deliver, notify, set_min
 from sluice_export.draft import Draft
 from sluice_export.errors import ExportError, InputError, NoRecurrentLayerError
 from sluice_export.exposure import expose_states
+from sluice_export.loading import load_file
 from sluice_export.original import Original
 from sluice_export.packing import Part, check_state_type
 from sluice_export.pairing import StatePair, could_be_states, pair_states
 from sluice_export.proofs import Evidence, prove_ragged
 from sluice_export.surgery import (
     constants_of,
-    fix_inputs,
-    fold_conditions,
     inputs_of,
     keep_batch,
     read_attribute,
 )
-from sluice_model.contract import load_proto
-from sluice_model.errors import ModelError, NotAModelError
+from sluice_model.errors import ModelError
 from sluice_model.model import Model
 from sluice_protos.contract_pb2 import ModelContract
 
-_OPSET_MIN: Final = 10
 # How many ways of placing the batch axis are tried before rows run one by one.
 _PLACEMENTS_MAX: Final = 64
 
@@ -67,7 +64,7 @@ def export_onnx(
     tell = on_progress or (lambda what, share: None)
     tell("looking at the file", 0.0)
     path = Path(path)
-    proto = _load(Path(source), fixed or {})
+    proto = load_file(Path(source), fixed or {})
     pairs = pair_states(proto, states or {})
     layout = find_layout(proto.graph, [pair.input for pair in pairs], axes or {})
     known = layout.inputs | layout.states
@@ -83,7 +80,7 @@ def export_onnx(
     bare.CopyFrom(proto)
     hidden: list[StatePair] = []
     if layout.has_time:
-        hidden = expose_states(bare.graph, [pair.input for pair in pairs])
+        hidden = expose_states(bare, layout)
     if not pairs and not hidden:
         raise NoRecurrentLayerError(
             f"{source}: no state was found in it: no input comes back as an output, and no LSTM, "
@@ -105,24 +102,6 @@ def export_onnx(
         tell=tell,
     )
     return contract
-
-
-def _load(source: Path, fixed: Mapping[str, float]) -> onnx.ModelProto:
-    """The file, its fixed inputs and the conditions that hang on them folded."""
-    try:
-        proto = load_proto(source)
-    except NotAModelError as error:
-        raise InputError(str(error)) from error
-    opset = next((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), 0)
-    if opset < _OPSET_MIN:
-        raise InputError(
-            f"{source}: is of opset {opset}, at least {_OPSET_MIN} is needed; convert it: "
-            "onnx.version_converter.convert_version(model, 17)"
-        )
-    fix_inputs(proto.graph, fixed)
-    fold_conditions(proto)
-    del proto.graph.value_info[:]
-    return proto
 
 
 def _parts(graph: onnx.GraphProto, layout: Layout, pairs: Sequence[StatePair]) -> list[Part]:

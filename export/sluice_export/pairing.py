@@ -114,6 +114,15 @@ def _pair_structure(graph: onnx.GraphProto, taken: set[str], used: set[str]) -> 
             pairs.append(StatePair(whole[0], name))
         elif parts and set().union(*(before[source] for source in parts)) == marks:
             pairs += _unstack(tracer, name, {source: before[source] for source in parts})
+    paired = {pair.input for pair in pairs}
+    for source, held in before.items():
+        apart = [name for name, marks in after.items() if marks and marks < held]
+        if source not in paired and apart:
+            raise PairingError(
+                f"input {source!r} starts the states of several operators, which come out apart, "
+                f"as {', '.join(apart)}; give each operator a state input of its own, or stack "
+                "what comes out into one output in the order of the input"
+            )
     return pairs
 
 

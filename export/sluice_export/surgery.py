@@ -59,6 +59,13 @@ def constants_of(graph: onnx.GraphProto) -> dict[str, np.ndarray[Any, Any]]:
     return known
 
 
+def set_input(node: onnx.NodeProto, place: int, name: str) -> None:
+    """Let a node read `name` as its input number `place`."""
+    while len(node.input) <= place:
+        node.input.append("")
+    node.input[place] = name
+
+
 def free_name(graph: onnx.GraphProto, wanted: str) -> str:
     """`wanted`, or the like of it that nothing in `graph` has yet."""
     taken = {value.name for value in (*graph.input, *graph.output)}
@@ -140,14 +147,16 @@ def _find_foldable(proto: onnx.ModelProto) -> tuple[int, bool] | None:
     """The first If of the graph whose condition is known: where, and what it is."""
     for place, node in enumerate(proto.graph.node):
         if node.op_type == "If" and node.domain in _STANDARD:
-            value = _evaluate(proto, node.input[0])
+            value = evaluate(proto, node.input[0], {})
             if value is not None:
                 return place, bool(value.reshape(-1)[0])
     return None
 
 
-def _evaluate(proto: onnx.ModelProto, name: str) -> np.ndarray[Any, Any] | None:
-    """What a value is, where it follows from constants alone; None where it does not."""
+def evaluate(
+    proto: onnx.ModelProto, name: str, given: Mapping[str, np.ndarray[Any, Any]]
+) -> np.ndarray[Any, Any] | None:
+    """What a value is, where it follows from constants and what is `given`; None where not."""
     graph = proto.graph
     producers = {output: node for node in graph.node for output in node.output}
     held: dict[str, onnx.TensorProto] = {tensor.name: tensor for tensor in graph.initializer}
@@ -155,7 +164,7 @@ def _evaluate(proto: onnx.ModelProto, name: str) -> np.ndarray[Any, Any] | None:
     waiting, seen = [name], set[str]()
     while waiting:
         value = waiting.pop()
-        if value in seen or value in held or not value:
+        if value in seen or value in held or value in given or not value:
             continue
         seen.add(value)
         node = producers.get(value)
@@ -168,9 +177,13 @@ def _evaluate(proto: onnx.ModelProto, name: str) -> np.ndarray[Any, Any] | None:
         return numpy_helper.to_array(held[name])
     used = [held[value] for value in {v for node in order for v in node.input} if value in held]
     output = helper.make_tensor_value_info(name, onnx.TensorProto.UNDEFINED, None)
-    part = helper.make_graph(order, "condition", [], [output], used)
+    inputs = [
+        helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
+        for n, array in given.items()
+    ]
+    part = helper.make_graph(order, "part", inputs, [output], used)
     model = helper.make_model(part, opset_imports=proto.opset_import, ir_version=proto.ir_version)
-    results: Any = ReferenceEvaluator(model).run(None, {})
+    results: Any = ReferenceEvaluator(model).run(None, dict(given))
     return np.asarray(results[0])
 
 

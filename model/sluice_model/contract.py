@@ -33,10 +33,24 @@ _ELEMENT_TYPES: Final[dict[int, str]] = {
 
 
 def load_proto(path: Path) -> onnx.ModelProto:
-    """Parse an ONNX file.
+    """Parse an ONNX file that is whole.
 
     Raises NotAModelError when it is missing, is not ONNX, or keeps weights in
     files beside it.
+    """
+    proto = parse_proto(path)
+    if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in proto.graph.initializer):
+        raise NotAModelError(
+            f"{path}: keeps weights in other files; save it as one file "
+            "(onnx.save_model with save_as_external_data=False)"
+        )
+    return proto
+
+
+def parse_proto(path: Path) -> onnx.ModelProto:
+    """Parse an ONNX file, without what it keeps in other files.
+
+    Raises NotAModelError when it is missing or is not ONNX.
     """
     try:
         proto = onnx.load_model(path, load_external_data=False)
@@ -50,11 +64,6 @@ def load_proto(path: Path) -> onnx.ModelProto:
         raise NotAModelError(
             f"{path}: is not an ONNX file, or has an empty graph; "
             "`sluice export` writes one from a PyTorch module"
-        )
-    if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in proto.graph.initializer):
-        raise NotAModelError(
-            f"{path}: keeps weights in other files; save it as one file "
-            "(onnx.save_model with save_as_external_data=False)"
         )
     return proto
 

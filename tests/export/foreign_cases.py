@@ -64,6 +64,9 @@ CASES = {
         axes={"y": (0, None), "decoder_out": (0, None)},
     ),
     "hidden": Case(made.write_hidden_state, {}, axes={"x": (0, 1), "y": (0, 1)}, has_lengths=True),
+    "constant": Case(
+        made.write_constant_start, {}, axes={"x": (0, 1), "y": (0, 1)}, has_lengths=True
+    ),
     "convolution": Case(
         made.write_causal_convolution,
         {"cache_in": ([1, 4, 2], "cache_out", None)},

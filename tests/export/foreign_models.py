@@ -238,6 +238,38 @@ def write_hidden_state(path: Path) -> Path:
     return b.save(path, {"x": ["batch", "time", 6]}, {"y": ["batch", "time", 8]})
 
 
+def write_constant_start(path: Path) -> Path:
+    """A GRU and an LSTM over a time axis that start from constants, expanded to the batch."""
+    b = Builder(10)
+    x = b.add("Transpose", "x", perm=[1, 0, 2])
+    batch = b.add("Shape", "x", start=0, end=1)
+    shape = b.add("Concat", b.put([1]), batch, b.put([10]), axis=0)
+    value = numpy_helper.from_array(np.array([0.5], np.float32))
+    y, _ = b.gru(x, 6, 10, b.add("ConstantOfShape", shape, value=value))
+    shape = b.add("Concat", b.put([1]), batch, b.put([8]), axis=0)
+    h, c = (b.add("Expand", b.weight(1, 1, 8, scale=1), shape) for _ in range(2))
+    y, _, _ = b.lstm(b.add("Squeeze", y, b.put([1])), 10, 8, h, c)
+    y = b.add("Transpose", b.add("Squeeze", y, b.put([1])), perm=[1, 0, 2])
+    b.add("Tanh", y, gives=["y"])
+    return b.save(path, {"x": ["batch", "time", 6]}, {"y": ["batch", "time", 8]})
+
+
+def write_batch_first(path: Path) -> Path:
+    """An LSTM with layout=1, which few runtimes run: a state [N, 1, 8] goes in and out."""
+    b = Builder(11)
+    y, hn, cn = b.lstm("x", 6, 8, "h", "c")
+    b.nodes[-1].attribute.append(helper.make_attribute("layout", 1))
+    b.add("Squeeze", y, b.put([2]), gives=["y"])
+    b.add("Identity", hn, gives=["h_out"])
+    b.add("Identity", cn, gives=["c_out"])
+    states = {name: ["N", 1, 8] for name in ("h", "c", "h_out", "c_out")}
+    return b.save(
+        path,
+        {"x": ["N", "T", 6], "h": states["h"], "c": states["c"]},
+        {"y": ["N", "T", 8], "h_out": states["h_out"], "c_out": states["c_out"]},
+    )
+
+
 def write_causal_convolution(path: Path) -> Path:
     """A convolution over time whose last two steps are its state; no recurrent operator."""
     b = Builder(8)

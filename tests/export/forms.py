@@ -156,6 +156,7 @@ FORMS: Final[dict[str, Form]] = {
     "ONNX: four states in, one stack out": OnnxForm("stacked"),
     "ONNX: tokens, one step a run (as an RNN-T predictor)": OnnxForm("predictor"),
     "ONNX: states that were not exposed": OnnxForm("hidden"),
+    "ONNX: states that start from constants": OnnxForm("constant"),
     "ONNX: convolution with a cache, no lengths": OnnxForm("convolution"),
 }
 

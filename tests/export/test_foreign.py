@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from onnx.reference import ReferenceEvaluator
 
 from sluice_export import export_onnx
 from sluice_model import Model, example_inputs
@@ -74,6 +75,37 @@ def test_every_proof_of_a_foreign_file_is_against_the_file_as_it_was(files):
 def test_the_range_of_tokens_is_that_of_the_table(files):
     (spec,) = Model.load(files["predictor"]).contract.inputs
     assert (spec.valid.min, spec.valid.max) == (0, 39)
+
+
+def test_an_operator_with_the_batch_first_gives_what_the_reference_gives(tmp_path):
+    """ONNX Runtime does not run layout=1; onnx's own evaluator does."""
+    source = made.write_batch_first(tmp_path / "model.onnx")
+    contract = export_onnx(source, tmp_path / "served.onnx")
+    assert [(part.name, list(part.shape)) for part in contract.state] == [
+        ("h", [1, 8]),
+        ("c", [1, 8]),
+    ]
+    model = Model.load(tmp_path / "served.onnx")
+    (x,) = example_inputs(contract, 3, 6)
+    outputs, state = model.run([x], None, np.zeros((3, 16), np.float32))
+    zeros = np.zeros((3, 1, 8), np.float32)
+    evaluator = ReferenceEvaluator(onnx.load(source))
+    y, h, c = evaluator.run(["y", "h_out", "c_out"], {"x": x, "h": zeros, "c": zeros})
+    np.testing.assert_allclose(outputs[0], y.reshape(3, 6, 8), rtol=1e-4, atol=1e-5)
+    after = np.concatenate([h.reshape(3, 8), c.reshape(3, 8)], axis=1)
+    np.testing.assert_allclose(state, after, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_beside_the_file_are_taken_into_it(tmp_path):
+    source = made.write_voice_detector(tmp_path / "model.onnx")
+    options = CASES["voice"].options
+    whole = export_onnx(source, tmp_path / "whole.onnx", **options)
+    proto = onnx.load(source)
+    onnx.save_model(
+        proto, source, save_as_external_data=True, location="weights.bin", size_threshold=0
+    )
+    assert (tmp_path / "weights.bin").stat().st_size > 1000
+    assert export_onnx(source, tmp_path / "served.onnx", **options).digest == whole.digest
 
 
 def test_a_state_of_half_floats_and_one_of_truths_are_carried_exactly(tmp_path):

@@ -64,13 +64,23 @@ def computed_start(b: Builder) -> Graph:
     return b, SEQUENCE, RESULT
 
 
-def constant_start(b: Builder) -> Graph:
+def start_by_row(b: Builder) -> Graph:
     batch = b.add("Shape", "x", start=0, end=1)
-    shape = b.add("Concat", b.put([1]), batch, b.put([4]), axis=0)
-    value = onnx.numpy_helper.from_array(np.array([0.5], np.float32))
-    h = b.add("ConstantOfShape", shape, value=value)
+    rows = b.add("Range", b.put(0), b.add("Squeeze", batch), b.put(1))
+    rows = b.add("Unsqueeze", b.add("Cast", rows, to=TensorProto.FLOAT), b.put([0, 2]))
+    h = b.add("Expand", rows, b.add("Concat", b.put([1]), batch, b.put([4]), axis=0))
     b.add("Identity", gru_over_time(b, h=h), gives=["y"])
     return b, SEQUENCE, RESULT
+
+
+def one_state_for_two(b: Builder) -> Graph:
+    for place in (1, 2):
+        y, h = b.gru("x", 4, 4, "state")
+        b.add("Identity", h, gives=[f"state_{place}"])
+    b.add("Squeeze", y, b.put([1]), gives=["y"])
+    shape = [1, "batch", 4]
+    outputs = {"y": ["time", "batch", 4], "state_1": shape, "state_2": shape}
+    return b, {"x": ["time", "batch", 4], "state": shape}, outputs
 
 
 def branching(b: Builder) -> Graph:
@@ -147,7 +157,8 @@ REFUSED = [
     (two_named_alike, "may come out of h_out: each fits by name; say which: --state"),
     (backwards, "GRU '/GRU_.* has direction reverse.*future"),
     (computed_start, "GRU '/GRU_.* starts from a state that is computed from input 'x'"),
-    (constant_start, "GRU '/GRU_.* starts from a constant state that is not zero"),
+    (start_by_row, "GRU '/GRU_.* starts from a state that is not the same for every sequence"),
+    (one_state_for_two, "'state' starts the states of several .* as state_1, state_2; give each"),
     (branching, "GRU '/[ab]/GRU.* is inside If '/If_0', whose course depends on the input"),
     (growing_cache, "'past_key' has several axes of any size.*grows with the past"),
     (wide_integers, "'count' is TensorProto.INT64, of which float32 does not hold"),
@@ -218,11 +229,31 @@ def test_an_opset_too_old_is_named_with_the_converter(tmp_path):
         export_onnx(tmp_path / "old.onnx", tmp_path / "served.onnx")
 
 
-def test_weights_in_other_files_are_refused(tmp_path):
-    proto = onnx.load(write_noise_mask(tmp_path / "model.onnx"))
-    onnx.save(proto, tmp_path / "split.onnx", save_as_external_data=True, size_threshold=16)
-    with pytest.raises(ExportError, match="keeps weights in other files; save it as one"):
-        export_onnx(tmp_path / "split.onnx", tmp_path / "served.onnx")
+@pytest.mark.parametrize(
+    "location, message",
+    [
+        ("weights.bin", "its weights in 'weights.bin' cannot be read .*; put that file beside it"),
+        ("../weights.bin", r"keeps weights in '../weights.bin', outside its own folder"),
+        ("/etc/hostname", "keeps weights in '/etc/hostname', outside its own folder"),
+    ],
+)
+def test_weights_that_are_not_beside_the_file_are_refused(tmp_path, location, message):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    proto = onnx.load(write_noise_mask(folder / "model.onnx"))
+    onnx.external_data_helper.convert_model_to_external_data(
+        proto, location="weights.bin", size_threshold=16
+    )
+    onnx.save(proto, folder / "split.onnx")
+    (folder / "weights.bin").rename(tmp_path / "weights.bin")
+    split = onnx.load(folder / "split.onnx", load_external_data=False)
+    for tensor in split.graph.initializer:
+        for entry in tensor.external_data:
+            entry.value = location if entry.key == "location" else entry.value
+    (folder / "split.onnx").write_bytes(split.SerializeToString())
+    with pytest.raises(ExportError, match=message):
+        export_onnx(folder / "split.onnx", folder / "served.onnx")
+    assert not (folder / "served.onnx").exists()
 
 
 @pytest.mark.parametrize("content", [b"", b"no model", None])

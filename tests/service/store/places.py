@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import sqlite3
 import uuid
+from contextlib import closing
 from pathlib import Path
 
 import redis
@@ -29,9 +30,9 @@ class Place:
     def __init__(self) -> None:
         self._handles: list[Store] = []
 
-    async def open(self) -> Store:
+    async def open(self, **seconds: float) -> Store:
         """One more handle, as another process would have it."""
-        store = self._make()
+        store = self._make(**seconds)
         await store.start()
         self._handles.append(store)
         return store
@@ -41,7 +42,7 @@ class Place:
         for store in self._handles:
             await store.stop()
 
-    def _make(self) -> Store:
+    def _make(self, **seconds: float) -> Store:
         raise AssertionError
 
     async def pass_time(self, seconds: float) -> None:
@@ -50,6 +51,10 @@ class Place:
 
     async def jump(self, seconds: float) -> None:
         """Turn the machine's clock by so many seconds."""
+        raise AssertionError
+
+    def count(self) -> tuple[int, int]:
+        """How many sequences it has something of, and how many checkpoints."""
         raise AssertionError
 
 
@@ -61,7 +66,7 @@ class MemoryPlace(Place):
         self._now = 0.0
         self._store = MemoryStore(**_SECONDS, monotonic=lambda: self._now)
 
-    def _make(self) -> Store:
+    def _make(self, **seconds: float) -> Store:
         return self._store
 
     async def pass_time(self, seconds: float) -> None:
@@ -82,17 +87,23 @@ class SqlitePlace(Place):
         self.path = folder / "store.db"
         self._now = 1e6
 
-    def _make(self) -> Store:
-        return SqliteStore(self.path, **_SECONDS, monotonic=lambda: self._now, busy_seconds=60)
+    def _make(self, **seconds: float) -> Store:
+        return SqliteStore(
+            self.path, **_SECONDS | seconds, monotonic=lambda: self._now, busy_seconds=60
+        )
 
     async def pass_time(self, seconds: float) -> None:
-        connection = sqlite3.connect(self.path, timeout=60)
-        with connection:
+        with closing(sqlite3.connect(self.path, timeout=60)) as connection, connection:
             connection.execute("UPDATE store SET seconds = seconds + ?", (seconds,))
-        connection.close()
 
     async def jump(self, seconds: float) -> None:
         self._now += seconds
+
+    def count(self) -> tuple[int, int]:
+        with closing(sqlite3.connect(self.path, timeout=60)) as connection:
+            count = "SELECT (SELECT count(*) FROM sequences), (SELECT count(*) FROM checkpoints)"
+            sequences, checkpoints = connection.execute(count).fetchone()
+        return sequences, checkpoints
 
 
 class RedisPlace(Place):
@@ -104,8 +115,8 @@ class RedisPlace(Place):
         self.url = f"{url}?prefix={self.prefix}"
         self._redis = redis.Redis.from_url(url)
 
-    def _make(self) -> Store:
-        return RedisStore(self.url, **_SECONDS)
+    def _make(self, **seconds: float) -> Store:
+        return RedisStore(self.url, **_SECONDS | seconds)
 
     async def pass_time(self, seconds: float) -> None:
         self._redis.hincrby(f"{self.prefix}clock", "milliseconds", int(seconds * 1000))
@@ -115,6 +126,11 @@ class RedisPlace(Place):
         # The machine's clock as it was seen last lies so much further back.
         self._redis.hincrby(f"{self.prefix}clock", "machine", int(-seconds * 1000))
         await self._tick()
+
+    def count(self) -> tuple[int, int]:
+        names = self._redis.keys(f"{self.prefix}sequence:*")
+        assert self._redis.zcard(f"{self.prefix}expiries") == len(names)
+        return len(names), sum(self._redis.hexists(name, "data") for name in names)
 
     async def _tick(self) -> None:
         store = self._make()
@@ -184,13 +200,3 @@ async def take_over(store: Store, name: str, writer: bytes) -> Granted:
         assert answer.epoch > epoch, answer
         epoch = answer.epoch
         await asyncio.sleep(0)
-
-
-def count_rows(path: Path, table: str) -> int:
-    """How many rows a table of a SQLite file has."""
-    connection = sqlite3.connect(path)
-    try:
-        (rows,) = connection.execute(f"SELECT count(*) FROM {table}").fetchone()
-        return int(rows)
-    finally:
-        connection.close()

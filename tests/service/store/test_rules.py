@@ -473,6 +473,23 @@ async def test_each_tombstone_has_its_own_time(place, store) -> None:
     assert isinstance(await refuse(store, ask("first", RESUME, b"you")), SequenceClosedError)
 
 
+async def test_what_has_ended_takes_no_room_in_the_end(shared_place) -> None:
+    store = await shared_place.open(tombstone_seconds=0.2)
+    granted = await claim(store, ask())
+    await claim(store, ask("alive"))
+    assert shared_place.count() == (2, 2)
+    await close(store, granted.claim_id)
+    # The tombstone may be gone already; the checkpoint is for sure.
+    assert shared_place.count()[1] == 1
+    await shared_place.pass_time(1)
+    for _ in range(2000):  # the store clears away when it likes
+        if shared_place.count() == (1, 1):
+            break
+        await asyncio.sleep(0.02)
+    assert shared_place.count() == (1, 1)
+    assert await store.read(key("alive")) is not None
+
+
 async def test_a_sequence_that_nobody_renews_is_dropped(place, store) -> None:
     granted = await claim(store, ask())
     await place.pass_time(RECORD_SECONDS * 1.1)

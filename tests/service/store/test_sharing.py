@@ -5,8 +5,9 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from sluice_protos.sequences_pb2 import RESUME, START
-from sluice_service.store import Granted, Verdict
+from sluice_protos.sequences_pb2 import RESUME, START, TAKEOVER
+from sluice_service.errors import SequenceClosedError
+from sluice_service.store import Closing, Granted, Packed, Verdict
 from tests.service.store.child import SEQUENCES
 from tests.service.store.places import (
     Place,
@@ -83,6 +84,38 @@ async def test_of_many_that_take_one_sequence_over_the_last_one_owns_it(shared_p
     # Each went on from the one before: nobody was forgotten on the way.
     order = sorted(granted, key=lambda each: each.epoch)
     assert [each.previous for each in order[1:]] == [each.claim_id for each in order[:-1]]
+
+
+async def test_a_close_that_comes_between_is_not_undone_by_a_claim(shared_place) -> None:
+    first, second = await shared_place.open(), await shared_place.open()
+    for turn in range(20):
+        name = f"s{turn}"
+        await claim(first, ask(name))
+        closing = Closing(key(name), b"", "closed from outside")
+        (answer,), closed = await asyncio.gather(
+            first.claim([ask(name, RESUME)]), second.close([closing])
+        )
+        assert closed == [Verdict.DONE]
+        assert isinstance(answer, Granted | SequenceClosedError)
+        assert await first.read(key(name)) is None
+
+
+async def test_a_write_that_comes_between_is_not_undone_by_a_takeover(shared_place) -> None:
+    store = await shared_place.open()
+    for turn in range(20):
+        name = f"s{turn}"
+        owned = await claim(store, ask(name))
+        request = ask(
+            *(name, TAKEOVER, b"you"),
+            epoch=owned.epoch,
+            held=owned.claim_id,
+            snapshot=Packed(5, b"five"),
+        )
+        taken, verdict = await asyncio.gather(
+            claim(store, request), write(store, owned.claim_id, 7, b"seven", name)
+        )
+        seen = (taken.checkpoint.step, taken.is_held, verdict)
+        assert seen in ((7, False, Verdict.DONE), (5, True, Verdict.REFUSED))
 
 
 async def test_processes_that_share_a_store_never_get_the_same_epoch(shared_place) -> None:

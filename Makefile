@@ -13,12 +13,17 @@ READY := $(VENV)/.ready
 DEBIAN := $(VENV)/debian
 DEBIAN_PROGRAMS := prometheus redis-server
 PACKAGES_redis-server := redis-server redis-tools libatomic1 libjemalloc2 liblzf1
+# The load generator of the field's protocol, a test starts it too: it comes inside this old wheel
+# of a client, and wants two libraries.
+PERF := $(VENV)/perf_analyzer
+PERF_WHEELS := tritonclient==2.50.0 nvidia-cuda-runtime-cu12==12.9.79
+PERF_PACKAGE := libb64-0d
 WHEEL_VENV := .venv-wheel
 WHEEL_TESTS := build/wheel-tests
 # What the tests of the wheel see of the checkout; never a folder with our code.
 WHEEL_TEST_FILES := tests docs README.md pyproject.toml
 
-export PATH := $(CURDIR)/$(BIN):$(PATH):$(CURDIR)/$(DEBIAN)/bin:$(CURDIR)/$(DEBIAN)/usr/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH):$(CURDIR)/$(DEBIAN)/bin:$(CURDIR)/$(DEBIAN)/usr/bin:$(CURDIR)/$(PERF)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
@@ -90,7 +95,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(BIN)/python $(INSTALL) --group dev --editable '.[service,export]'
 	@touch $@
 
-tools: $(DEBIAN_PROGRAMS:%=$(DEBIAN)/bin/%)
+tools: $(DEBIAN_PROGRAMS:%=$(DEBIAN)/bin/%) $(PERF)/perf_analyzer
 
 # A program that is on the machine already is used as it is. A test that misses
 # one fails and names the package, so a failed download is only told here.
@@ -107,6 +112,23 @@ $(DEBIAN)/bin/%: | $(READY)
 			'export LD_LIBRARY_PATH' 'exec "$$root/usr/bin/$*" "$$@"' > bin/$* && \
 		chmod +x bin/$*; } \
 		|| echo "No Debian package of $* could be had: tests that need it will fail." >&2
+
+$(PERF)/perf_analyzer: | $(READY)
+	@mkdir -p $(@D)/files
+	@command -v perf_analyzer >/dev/null || { echo "Unpacking perf_analyzer into $(PERF)"; \
+		python=$(CURDIR)/$(BIN)/python; cd $(@D)/files && \
+		$$python -m pip download -qq --no-deps $(PERF_WHEELS) && \
+		for wheel in *.whl; do $$python -m zipfile -e $$wheel . && rm $$wheel; done && \
+		apt="apt-get -qq -o APT::Sandbox::User=" && \
+		{ $$apt download $(PERF_PACKAGE) 2>/dev/null || \
+			{ $$apt update && $$apt download $(PERF_PACKAGE); }; } && \
+		dpkg -x $(PERF_PACKAGE)_*.deb . && rm *.deb && \
+		binary=$$(echo tritonclient-*.data/data/bin/perf_analyzer) && chmod +x $$binary && \
+		printf '%s\n' '#!/bin/sh' 'root=$$(dirname "$$0")/files' \
+			'LD_LIBRARY_PATH=$$(echo "$$root"/usr/lib/*-linux-gnu):$$root/nvidia/cuda_runtime/lib' \
+			'export LD_LIBRARY_PATH' 'exec "$$root/'$$binary'" "$$@"' > ../perf_analyzer && \
+		chmod +x ../perf_analyzer; } \
+		|| echo "perf_analyzer could not be had: the test that needs it will fail." >&2
 
 clean: ## everything that is not in git
 	rm -rf $(VENV) $(WHEEL_VENV) build dist demo-output .pytest_cache .mypy_cache .ruff_cache \

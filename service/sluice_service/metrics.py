@@ -227,12 +227,14 @@ class ModelMetrics:
         self._response_seconds = metrics.response_seconds.model(name)
         self._checkpoints = metrics.checkpoints.model(name)
         self._checkpoint_seconds = metrics.checkpoint_seconds.model(name)
-        # How long runs took, once for each sequence in them.
-        self.computed_seconds = 0.0
+        # How long runs took, once for each sequence in them: to put together, to execute,
+        # to hand out.
+        self.composing_seconds = self.computed_seconds = self.delivering_seconds = 0.0
 
-    def run_started(self, arrived: list[float], chunks: list[int]) -> None:
-        """A run takes chunks of messages that came at these times."""
+    def run_started(self, began: float, arrived: list[float], chunks: list[int]) -> None:
+        """A run, put together since `began`, takes chunks of messages that came at these times."""
         now = time.monotonic()
+        self.composing_seconds += (now - began) * sum(chunks)
         for moment, weight in zip(arrived, chunks, strict=True):
             self.queue_seconds.observe(now - moment, weight)
 
@@ -245,9 +247,10 @@ class ModelMetrics:
         self.run_seconds.observe(seconds)
         self.computed_seconds += seconds * sequences
 
-    def delivered(self, arrived: list[float], chunks: list[int]) -> None:
-        """Outputs of chunks of messages that came at these times are with their streams."""
+    def delivered(self, began: float, arrived: list[float], chunks: list[int]) -> None:
+        """Outputs, handed out since `began`, of messages that came then are with their streams."""
         now = time.monotonic()
+        self.delivering_seconds += (now - began) * sum(chunks)
         for moment, weight in zip(arrived, chunks, strict=True):
             self._response_seconds.observe(now - moment, weight)
 

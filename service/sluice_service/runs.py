@@ -1,6 +1,7 @@
 """The run loop: when a run ends, the next one takes whatever is ready, without a timer."""
 
 import asyncio
+import time
 from collections.abc import Callable
 from concurrent.futures import Executor
 from typing import TypeVar
@@ -121,12 +122,13 @@ class RunLoop:
         self._is_pump_due = False
         if self._in_flight is not None:
             return
+        began = time.monotonic()
         run = self._scheduler.next_run()
         self.settle()
         if run is None:
             self._idle.set()
             return
-        self._metrics.run_started(run.arrived, run.weights)
+        self._metrics.run_started(began, run.arrived, run.weights)
         sequences, steps = run.inputs[0].shape[:2]
         is_alone = len(self._lanes) == 1
         inline_max = _INLINE_ALONE_SECONDS_MAX if is_alone else _INLINE_SECONDS_MAX
@@ -165,6 +167,7 @@ class RunLoop:
 
     def _apply(self, run: Run, outcome: Outcome) -> None:
         """Make a run's states the sequences' own and hand its outputs to their streams."""
+        began = time.monotonic()
         table, slots = self._sequences, run.slots
         table.active[slots] = self._clock.now()
         applied: NDArray[np.bool_] | None = None
@@ -184,7 +187,7 @@ class RunLoop:
             self._lanes.fault(int(slots[index]), error)
         cells = run.inputs[0].shape[0] * run.inputs[0].shape[1]
         self._metrics.run_ended(len(slots), steps, cells, outcome.seconds)
-        self._metrics.delivered(run.arrived, run.weights)
+        self._metrics.delivered(began, run.arrived, run.weights)
 
     def _deliver(self, run: Run, outcome: Outcome, applied: NDArray[np.bool_] | None) -> int:
         """Cut a run's outputs at the borders between streams; the steps applied."""

@@ -123,7 +123,8 @@ async def test_statistics_count_what_was_done(sums) -> None:
     assert stats.queue.count == 5
     # Programs that measure servers insist on this.
     assert stats.compute_input.count == stats.compute_infer.count == stats.compute_output.count == 5
-    assert stats.compute_infer.ns > 0
+    parts = (stats.compute_input.ns, stats.compute_infer.ns, stats.compute_output.ns)
+    assert min(parts) > 0
     assert 0 < stats.queue.ns < stats.success.ns + stats.compute_infer.ns
     assert model.last_inference > 1_600_000_000_000
 

@@ -85,8 +85,8 @@ def count(host: Host, metrics: ModelMetrics, tally: Tally) -> ModelStatistics:
     """What the model has done since the server started, all its versions together.
 
     Requests are those of this protocol; steps, runs and the time in them are those of
-    every protocol, because they share runs. Clients expect the three parts of computing
-    to count alike; only the run itself is timed.
+    every protocol, because they share runs. The three parts of computing count alike, once
+    for each sequence in a run: putting it together, executing it, handing its outputs out.
     """
     queue = metrics.queue_seconds
     computed = round(metrics.run_sequences.sum)
@@ -100,9 +100,9 @@ def count(host: Host, metrics: ModelMetrics, tally: Tally) -> ModelStatistics:
             success=_duration(tally.succeeded, tally.succeeded_seconds),
             fail=_duration(tally.failed, tally.failed_seconds),
             queue=_duration(sum(queue.counts), queue.sum),
-            compute_input=_duration(computed, 0),
+            compute_input=_duration(computed, metrics.composing_seconds),
             compute_infer=_duration(computed, metrics.computed_seconds),
-            compute_output=_duration(computed, 0),
+            compute_output=_duration(computed, metrics.delivering_seconds),
         ),
     )
 

@@ -154,6 +154,8 @@ def guess_inputs(module: nn.Module) -> Tensor:
             tried.append(torch.zeros(2, 5, dtype=torch.int64))
         elif isinstance(layer, nn.Linear):
             tried.append(torch.zeros(2, 5, layer.in_features, dtype=dtype))
+        elif isinstance(layer, nn.Conv1d):
+            tried.append(torch.zeros(2, 5, layer.in_channels, dtype=dtype))
         elif isinstance(layer, (nn.RNNBase, nn.RNNCellBase)):
             tried.append(torch.zeros(2, 5, layer.input_size, dtype=dtype))
     for example in tried:

@@ -192,7 +192,8 @@ def _find_layout(
         if not misfits:
             return signature, seen
         batch, steps = misfits[0].sizes or (0, 0)
-        misfit = misfit or f"{misfits[0].path} sees {batch} sequences of {steps} steps"
+        name = misfits[0].path or "the layer"
+        misfit = misfit or f"{name} sees {batch} sequences of {steps} steps"
     given = f"{SMALL[0]} sequences of {SMALL[1]} steps"
     if misfit:
         raise LayerError(

@@ -57,17 +57,18 @@ class TorchForm:
     so_far: tuple[str, ...] = ()
     is_exact: bool = False
 
-    def _module(self) -> nn.Module:
+    def module(self) -> nn.Module:
+        """The module, always with the same weights."""
         torch.manual_seed(0)
         return self.make().eval()
 
     def export(self, folder: Path) -> ModelContract:
         """As Form.export."""
-        return export(self._module(), self.example, folder / "model.onnx")
+        return export(self.module(), self.example, folder / "model.onnx")
 
     def run(self, folder: Path, inputs: Arrays) -> dict[str, np.ndarray]:
         """As Form.run: the module on the whole sequence, or on each of its beginnings."""
-        module = self._module()
+        module = self.module()
         steps = len(next(iter(inputs.values())))
         outputs = self._call(module, inputs)
         for name in self.so_far:

@@ -151,7 +151,45 @@ def loose_integers(b: Builder) -> Graph:
     return b, {"codes": (TensorProto.INT64, ["batch", "time"])}, RESULT
 
 
+def input_without_time(b: Builder) -> Graph:
+    wide = b.add("Unsqueeze", "gain", b.put([1]))
+    b.add("Mul", gru_over_time(b), wide, gives=["y"])
+    return b, {**SEQUENCE, "gain": ["batch", 4]}, RESULT
+
+
+def no_batch_at_all(b: Builder) -> Graph:
+    b.add("Add", "x", "h_in", gives=["h_out"])
+    b.add("Tanh", "h_out", gives=["y"])
+    shape = [3, 4]
+    return b, {"x": shape, "h_in": shape}, {"y": shape, "h_out": shape}
+
+
+def texts(b: Builder) -> Graph:
+    y = gru_over_time(b)
+    b.add("Identity", y, gives=["y"])
+    b.add("Cast", y, to=TensorProto.STRING, gives=["text"])
+    return b, SEQUENCE, {**RESULT, "text": (TensorProto.STRING, ["batch", "time", 4])}
+
+
+def computed_weights(b: Builder) -> Graph:
+    b.add("Identity", gru_over_time(b), gives=["y"])
+    node = next(node for node in b.nodes if node.op_type == "GRU")
+    node.input[1] = b.add("Neg", node.input[1])
+    b.nodes.insert(0, b.nodes.pop())
+    return b, SEQUENCE, RESULT
+
+
+def nothing_but_states(b: Builder) -> Graph:
+    b.add("Add", "h_in", "h_in", gives=["h_out"])
+    return b, {"h_in": ["batch", 4]}, {"h_out": ["batch", 4]}
+
+
 REFUSED = [
+    (input_without_time, "'gain' has no time axis, though others have.*--set"),
+    (no_batch_at_all, r"'x' has axes \[3, 4\], none of size 1 that could be its batch axis"),
+    (texts, "'text' is of type object, which a stream does not carry"),
+    (computed_weights, "GRU '/GRU_.* has computed weights; save the file with constant ones"),
+    (nothing_but_states, "each input would be a state .h_in.*--state h_in=h_out"),
     (no_state, "no state was found in it.*--state input=output"),
     (two_alike, "which of the inputs a, b is the state cannot be told.*--state"),
     (two_named_alike, "may come out of h_out: each fits by name; say which: --state"),
@@ -219,6 +257,31 @@ def test_a_stack_whose_order_cannot_be_told_is_asked_for(tmp_path):
     states = {name: f"states[{place}]" for place, name in enumerate(("h1", "c1", "h2", "c2"))}
     contract = export_onnx(tmp_path / "sliced.onnx", tmp_path / "served.onnx", states=states)
     assert contract.state_size == 48
+
+
+@pytest.mark.parametrize(
+    "is_told, message",
+    [
+        (True, "'all' joins states along their batch axis; give each its own output"),
+        (False, "the shape of output 'all' is unknown; save the file with shapes"),
+    ],
+)
+def test_a_stack_that_cannot_be_taken_apart_is_refused(tmp_path, is_told, message):
+    b = Builder()
+    total = b.add("Add", "a", "x")
+    b.add("Add", total, "b", gives=["y"])
+    b.add("Concat", total, "y", axis=0, gives=["all"])
+    row = ["batch", 4]
+    source = b.save(
+        tmp_path / "model.onnx", {"x": row, "a": row, "b": row}, {"y": row, "all": ["rows", 4]}
+    )
+    if not is_told:
+        proto = onnx.load(source)
+        proto.graph.output[1].type.tensor_type.ClearField("shape")
+        source.write_bytes(proto.SerializeToString())
+    states = {"a": "all[0]", "b": "all[1]"}
+    with pytest.raises(ExportError, match=message):
+        export_onnx(source, tmp_path / "served.onnx", states=states)
 
 
 def test_an_opset_too_old_is_named_with_the_converter(tmp_path):

@@ -6,11 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from sluice_client import Client
+from sluice_export import InputError, verify
 from sluice_model import example_inputs, read_contract
 from tests.client.server_process import ServerProcess
-from tests.export.forms import FORMS
+from tests.export.forms import FORMS, TorchForm
 from tests.export.plain import run_alone
 
 # The first of them waits for the export of all.
@@ -69,6 +72,28 @@ def test_source_file_and_served_stream_agree(title, folders, client):
             is_exact = all(p.passed for p in contract.proofs if p.name.startswith("bits"))
             assert_same(served, alone[key], is_exact=is_exact)
             assert_same(served, array, is_exact=form.is_exact)
+
+
+@pytest.mark.parametrize(
+    "title", ["a head on the last h, beside every step", "causal convolutions alone"]
+)
+def test_a_file_is_verified_against_its_module_and_no_other(title, folders):
+    form, path = FORMS[title], folders[title] / "model.onnx"
+    assert isinstance(form, TorchForm)
+    module = form.module()
+    assert all(proof.passed for proof in verify(path, module, form.example))
+    with torch.no_grad():
+        next(module.parameters()).add_(0.1)
+    failed = {proof.name for proof in verify(path, module, form.example) if not proof.passed}
+    assert {"parity.whole", "parity.stepwise"} <= failed
+    other = FORMS["one layer called twice"]
+    assert isinstance(other, TorchForm)
+    with pytest.raises(
+        InputError, match=r"the module's states are \['again\[0\].h.0'.*not the same"
+    ):
+        verify(path, other.module(), other.example)
+    with pytest.raises(InputError, match=r"the module takes .* not the same model"):
+        verify(path, nn.GRU(3, 4, batch_first=True), torch.zeros(1, 5, 3))
 
 
 def assert_same(one: np.ndarray, two: np.ndarray, *, is_exact: bool) -> None:

@@ -8,8 +8,6 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, example, given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -61,65 +59,6 @@ def run_pair(path: Path, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
     feed |= {"lengths": np.full(2, steps, np.int32), "state": np.zeros((2, size), np.float32)}
     names = [tensor.name for tensor in session.get_outputs() if tensor.name != "state_out"]
     return [array[0] for array in session.run(names, feed)]
-
-
-class Anything(nn.Module):
-    """Some recurrent layers, one behind the other, with something stateless between."""
-
-    def __init__(self, cells: list[tuple[str, int, int, bool]], *, is_batch_first: bool) -> None:
-        super().__init__()
-        kinds = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN, "relu": nn.RNN}
-        self.layers = nn.ModuleList()
-        self.norms = nn.ModuleList()
-        size = 3
-        for kind, hidden, depth, has_bias in cells:
-            options = {"nonlinearity": "relu"} if kind == "relu" else {}
-            self.layers.append(
-                kinds[kind](
-                    size, hidden, depth, bias=has_bias, batch_first=is_batch_first, **options
-                )
-            )
-            self.norms.append(nn.LayerNorm(hidden))
-            size = hidden
-        self.head = nn.Linear(size, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer, norm in zip(self.layers, self.norms, strict=True):
-            x = functional.silu(norm(layer(x)[0]))
-        return self.head(x)
-
-
-cell_strategy = st.tuples(
-    st.sampled_from(["lstm", "gru", "rnn", "relu"]),
-    st.integers(1, 9),
-    st.integers(1, 3),
-    st.booleans(),
-)
-
-
-@settings(
-    max_examples=4,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-    # Each example is an export: to shrink a failing one would take minutes.
-    phases=[Phase.explicit, Phase.reuse, Phase.generate],
-)
-# Nearly silent: their states are so small that rounding alone is a large share of them.
-@example(cells=[("rnn", 1, 3, False)], is_batch_first=False)
-@example(cells=[("lstm", 2, 2, True), ("gru", 1, 3, False)], is_batch_first=False)
-@given(cells=st.lists(cell_strategy, min_size=1, max_size=2), is_batch_first=st.booleans())
-def test_any_architecture_streams_as_its_module_computes(tmp_path, cells, is_batch_first):
-    torch.manual_seed(0)
-    module = Anything(cells, is_batch_first=is_batch_first)
-    path = tmp_path / "model.onnx"
-    contract = export(module, torch.zeros(1, 1, 3), path)
-    assert all(proof.passed for proof in contract.proofs)
-    x = torch.randn(3, 9, 3)
-    if is_batch_first:
-        expected = run_torch(module, x)
-    else:
-        expected = run_torch(module, x.transpose(0, 1)).transpose(0, 1)
-    assert_streams_as(path, [expected], [x.numpy()])
 
 
 class TakesState(nn.Module):

@@ -1,5 +1,6 @@
 """What cannot be streamed is refused by name, with the fix, and leaves no file behind."""
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -418,6 +419,47 @@ def test_a_proof_refuses_what_is_no_stream_and_names_the_line(tmp_path, module, 
     assert f"{Path(__file__).name}, line " in message
     assert code in message
     assert list(tmp_path.iterdir()) == []
+
+
+class Locked(Model):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.Lock()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.cell(x)[0]
+
+
+def test_a_module_that_cannot_be_copied_is_refused(tmp_path):
+    with pytest.raises(UnsupportedModuleError, match=r"cannot be copied .*build it afresh"):
+        export(Locked(), torch.zeros(1, 5, 4), tmp_path / "model.onnx")
+
+
+class OnlyState(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.GRU(4, 4, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.cell(x, x)[0]
+
+
+def test_a_state_without_a_sequence_is_refused(tmp_path):
+    with pytest.raises(InputError, match="every example input is a state; give the sequence"):
+        export(OnlyState(), torch.zeros(1, 1, 4), tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize(
+    "names, kind, message",
+    [
+        (["a", "b"], OutputError, "returns 1 outputs that are no state, but output_names has 2"),
+        (["x"], InputError, "the name 'x' is taken twice, or empty; rename"),
+        (["state"], InputError, "the name 'state' is Sluice's own; rename"),
+    ],
+)
+def test_names_of_outputs_that_do_not_fit_are_refused(tmp_path, names, kind, message):
+    with pytest.raises(kind, match=message):
+        export(Plain(), torch.zeros(1, 5, 4), tmp_path / "model.onnx", output_names=names)
 
 
 class ReadsC(Model):

@@ -79,6 +79,8 @@ def test_weights_of_more_than_a_layer_are_refused_by_name(tmp_path, module, kind
 
 
 def test_shapes_of_no_cell_are_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="has no matrices weight_ih_l0 and weight_hh_l0"):
+        make_layer({"bias_ih_l0": torch.zeros(8)}, tmp_path / "weights.pt", {})
     weights = dict(nn.LSTM(2, 3).state_dict())
     weights["weight_hh_l0"] = torch.zeros(6, 3)
     with pytest.raises(CheckpointError, match=r"has shape \[6, 3\]; an LSTM has four times"):

@@ -1,12 +1,13 @@
 """Starts servers as processes of their own, waits until they answer, and ends them."""
 
 import os
+import secrets
 import socket
 import subprocess
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,16 @@ STOP_SECONDS_MAX = 30
 
 
 def free_port() -> int:
-    """A port of the loopback interface on which nobody listens."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """A port of the loopback interface on which nobody listens.
+
+    Below those that Linux gives to connections: until the server listens there, and while
+    it is away, a connection could be given just this one.
+    """
+    while True:
+        port = 12_000 + secrets.randbelow(20_000)
+        with socket.socket() as listener, suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
 
 
 @contextmanager

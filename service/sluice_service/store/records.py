@@ -85,7 +85,7 @@ def answer(header: Header, data: bytes) -> Granted:
 
 def is_closed_by(found: Header, claim_id: bytes) -> bool:
     """True when a close under `claim_id` has happened before: it may be asked again."""
-    return not found.record.is_alive and bool(claim_id) and found.claim_id == claim_id
+    return not found.record.is_alive and found.claim_id == claim_id
 
 
 def may_close(found: Header, claim_id: bytes) -> bool:

@@ -29,8 +29,11 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 INSTALL := -m pip install -qq --constraint constraints.txt --build-constraint constraints.txt
 
+SECONDS ?= 600
+SEED ?= 1
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench check format protos wheel test-wheel constraints setup tools clean
+.PHONY: help demo test chaos bench check format protos wheel test-wheel constraints setup tools clean
 
 help: ## show this page
 	@echo "Sluice: stateful streaming inference for LSTM, GRU and RNN models."
@@ -44,6 +47,10 @@ demo: $(READY) ## two minutes: train, export, serve, stream, watch
 
 test: $(READY) tools ## every test, against this checkout
 	@$(BIN)/python -m pytest
+
+chaos: $(READY) tools ## break everything for SECONDS=600, drawn from SEED=1; see docs/reliability.md
+	@$(BIN)/python -m tests.chaos --seconds $(SECONDS) --seed $(SEED) \
+		--report docs/reliability.md
 
 bench: $(READY) ## measure everything, and write bench/README.md (15 minutes)
 	@$(BIN)/python -m bench.report

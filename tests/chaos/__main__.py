@@ -12,13 +12,18 @@ from pathlib import Path
 
 from tests.chaos.report import write_report
 from tests.chaos.rounds import Result, play
-from tests.chaos.world import Models, Setting
+from tests.chaos.world import RIVAL, Models, Setting
 
 SETTINGS = [
     Setting("redis", "strict", servers=3),
     Setting("sqlite", "periodic"),
+    Setting("redis", "periodic", servers=2, is_march=True),
+    Setting("sqlite", "strict", processes=2),
+    Setting("redis", "strict", servers=2, clients=(RIVAL, RIVAL)),
     Setting("redis", "periodic", servers=3),
-    Setting("sqlite", "strict"),
+    Setting("sqlite", "strict", servers=2),
+    Setting("redis", "strict", servers=2, is_march=True),
+    Setting("redis", "periodic", processes=2),
     Setting("memory", "off"),
 ]
 

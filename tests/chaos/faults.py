@@ -5,6 +5,8 @@ instant: what was applied and not responded, responded and in no checkpoint, in 
 checkpoint that was not durable.
 """
 
+import contextlib
+import os
 import random
 import signal
 import sqlite3
@@ -35,9 +37,16 @@ class Ledger:
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _begun: float = field(default_factory=time.monotonic)
 
-    def note(self, kind: str, *, where: str = "", server: Server | None = None) -> None:
+    def note(
+        self,
+        kind: str,
+        *,
+        where: str = "",
+        server: Server | None = None,
+        gaps: frozenset[str] | set[str] = frozenset(),
+    ) -> None:
         """A fault of this kind has just begun, at `server` where it has disturbed one."""
-        gaps = landed_in(server) if server is not None else set()
+        gaps = landed_in(server) if server is not None else set(gaps)
         if not self.is_durable:
             gaps &= {GAPS[0]}
         with self._lock:
@@ -198,6 +207,31 @@ def roll_servers(scene: Scene) -> None:
             if code != 0:
                 scene.ledger.complain(f"server {number} ended with {code} after SIGTERM")
             server.process.start()
+
+
+def kill_worker(scene: Scene) -> None:
+    """One of the processes that share a server's port; its watcher starts another."""
+    server = scene.server()
+    with server.lock:
+        worker = scene.draw.choice(server.process.workers() or [0])
+        if worker:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(worker, signal.SIGKILL)
+            scene.ledger.note("worker killed")
+
+
+def pause_worker(scene: Scene) -> None:
+    server = scene.server()
+    with server.lock:
+        worker = scene.draw.choice(server.process.workers() or [0])
+        if worker:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(worker, signal.SIGSTOP)
+                scene.ledger.note("worker paused")
+                if scene.draw.random() < 0.5:
+                    server.process.proxy.cut()
+                scene.last(1.5)
+                os.kill(worker, signal.SIGCONT)
 
 
 def jump_clock(scene: Scene) -> None:

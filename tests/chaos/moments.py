@@ -73,44 +73,43 @@ def kill_at(world: World, server: Server, instant: Instant, *, count: int = 1) -
     return gaps
 
 
-def leave(world: World, server: Server, instant: Instant) -> None:
-    """Stop a server at an instant; wake it when all that it had has gone on elsewhere."""
-    server.trace.arm(instant, 1, signal.SIGSTOP)
-    await_trap(world, server)
-    server.process.proxy.refuse()
-    await_progress(world)
-    server.process.wake()
-    server.process.proxy.heal()
+def swap(world: World, instant: Instant, turn: int) -> set[str]:
+    """Have everything move between the two servers of a world, one of them paused.
 
-
-def turn_back(world: World, server: Server, other: Server, instant: Instant) -> None:
-    """Stop a server that is being come to at an instant of that; wake it when all have left."""
-    server.trace.arm(instant, 1, signal.SIGSTOP)
-    other.process.proxy.refuse()
-    await_trap(world, server)
-    other.process.proxy.heal()
-    server.process.proxy.refuse()
-    await_progress(world)
-    server.process.wake()
-    server.process.proxy.heal()
-
-
-def swap(world: World, instant: Instant, turn: int) -> None:
-    """Have everything move between the two servers of a world, one of them paused."""
+    It stops at an instant of its work and wakes when all that it had has gone on at the
+    other. The gaps that had steps in them when it stopped.
+    """
     here, there = world.servers if turn % 2 == 0 else world.servers[::-1]
+    there.process.proxy.refuse()
+    await_progress(world)
     if instant in (Instant.CLAIMING, Instant.CLAIMED):
-        turn_back(world, there, here, instant)
-    else:
+        # On the way to the other server, which stops while it asks for what comes.
+        there, here = here, there
+        here.trace.arm(instant, 1, signal.SIGSTOP)
+        here.process.proxy.heal()
         there.process.proxy.refuse()
-        await_progress(world)
-        there.process.proxy.heal()
-        leave(world, here, instant)
+    else:
+        here.trace.arm(instant, 1, signal.SIGSTOP)
+    gaps = await_trap(world, here)
+    there.process.proxy.heal()
+    here.process.proxy.refuse()
+    await_progress(world)
+    here.process.wake()
+    here.process.proxy.heal()
+    return gaps
 
 
 def restart(world: World, server: Server) -> None:
     """End a server by SIGTERM, as a rollout does, and start it again."""
     assert server.process.stop() == 0, world.tails()
     server.process.start()
+
+
+def replace_clients(world: World) -> None:
+    """Kill every client; each has a successor that has its journal and nothing else."""
+    for client in world.clients:
+        client.process.kill()
+        client.process.start()
 
 
 def lose_redis(world: World) -> None:

@@ -173,9 +173,16 @@ class ServerProcess(Process):
 
     def await_ready(self) -> None:
         """Wait until it is ready."""
-        ready = json.loads(self.line('"ready"', after=self._lines_before))
+        # Where it has workers, each of them says so too.
+        words = '"workers": ' if "--workers" in self._command else '"ready"'
+        ready = json.loads(self.line(words, after=self._lines_before))
         self.http = ready["http"]
         self.proxy.target = ready["listen"]
+
+    def workers(self) -> list[int]:
+        """The processes that share its port, where there are several."""
+        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+        return [int(child) for child in children if _is_worker(int(child))]
 
     def kill(self) -> None:
         """End it by SIGKILL."""
@@ -186,6 +193,13 @@ class ServerProcess(Process):
         """End it, and its proxy."""
         self.kill()
         self.proxy.close()
+
+
+def _is_worker(pid: int) -> bool:
+    try:
+        return b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
 
 
 class RedisProcess(Process):

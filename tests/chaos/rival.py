@@ -11,7 +11,7 @@ import random
 import sys
 from pathlib import Path
 
-from sluice_client import AsyncClient, Fenced, Mode, SluiceError
+from sluice_client import AsyncClient, Fenced, Mode, SluiceError, Unavailable
 from tests.chaos.client import RECONNECT_SECONDS_MAX
 from tests.chaos.task import Task
 from tests.chaos.verdict import RIVAL_ADDENDS, RIVAL_STEPS_MAX
@@ -27,7 +27,7 @@ async def run(folder: Path) -> None:
             try:
                 if not await _take(client, task, claims, draw):
                     return
-            except Fenced:
+            except (Fenced, Unavailable):
                 pass
             except SluiceError as error:
                 (folder / "error").write_text(f"{type(error).__name__}: {error}")

@@ -8,8 +8,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.chaos import faults
+from tests.chaos import faults, moments
 from tests.chaos.faults import Fault, Ledger, Scene
+from tests.chaos.instants import Instant
 from tests.chaos.verdict import Verdict
 from tests.chaos.world import Models, Setting, World
 
@@ -34,6 +35,14 @@ _DEATHS: list[Fault] = [
     faults.roll_servers,
     faults.jump_clock,
 ]
+_WORKERS: list[Fault] = [
+    faults.kill_worker,
+    faults.kill_worker,
+    faults.pause_worker,
+    faults.kill_server,
+    faults.kill_client,
+    faults.roll_servers,
+]
 _STORE: list[Fault] = [faults.slow_store, faults.refuse_store]
 _SQLITE: list[Fault] = [faults.fill_disk, faults.lock_database]
 _REDIS: list[Fault] = [
@@ -49,6 +58,12 @@ def sources(setting: Setting) -> list[list[Fault]]:
     """The faults of a setting, in groups; faults of different groups happen at once."""
     if not setting.is_durable:
         return [[*_NETWORK, faults.pause_server]]
+    if setting.processes > 1:
+        return [
+            _NETWORK,
+            _WORKERS,
+            {"sqlite": [faults.lock_database], "redis": _REDIS}[setting.store],
+        ]
     stores = _STORE + {"sqlite": _SQLITE, "redis": _REDIS, "memory": []}[setting.store]
     return [_NETWORK, _DEATHS, stores]
 
@@ -78,17 +93,7 @@ def play(setting: Setting, models: Models, folder: Path, *, seed: int, seconds: 
     began = time.monotonic()
     with World(setting, models, folder, seed) as world:
         until = time.monotonic() + seconds
-        injectors = [
-            threading.Thread(
-                target=_inject,
-                args=(Scene(world, ledger, random.Random(f"{seed} {number}")), group, until),
-            )
-            for number, group in enumerate(sources(setting))
-        ]
-        for injector in injectors:
-            injector.start()
-        for injector in injectors:
-            injector.join()
+        (_march if setting.is_march else _disturb)(world, ledger, seed, until)
         verdict = world.finish()
         for words in ledger.wrongs:
             verdict.add("error", words)
@@ -106,6 +111,35 @@ def play(setting: Setting, models: Models, folder: Path, *, seed: int, seconds: 
             )
     spent = time.monotonic() - began
     return Result(spent, Counter([setting.name]), ledger.faults, ledger.landings, verdict)
+
+
+def _disturb(world: World, ledger: Ledger, seed: int, until: float) -> None:
+    """Faults of all sources at once."""
+    injectors = [
+        threading.Thread(
+            target=_inject,
+            args=(Scene(world, ledger, random.Random(f"{seed} {number}")), group, until),
+        )
+        for number, group in enumerate(sources(world.setting))
+    ]
+    for injector in injectors:
+        injector.start()
+    for injector in injectors:
+        injector.join()
+
+
+def _march(world: World, ledger: Ledger, seed: int, until: float) -> None:
+    """Everything moves to and fro between two servers, one of which wakes when it is too late."""
+    draw = random.Random(seed)
+    turn = 0
+    try:
+        while time.monotonic() < until:
+            instant = draw.choice([each for each in Instant if each is not Instant.CLOSED])
+            gaps = moments.swap(world, instant, turn)
+            ledger.note("server asleep during a move", where=instant.name.lower(), gaps=gaps)
+            turn += 1
+    except AssertionError as error:
+        ledger.complain(f"turn {turn}: {error}")
 
 
 def _inject(scene: Scene, group: list[Fault], until: float) -> None:

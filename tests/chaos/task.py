@@ -16,6 +16,9 @@ class Task:
     steps_max: int  # of a sequence
     # Between steps, on average: so that sequences also stand still now and then.
     pause_seconds: float
+    # What the library has handed over is acknowledged only once it is journaled: only
+    # then may the client be killed.
+    holds_outputs: bool
 
     def write(self, folder: Path) -> None:
         """Put it where the process will look."""

@@ -41,6 +41,8 @@ def test_a_server_may_be_killed_at_any_instant(
             landed |= moments.kill_at(world, server, instant, count=3)
             server.process.start()
         moments.await_progress(world)
+        moments.replace_clients(world)
+        moments.await_progress(world)
         verdict = world.finish()
     assert verdict.wrongs == []
     assert landed >= gaps

@@ -25,8 +25,11 @@ class Setting:
     store: str  # "memory", "sqlite", "redis"
     durability: str  # "off", "periodic", "strict"
     servers: int = 1
+    processes: int = 1  # of each server
     # What each client's process runs.
     clients: tuple[str, ...] = (LIBRARY, PLAIN)
+    # Everything moves between two servers, of which one is always stopped at an instant.
+    is_march: bool = False
     workers: int = 6  # of each client: sequences at once
     steps_max: int = 600  # of a sequence
     pause_seconds: float = 0.003
@@ -38,8 +41,10 @@ class Setting:
     def name(self) -> str:
         """As tables have it."""
         servers = f", {self.servers} servers" if self.servers > 1 else ""
-        rivals = ", rivals" if RIVAL in self.clients else ""
-        return f"{self.store}, {self.durability}{servers}{rivals}"
+        processes = f" of {self.processes} processes" if self.processes > 1 else ""
+        rivals = ", two claim one sequence" if RIVAL in self.clients else ""
+        march = ", back and forth" if self.is_march else ""
+        return f"{self.store}, {self.durability}{servers}{processes}{rivals}{march}"
 
     @property
     def is_durable(self) -> bool:
@@ -106,6 +111,8 @@ class World:
             flags += ["--store", self._store_url(), "--durability", setting.durability]
             flags += ["--checkpoint-seconds", str(setting.checkpoint_seconds)]
             flags += ["--checkpoint-steps", str(setting.checkpoint_steps)]
+        if setting.processes > 1:
+            flags += ["--workers", str(setting.processes)]
         files = {"accumulator": models.accumulator, "lstm": models.lstm}
         mapped = Trace(trace, is_fresh=True)
         return Server(ServerProcess(files, *flags, trace=trace, without=self._without), mapped)
@@ -129,6 +136,7 @@ class World:
             setting.workers,
             setting.steps_max,
             setting.pause_seconds,
+            setting.is_durable,
         ).write(client.folder)
         return client
 

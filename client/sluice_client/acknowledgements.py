@@ -44,6 +44,15 @@ class Acknowledgements:
         self._lanes["unacknowledged"][lanes] += counts
         self._touched.append(lanes)
 
+    def note_again(self, lanes: Numbers, first: Numbers, stop: Numbers) -> None:
+        """Outputs from `first` to `stop` have come again: the server holds them again."""
+        rare = self._lanes.rare[lanes]
+        limit = np.where(rare["holds"], rare["confirmed"], stop)
+        counts = np.minimum(stop, limit) - np.minimum(first, limit)
+        self.count += int(counts.sum())
+        self._lanes["unacknowledged"][lanes] += counts
+        self._touched.append(lanes)
+
     def confirm(self, lane: int, step: int) -> None:
         """The outputs before `step` are safe with the caller of a lane that holds."""
         row, rare = self._lanes.rows[lane], self._lanes.rare[lane]
@@ -62,14 +71,14 @@ class Acknowledgements:
     def is_due(self, lanes: Numbers, steps_max: int) -> bool:
         """The server may soon stop running one of `lanes` for want of an acknowledgement."""
         lanes = lanes[lanes < len(self._lanes)]
-        mine = self._lanes.rows[lanes]
-        waits = mine["sent"] > mine["received"]
-        held = mine["unacknowledged"]
+        held = self._lanes["unacknowledged"][lanes]
         if self._holding:
             rare = self._lanes.rare[lanes]
-            unconfirmed = np.where(rare["holds"], mine["received"] - rare["confirmed"], 0)
-            held = np.where(held > 0, held + unconfirmed, 0)
-        return bool(np.any(waits & (2 * held >= steps_max)))
+            unconfirmed = self._lanes["received"][lanes] - rare["confirmed"]
+            held = np.where(rare["holds"] & (held > 0), held + unconfirmed, held)
+        lanes = lanes[2 * held >= steps_max]
+        answered = self._lanes["received"][lanes] - self._lanes.rare["behind"][lanes]
+        return bool(np.any(self._lanes["sent"][lanes] > answered))
 
     def entries(self) -> tuple[Numbers, Numbers]:
         """What to tell the server lane by lane: lanes and steps, both [lanes]."""

@@ -450,8 +450,10 @@ class Ledger:
     def _catch_up(self, lanes: Numbers, stops: Numbers) -> None:
         """Answers have come up to these steps, of lanes that may have them already."""
         mine = self.lanes.rare[lanes]
-        still = np.clip(self.lanes["received"][lanes] - stops, 0, mine["behind"])
+        received = self.lanes["received"][lanes]
+        still = np.clip(received - stops, 0, mine["behind"])
         gained = int((mine["behind"] - still).sum())
+        self.acknowledgements.note_again(lanes, received - mine["behind"], received - still)
         self.in_flight -= gained
         self._behind -= gained
         self.lanes.rare["behind"][lanes] = still

@@ -1,4 +1,4 @@
-"""A TCP forwarder whose connections a test can cut."""
+"""A TCP forwarder whose connections a test can cut, and whose target it can change."""
 
 import contextlib
 import socket
@@ -9,8 +9,7 @@ class Proxy:
     """Forwards to `target`; `cut` breaks every connection, new ones are taken at once."""
 
     def __init__(self, target: str) -> None:
-        host, _, port = target.rpartition(":")
-        self._target = (host, int(port))
+        self.aim(target)
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
         self.connections = 0
@@ -23,6 +22,11 @@ class Proxy:
     def __exit__(self, *_: object) -> None:
         self._listener.close()
         self.cut()
+
+    def aim(self, target: str) -> None:
+        """Forward new connections to this address."""
+        host, _, port = target.rpartition(":")
+        self._target = (host, int(port))
 
     def cut(self) -> None:
         """Break all connections, whatever is on its way."""
@@ -37,7 +41,11 @@ class Proxy:
             while True:
                 near, _ = self._listener.accept()
                 self.connections += 1
-                far = socket.create_connection(self._target)
+                try:
+                    far = socket.create_connection(self._target)
+                except OSError:
+                    near.close()
+                    continue
                 self._pairs.append((near, far))
                 for source, sink in ((near, far), (far, near)):
                     threading.Thread(target=_forward, args=(source, sink), daemon=True).start()

@@ -12,19 +12,20 @@ from pathlib import Path
 
 from tests.chaos.report import write_report
 from tests.chaos.rounds import Result, play
-from tests.chaos.world import RIVAL, Models, Setting
+from tests.chaos.world import LIBRARY, PLAIN, RIVAL, THREADS, Models, Setting
 
 SETTINGS = [
     Setting("redis", "strict", servers=3),
-    Setting("sqlite", "periodic"),
-    Setting("redis", "periodic", servers=2, is_march=True),
+    Setting("sqlite", "periodic", clients=(THREADS, PLAIN)),
+    Setting("redis", "periodic", servers=2, is_march=True, holds_outputs=False),
     Setting("sqlite", "strict", processes=2),
     Setting("redis", "strict", servers=2, clients=(RIVAL, RIVAL)),
-    Setting("redis", "periodic", servers=3),
-    Setting("sqlite", "strict", servers=2),
-    Setting("redis", "strict", servers=2, is_march=True),
+    Setting("redis", "periodic", servers=3, holds_outputs=False),
+    Setting("sqlite", "strict", servers=2, clients=(THREADS, PLAIN)),
+    Setting("redis", "strict", servers=2, is_march=True, clients=(THREADS, PLAIN)),
     Setting("redis", "periodic", processes=2),
-    Setting("memory", "off"),
+    Setting("sqlite", "periodic", holds_outputs=False),
+    Setting("memory", "off", clients=(LIBRARY, THREADS, PLAIN)),
 ]
 
 

@@ -10,10 +10,12 @@ import json
 import random
 import sys
 from pathlib import Path
+from typing import Any
 
 from sluice_client import (
     AsyncClient,
     AsyncSequence,
+    Client,
     Mode,
     ReplayNeeded,
     SequenceClosed,
@@ -66,7 +68,7 @@ async def _follow(
 ) -> None:
     """Bring one sequence to its end, from wherever its journal stands."""
     while True:
-        sequence = _take_up(client, assignment, journal, task)
+        sequence = take_up(client, assignment, journal, task)
         try:
             await sequence.open()
         except (SequenceClosed, SequenceNotFound):
@@ -88,9 +90,9 @@ async def _follow(
         return
 
 
-def _take_up(
-    client: AsyncClient, assignment: Assignment, journal: Journal, task: Task
-) -> AsyncSequence:
+def take_up(
+    client: AsyncClient | Client, assignment: Assignment, journal: Journal, task: Task
+) -> Any:
     """The handle that goes on with what the journal has."""
     if journal.identity is not None:
         ticket = Ticket.from_json(json.dumps(journal.identity))

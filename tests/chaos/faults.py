@@ -353,6 +353,8 @@ def break_redis_link(scene: Scene) -> None:
 def kill_client(scene: Scene) -> None:
     """Its successor goes on from the journal."""
     client = scene.client()
+    if not client.is_mortal:
+        return
     with client.lock:
         client.process.kill()
         scene.ledger.note("client killed", where=client.folder.name)

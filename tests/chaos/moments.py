@@ -108,6 +108,7 @@ def restart(world: World, server: Server) -> None:
 def replace_clients(world: World) -> None:
     """Kill every client; each has a successor that has its journal and nothing else."""
     for client in world.clients:
+        assert client.is_mortal
         client.process.kill()
         client.process.start()
 

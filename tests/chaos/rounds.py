@@ -57,7 +57,7 @@ _REDIS: list[Fault] = [
 def sources(setting: Setting) -> list[list[Fault]]:
     """The faults of a setting, in groups; faults of different groups happen at once."""
     if not setting.is_durable:
-        return [[*_NETWORK, faults.pause_server]]
+        return [[*_NETWORK, faults.pause_server, faults.kill_client]]
     if setting.processes > 1:
         return [
             _NETWORK,

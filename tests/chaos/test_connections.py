@@ -5,13 +5,16 @@ from typing import Any
 
 from tests.chaos import moments
 from tests.chaos.proxy import Way
-from tests.chaos.world import Models, Setting, World
+from tests.chaos.world import LIBRARY, PLAIN, THREADS, Models, Setting, World
 
 SMALL: dict[str, Any] = {"workers": 4, "steps_max": 150}
 
 
 def test_connections_may_break_at_any_moment(models: Models, tmp_path: Path) -> None:
-    with World(Setting("memory", "off", **SMALL), models, tmp_path, seed=1) as world:
+    setting = Setting(
+        "memory", "off", clients=(LIBRARY, THREADS, PLAIN), holds_outputs=False, **SMALL
+    )
+    with World(setting, models, tmp_path, seed=1) as world:
         (server,) = world.servers
         for _ in range(3):
             moments.lose_responses(world, server)

@@ -15,7 +15,8 @@ from tests.chaos.workload import OUTPUT_SIZES, read_id
 
 # Only bounds a hang: what is left to do after the last fault takes seconds.
 FINISH_SECONDS_MAX = 300
-LIBRARY, PLAIN, RIVAL = "tests.chaos.client", "tests.chaos.plain_client", "tests.chaos.rival"
+LIBRARY, THREADS = "tests.chaos.client", "tests.chaos.thread_client"
+PLAIN, RIVAL = "tests.chaos.plain_client", "tests.chaos.rival"
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,9 @@ class Setting:
     processes: int = 1  # of each server
     # What each client's process runs.
     clients: tuple[str, ...] = (LIBRARY, PLAIN)
+    # The library acknowledges what its user says is safe; else what it has handed over,
+    # and then its process must live.
+    holds_outputs: bool = True
     # Everything moves between two servers, of which one is always stopped at an instant.
     is_march: bool = False
     workers: int = 6  # of each client: sequences at once
@@ -72,8 +76,10 @@ class Server:
 class Client:
     """One client of the world, with the folder of its journals."""
 
-    def __init__(self, program: str, folder: Path) -> None:
+    def __init__(self, program: str, folder: Path, *, is_mortal: bool) -> None:
         self.program = program
+        # A successor would get all that was acknowledged.
+        self.is_mortal = is_mortal
         self.folder = folder
         self.process = Process([sys.executable, "-m", program, str(folder)])
         self.lock = threading.Lock()
@@ -127,7 +133,9 @@ class World:
         addresses = [server.process.address for server in self.servers]
         first = number % len(addresses)
         addresses = addresses[first:] + addresses[:first]
-        client = Client(setting.clients[number], self.folder / f"client-{number}")
+        program = setting.clients[number]
+        is_mortal = setting.holds_outputs or program in (PLAIN, RIVAL)
+        client = Client(program, self.folder / f"client-{number}", is_mortal=is_mortal)
         client.folder.mkdir()
         Task(
             addresses,
@@ -136,7 +144,7 @@ class World:
             setting.workers,
             setting.steps_max,
             setting.pause_seconds,
-            setting.is_durable,
+            setting.holds_outputs,
         ).write(client.folder)
         return client
 

@@ -2,7 +2,7 @@
 
 import typer
 
-from sluice_cli import bench, demo, export, inspect, serve, stream, verify
+from sluice_cli import bench, demo, export, inspect, sequences, serve, stream, verify
 
 app = typer.Typer(
     name="sluice",
@@ -24,6 +24,7 @@ bench.add_to(app)
 demo.add_to(app)
 export.add_to(app)
 inspect.add_to(app)
+sequences.add_to(app)
 serve.add_to(app)
 stream.add_to(app)
 verify.add_to(app)

@@ -37,7 +37,8 @@ def explain_failure(proto: onnx.ModelProto, evidence: Evidence) -> str:
                 node = producers[spec.name.removesuffix(_ONCE)]
                 return (
                     f"The first value that differs {what} comes from {_locate(node)}. A step may "
-                    "depend on earlier steps only through a recurrent layer, and on no other row"
+                    "depend on earlier steps only through a recurrent layer, or an nn.Conv1d that "
+                    "is padded in front, and on no other row"
                 )
     return (
         "The graph agrees with itself in chunks, alone and padded, so it computes something else "

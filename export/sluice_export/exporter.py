@@ -57,7 +57,7 @@ def export(
     survey = take_survey(original, example_inputs, valid=valid or {}, output_names=output_names)
     contract = _describe(survey, name or path.stem)
     tell("making the graph", 0.1)
-    proto = make_graph(original, survey, state_size=contract.state_size)
+    proto = make_graph(original, survey)
     bare = without_traces(proto)
     explain = (
         partial(explain_step, original, survey)

@@ -49,17 +49,16 @@ class PackedModule(nn.Module):
         self.module = swap_carriers(module, carriers, self._carry[0])
 
     def forward(
-        self, inputs: tuple[Tensor, ...], lengths: Tensor, state: Tensor | None = None
+        self, inputs: tuple[Tensor, ...], lengths: Tensor, state: Tensor
     ) -> tuple[Tensor, ...]:
         """`inputs` [batch, steps, …] each, `lengths` [batch], `state` [batch, state_size]."""
         carry = self._carry[0]
         carry.lengths = lengths
-        if state is not None:
-            parts = torch.split(state, list(map(math.prod, self._shapes.values())), dim=1)
-            carry.before = {
-                name: part.reshape(-1, *shape)
-                for (name, shape), part in zip(self._shapes.items(), parts, strict=True)
-            }
+        parts = torch.split(state, list(map(math.prod, self._shapes.values())), dim=1)
+        carry.before = {
+            name: part.reshape(-1, *shape)
+            for (name, shape), part in zip(self._shapes.items(), parts, strict=True)
+        }
         given = inputs
         if self._is_folded:
             carry.folded = (inputs[0].shape[0], inputs[0].shape[1])
@@ -68,13 +67,11 @@ class PackedModule(nn.Module):
         outputs = self._signature.take_outputs(result, given)
         if self._is_folded:
             outputs = [carry.unfold(tensor.squeeze(1)) for tensor in outputs]
-        if state is not None:
-            rows = [carry.after[part].flatten(1) for part in self._shapes]
-            outputs.append(torch.cat(rows, dim=1))
-        return tuple(outputs)
+        rows = [carry.after[part].flatten(1) for part in self._shapes]
+        return (*outputs, torch.cat(rows, dim=1))
 
 
-def make_graph(module: nn.Module, survey: Survey, *, state_size: int) -> onnx.ModelProto:
+def make_graph(module: nn.Module, survey: Survey) -> onnx.ModelProto:
     """The graph of `module`, with every input and output [batch, steps, …].
 
     Raises TraceError where PyTorch's exporter fails.
@@ -84,26 +81,20 @@ def make_graph(module: nn.Module, survey: Survey, *, state_size: int) -> onnx.Mo
     lengths = torch.tensor([_STEPS, _STEPS - 2, 1], dtype=torch.int32)
     batch = torch.export.Dim("batch")
     steps = torch.export.Dim("steps")
-    arguments: list[object] = [inputs, lengths]
-    dimensions: list[object] = [tuple({0: batch, 1: steps} for _ in inputs), {0: batch}]
-    input_names = [*(leaf.name for leaf in signature.inputs), LENGTHS]
-    output_names = [leaf.name for leaf in signature.outputs]
-    if state_size:
-        arguments.append(torch.zeros(_BATCH, state_size))
-        dimensions.append({0: batch})
-        input_names.append(STATE)
-        output_names.append(STATE_OUT)
+    dimensions = (tuple({0: batch, 1: steps} for _ in inputs), {0: batch}, {0: batch})
+    input_names = [*(leaf.name for leaf in signature.inputs), LENGTHS, STATE]
+    output_names = [*(leaf.name for leaf in signature.outputs), STATE_OUT]
     packed = PackedModule(module, survey).eval()
     with _hushed(), torch.no_grad():
         try:
             program = torch.onnx.export(
                 packed,
-                tuple(arguments),
+                (inputs, lengths, torch.zeros(_BATCH, survey.state_size)),
                 dynamo=True,
                 opset_version=OPSET,
                 input_names=input_names,
                 output_names=output_names,
-                dynamic_shapes=tuple(dimensions),
+                dynamic_shapes=dimensions,
                 verbose=False,
             )
         except Exception as error:

@@ -1,6 +1,7 @@
 """Finds out, by calling it, how a module wants to be called and what its layers start from."""
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -43,6 +44,12 @@ class Survey:
     def carriers(self) -> tuple[RecurrentLayer | CausalConvolution, ...]:
         """All that carries a state from step to step, in packed order."""
         return (*self.layers, *self.convolutions)
+
+    @property
+    def state_size(self) -> int:
+        """The floats of one packed state row."""
+        shapes = (shape for carrier in self.carriers for shape in carrier.parts.values())
+        return sum(map(math.prod, shapes))
 
 
 @dataclass(frozen=True)

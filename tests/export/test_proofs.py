@@ -116,7 +116,7 @@ def test_a_context_that_is_taken_from_the_padding_is_refused(tmp_path, monkeypat
 
     forward = natives.NativeConvolution.forward
     monkeypatch.setattr(natives.NativeConvolution, "forward", ignore)
-    with pytest.raises(ParityError, match=r"parity\.\w+ failed.*largest in first.context"):
+    with pytest.raises(ParityError, match=r"parity\.\w+ failed.*largest in \w+.context"):
         export(ConvolutionsOnly(), X, tmp_path / "model.onnx")
     assert list(tmp_path.iterdir()) == []
 

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 from sluice_service.store.protocol import StoreError
 from sluice_service.store.sqlite_file import SqliteFile, Transaction
@@ -26,6 +26,9 @@ class _Job(Generic[Answer]):
         self.answer: Answer | None = None
 
 
+_Jobs: TypeAlias = queue.SimpleQueue[_Job[Any] | None]
+
+
 class Commits:
     """The one thread that has the file."""
 
@@ -36,22 +39,24 @@ class Commits:
         self._file = file
         self._chore = chore
         self._chore_seconds = chore_seconds
-        self._jobs: queue.SimpleQueue[_Job[Any] | None] = queue.SimpleQueue()
+        self._jobs = _Jobs()
         self._thread: threading.Thread | None = None
 
     async def start(self) -> list[str]:
         """Open the file in a thread of its own; warnings for the operator."""
         opened: Future[list[str]] = Future()
-        self._thread = threading.Thread(
-            target=self._live, args=(opened,), name="sqlite-store", daemon=True
+        jobs = _Jobs()
+        thread = threading.Thread(
+            target=self._live, args=(opened, jobs), name="sqlite-store", daemon=True
         )
-        self._thread.start()
+        thread.start()
         try:
-            return await asyncio.wrap_future(opened)
+            warnings = await asyncio.wrap_future(opened)
         except BaseException:
-            self._thread = None
-            self._jobs.put(None)
+            jobs.put(None)
             raise
+        self._thread, self._jobs = thread, jobs
+        return warnings
 
     async def stop(self) -> None:
         """Finish what is asked and close the file."""
@@ -76,7 +81,7 @@ class Commits:
 
     # In the thread.
 
-    def _live(self, opened: "Future[list[str]]") -> None:
+    def _live(self, opened: "Future[list[str]]", jobs: _Jobs) -> None:
         try:
             opened.set_result(self._file.create())
         except BaseException as error:
@@ -85,25 +90,12 @@ class Commits:
         chore_at = time.monotonic() + self._chore_seconds
         is_open = True
         while is_open:
-            jobs, is_open = self._take(max(0.0, chore_at - time.monotonic()))
+            some, is_open = _take(jobs, max(0.0, chore_at - time.monotonic()))
             if time.monotonic() >= chore_at:
                 chore_at = time.monotonic() + self._chore_seconds
-                jobs.append(_Job(self._chore, is_writing=True))
-            self._work(jobs)
+                some.append(_Job(self._chore, is_writing=True))
+            self._work(some)
         self._file.close()
-
-    def _take(self, seconds: float) -> tuple[list[_Job[Any]], bool]:
-        """All that waits, or what comes first; whether more may come."""
-        jobs = list[_Job[Any]]()
-        try:
-            job = self._jobs.get(timeout=seconds)
-            while job is not None:
-                if job.future.set_running_or_notify_cancel():
-                    jobs.append(job)
-                job = self._jobs.get_nowait()
-        except queue.Empty:
-            return jobs, True
-        return jobs, False
 
     def _work(self, jobs: list[_Job[Any]]) -> None:
         writing = [job for job in jobs if job.is_writing]
@@ -130,3 +122,17 @@ class Commits:
         for job in jobs:
             job.future.set_result(job.answer)
         return True
+
+
+def _take(jobs: _Jobs, seconds: float) -> tuple[list[_Job[Any]], bool]:
+    """All that waits, or what comes first within so many seconds; whether more may come."""
+    taken = list[_Job[Any]]()
+    try:
+        job = jobs.get(timeout=seconds)
+        while job is not None:
+            if job.future.set_running_or_notify_cancel():
+                taken.append(job)
+            job = jobs.get_nowait()
+    except queue.Empty:
+        return taken, True
+    return taken, False

@@ -1,8 +1,6 @@
 """One SQLite file: that it can keep what it is given, its tables, its clock, its transactions."""
 
-import os
 import sqlite3
-import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -10,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
+from sluice_service.store.places import judge_place
 from sluice_service.store.protocol import StoreError, StoreSetupError
 
 # "Slui": no other program's database is taken for ours.
@@ -18,7 +17,9 @@ _SCHEMA_VERSION = 1
 _FULL = 2
 # Pages that are written again and again go from the log into the file once in a while.
 _LOG_PAGES = 4000
-_LOG_BYTES_KEPT = 64 * 2**20
+# Under the load of several processes the log is never wholly copied: beyond so much
+# everybody waits until it is.
+_LOG_BYTES_MAX = 64 * 2**20
 # Beyond it a time without a transaction counts as a pause of whoever uses the store.
 _GAP_SECONDS_MAX = 30.0
 
@@ -47,30 +48,6 @@ PRAGMA application_id = {_APPLICATION};
 PRAGMA user_version = {_SCHEMA_VERSION};
 """
 
-# Neither locks nor the shared memory of the log can be relied on there.
-_NETWORK_FILE_SYSTEMS = frozenset(
-    [
-        "nfs",
-        "nfs4",
-        "cifs",
-        "smb3",
-        "smbfs",
-        "ceph",
-        "glusterfs",
-        "lustre",
-        "gpfs",
-        "afs",
-        "beegfs",
-        "fuse.sshfs",
-        "fuse.glusterfs",
-        "fuse.s3fs",
-        "fuse.rclone",
-        "fuse.gcsfuse",
-        "fuse.ceph",
-    ]
-)
-_MEMORY_FILE_SYSTEMS = frozenset(("tmpfs", "ramfs"))
-
 # What SQLite says of a path, not of a passing trouble.
 _SETUP_CODES = frozenset(
     (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM)
@@ -95,19 +72,28 @@ class Transaction:
 class SqliteFile:
     """A file for one thread of this process; other threads and processes have their own."""
 
-    def __init__(self, path: Path, monotonic: Callable[[], float], *, busy_seconds: float) -> None:
+    def __init__(
+        self,
+        path: Path,
+        monotonic: Callable[[], float],
+        *,
+        busy_seconds: float,
+        log_bytes_max: int = _LOG_BYTES_MAX,
+    ) -> None:
         self.path = path.absolute()
         self._busy_seconds = busy_seconds
         self._monotonic = monotonic
         self._connection: sqlite3.Connection | None = None
         self._inode = (0, 0)
+        self._log = self.path.with_name(self.path.name + "-wal")
+        self._log_bytes_max = self._log_bytes_due = log_bytes_max
 
     def create(self) -> list[str]:
         """Open the file, with its tables where it is new; warnings for the operator.
 
         Raises StoreSetupError where it cannot be durable, StoreError where it may be later.
         """
-        warnings = _judge_place(self.path)
+        warnings = judge_place(self.path)
         try:
             self._open("rwc")
         except sqlite3.Error as error:
@@ -142,6 +128,8 @@ class SqliteFile:
                 row = (transaction.epoch, transaction.now, monotonic)
                 connection.execute("UPDATE store SET (epoch, seconds, monotonic) = (?, ?, ?)", row)
             connection.execute("COMMIT")
+            if is_writing:
+                self._bound_log(connection)
         except (sqlite3.Error, OSError, StoreSetupError) as error:
             # After some errors a connection is of no more use, and a new one costs little.
             self._abandon()
@@ -150,6 +138,17 @@ class SqliteFile:
             if self._connection is not None and self._connection.in_transaction:
                 self._connection.execute("ROLLBACK")
             raise
+
+    def _bound_log(self, connection: sqlite3.Connection) -> None:
+        """Begin the log anew where it has grown too long."""
+        log_bytes = self._log.stat().st_size
+        if log_bytes <= self._log_bytes_due:
+            return
+        is_kept = True
+        with suppress(sqlite3.Error):  # what was committed is safe all the same
+            (is_kept, *_) = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        # A long reader, such as a backup, is not waited for at every commit.
+        self._log_bytes_due = self._log_bytes_max + (log_bytes if is_kept else 0)
 
     def _connect(self) -> sqlite3.Connection:
         if self._connection is not None and self._inode == _inode(self.path):
@@ -182,7 +181,6 @@ class SqliteFile:
         connection.execute("PRAGMA synchronous = FULL")
         connection.execute("PRAGMA fullfsync = ON")  # without it macOS leaves data in the drive
         connection.execute(f"PRAGMA wal_autocheckpoint = {_LOG_PAGES}")
-        connection.execute(f"PRAGMA journal_size_limit = {_LOG_BYTES_KEPT}")
         _turn_on_log(connection, time.monotonic() + self._busy_seconds)
         found = (_pragma(connection, "journal_mode"), _pragma(connection, "synchronous"))
         if found != ("wal", _FULL):
@@ -242,48 +240,3 @@ def _is_empty(connection: sqlite3.Connection) -> bool:
 def _inode(path: Path) -> tuple[int, int]:
     found = path.stat()
     return found.st_dev, found.st_ino
-
-
-def _judge_place(path: Path) -> list[str]:
-    """Warnings about where a store's file is. Raises StoreSetupError where it cannot be."""
-    folder = path.parent
-    if not folder.is_dir():
-        raise StoreSetupError(
-            f"there is no folder {folder} for the SQLite store; make it, or mend the path"
-        )
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise StoreSetupError(
-            f"the SQLite store needs to write beside its file: give this user the folder {folder}"
-        )
-    if path.exists() and not stat.S_ISREG(path.stat().st_mode):
-        raise StoreSetupError(f"{path} is not a file; name one for the SQLite store")
-    mounts = Path("/proc/self/mounts")
-    table = mounts.read_text(errors="replace") if mounts.exists() else ""
-    return judge_file_system(path, find_file_system(folder.resolve(), table))
-
-
-def judge_file_system(path: Path, kind: str) -> list[str]:
-    """Warnings about a file system. Raises StoreSetupError for one that keeps no promise."""
-    if kind in _NETWORK_FILE_SYSTEMS:
-        raise StoreSetupError(
-            f"the SQLite store {path} is on a network file system ({kind}), where SQLite keeps no "
-            "promise; put it on a local disk, or use a redis:// store"
-        )
-    if kind in _MEMORY_FILE_SYSTEMS:
-        return [
-            f"the SQLite store {path} is in memory ({kind}): it outlives the server, "
-            "but not the machine"
-        ]
-    return []
-
-
-def find_file_system(folder: Path, mounts: str) -> str:
-    """The kind of file system a folder is on, by the machine's table of mounts; or nothing."""
-    best, kind = 0, ""
-    for line in mounts.splitlines():
-        _, point, found, *_ = line.split(" ")
-        # Of several mounts on one point the last is on top.
-        mounted = Path(point.replace("\\040", " ")).parts
-        if len(mounted) >= best and folder.parts[: len(mounted)] == mounted:
-            best, kind = len(mounted), found
-    return kind

@@ -11,8 +11,9 @@ import trustme
 
 from sluice_service.store import StoreError, StoreSetupError, open_store, redact
 from sluice_service.store.memory import MemoryStore
+from sluice_service.store.places import find_file_system, judge_file_system
 from sluice_service.store.sqlite import SqliteStore
-from sluice_service.store.sqlite_file import SqliteFile, find_file_system, judge_file_system
+from sluice_service.store.sqlite_file import SqliteFile
 from tests.chaos.processes import RedisProcess
 from tests.processes import free_port
 from tests.service.store.places import ask, claim, key
@@ -141,6 +142,7 @@ async def test_a_file_that_is_locked_at_the_start_may_be_tried_again(tmp_path) -
     intruder.execute("ROLLBACK")
     intruder.close()
     assert await store.start() == []
+    await claim(store, ask())
     await store.stop()
 
 
@@ -153,6 +155,34 @@ def test_every_connection_has_each_commit_on_the_disk(tmp_path) -> None:
             (synchronous,) = transaction.connection.execute("PRAGMA synchronous").fetchone()
             assert (journal, synchronous) == ("wal", 2)
         file.close()  # the next transaction opens it again
+
+
+def test_the_log_is_begun_anew_as_soon_as_nobody_reads_in_it_any_more(tmp_path) -> None:
+    path = tmp_path / "store.db"
+    file = SqliteFile(path, lambda: 0.0, busy_seconds=0.05, log_bytes_max=100_000)
+    file.create()
+
+    def write() -> int:
+        with file.transaction(is_writing=True) as transaction:
+            row = (1, 1, bytes(50_000))
+            transaction.connection.execute(
+                "INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?)", row
+            )
+        return path.with_name("store.db-wal").stat().st_size
+
+    write()
+    reader = sqlite3.connect(path, isolation_level=None)
+    reader.execute("BEGIN")
+    reader.execute("SELECT * FROM checkpoints").fetchall()
+    sizes = [write() for _ in range(6)]
+    assert sizes == sorted(sizes)
+    assert sizes[-1] > 300_000
+    reader.close()
+    # Not at once: so that a long reader does not slow every commit down.
+    sizes = [write() for _ in range(12)]
+    assert min(sizes) == 0
+    assert max(sizes[sizes.index(0) :]) < 200_000
+    file.close()
 
 
 MOUNTS = """\

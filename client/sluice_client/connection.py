@@ -39,8 +39,6 @@ from sluice_protos.sequences_pb2 import (
     Opened,
 )
 
-_UNAVAILABLE: Final = 14  # of google.rpc.Code
-
 # The server has a sequence on the lane of the present stream, or soon may.
 _ON_STREAM: Final = {Status.ASKED, Status.ATTACHED, Status.ENDING}
 
@@ -226,12 +224,13 @@ class Connection:
 
     def begin(self, signature: Signature) -> None:
         """A new stream is there, to a server whose model has this signature."""
-        if signature.digest != self.signature.digest:
+        if not signature.is_like(self.signature):
             message = "the server now has another model of this name"
             for lane in list(self._lanes.values()):
                 if lane.was_opened:
                     self._end(lane, self._place(errors.WrongModel(message), lane))
-            self.signature = signature
+        # A new version of the model: who began with the old one may still be served by it.
+        self.signature = signature
         self._is_streaming, self._is_first = True, True
         self._is_draining = self._is_acknowledgement_due = self.has_opened = False
         self._responses = 0
@@ -445,7 +444,7 @@ class Connection:
     def _take_refusal(self, lane: Lane, fault: Fault, error: SluiceError) -> None:
         if fault.reason == Fault.UNKNOWN_LANE:
             return  # a chunk that met the end of what had this lane before
-        if fault.code == _UNAVAILABLE:
+        if fault.reason == Fault.DRAINING:
             self._is_draining = True  # another stream, perhaps to another server, will do
             self.refusal = fault.message
             self._reopen(lane)

@@ -40,11 +40,14 @@ class Signature:
     """The inputs and outputs of one model, in the contract's order."""
 
     def __init__(self, contract: ModelContract) -> None:
-        self.digest = contract.digest
         self.inputs = tuple(map(_read_field, contract.inputs))
         self.outputs = tuple(map(_read_field, contract.outputs))
         # The bytes of one step of all inputs, without the wire's own.
         self.step_bytes = sum(_row_bytes(field) for field in self.inputs)
+
+    def is_like(self, other: "Signature") -> bool:
+        """What fits one fits the other."""
+        return (self.inputs, self.outputs) == (other.inputs, other.outputs)
 
     def take(self, x: Input, *leading: int) -> tuple[list[Array], int | None]:
         """A caller's input as rows of its own: ([rows, …] for each input, steps).

@@ -97,6 +97,7 @@ class DurableStream(Stream):
     def __init__(self, server: DurableServer) -> None:
         super().__init__(server)
         server.streams.append(self)
+        self.is_draining = False
         # Of strict lanes: faults that wait for the outputs before them. (reason, step)
         self.late_faults: dict[int, tuple[int, int]] = {}
 
@@ -108,8 +109,8 @@ class DurableStream(Stream):
         assert opening.lane not in self.lanes, "a lane in use"
         self.in_flight[opening.lane] = 0
         store, name = self.server.store, opening.sequence_id
-        if store.is_down:
-            self.fault(opening.lane, Fault.UNAVAILABLE)
+        if store.is_down or self.is_draining:
+            self.fault(opening.lane, Fault.DRAINING if self.is_draining else Fault.UNAVAILABLE)
             return
         sequence = self.find(name)
         refusal = self.judge(sequence, opening)
@@ -220,6 +221,8 @@ class DurableStream(Stream):
         self.fault(lane.number, Fault.UNAVAILABLE)
 
     def drain(self) -> None:
+        """What is on this stream is let go, and nothing more is opened on it."""
+        self.is_draining = True
         for lane in list(self.lanes.values()):
             if self.server.checkpoint(lane.sequence_id):
                 self.park(lane, Closed.DRAINING)

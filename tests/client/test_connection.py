@@ -297,11 +297,22 @@ def test_another_model_of_the_same_name_ends_the_sequences_of_the_old_one(connec
     request = open_one(connection)
     connection.lose()
     contract = make_contract()
-    contract.digest = "other"
+    contract.outputs[0].shape[0] = 3
     connection.begin(Signature(contract))
     call = give(connection, request, 1)
     connection.next_request()
     assert isinstance(call.errors[0], errors.WrongModel)
+
+
+def test_a_new_version_of_the_model_is_asked_whether_the_old_one_is_still_there(
+    connection,
+) -> None:
+    open_one(connection)
+    connection.lose()
+    contract = make_contract()
+    contract.digest = "other"
+    connection.begin(Signature(contract))
+    assert send(connection).open[0].mode == RESUME
 
 
 def test_a_fault_fails_its_step_and_discards_what_was_given_behind_it(connection) -> None:

@@ -112,7 +112,11 @@ class ClientOfMortalServers(ClientUnderLoss):
             lane = data.draw(st.sampled_from(sorted(self.stream.lanes)))
             self.stream.refuse(self.stream.lanes[lane])
 
-    @precondition(lambda self: self.stream is not None and not self.store.is_down)
+    @precondition(
+        lambda self: self.stream is not None
+        and not self.store.is_down
+        and not self.stream.is_draining
+    )
     @rule()
     def drain(self) -> None:
         self.stream.drain()

@@ -2,6 +2,7 @@
 
 import queue
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
@@ -18,6 +19,7 @@ from sluice_protos.sequences_pb2_grpc import (
     add_ModelsServicer_to_server,
     add_SequencesServicer_to_server,
 )
+from tests.client.durable_server import DurableServer, DurableStream, Store
 from tests.client.model_server import ModelServer, Stream, make_contract
 
 GENEROUS = Limits(
@@ -29,18 +31,22 @@ GENEROUS = Limits(
 
 
 class RecordingServer(SequencesServicer, ModelsServicer):
-    """`requests` is what arrived, over all streams; `frames` those with chunks."""
+    """`requests` is what arrived, over all streams; `frames` those with chunks.
 
-    def __init__(self, limits: Limits = GENEROUS) -> None:
-        self.model = ModelServer(limits)
+    With a store its sequences are durable, and its checkpoints are made by `checkpoint`.
+    """
+
+    def __init__(self, limits: Limits = GENEROUS, store: Store | None = None) -> None:
+        self.model = ModelServer(limits) if store is None else DurableServer(limits, store)
         self.requests = []
+        self._open_streams: list[tuple[Stream, queue.Queue]] = []
         self.streams = 0
         # Cleared: what arrives waits unanswered.
         self.is_answering = threading.Event()
         self.is_answering.set()
         # Break the stream when this many more requests have come; the last one is applied.
         self.requests_left: int | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
         self._server = grpc.server(ThreadPoolExecutor(16))
         add_SequencesServicer_to_server(self, self._server)
         add_ModelsServicer_to_server(self, self._server)
@@ -72,9 +78,13 @@ class RecordingServer(SequencesServicer, ModelsServicer):
 
     def Infer(self, request_iterator, context):  # noqa: N802
         with self._lock:
-            stream = Stream(self.model, merges_notices=True)
+            if isinstance(self.model, DurableServer):
+                stream = DurableStream(self.model)
+            else:
+                stream = Stream(self.model, merges_notices=True)
             self.streams += 1
-        answers: queue.Queue = queue.Queue()
+            answers: queue.Queue = queue.Queue()
+            self._open_streams.append((stream, answers))
         threading.Thread(
             target=self._read, args=(stream, request_iterator, answers), daemon=True
         ).start()
@@ -84,11 +94,38 @@ class RecordingServer(SequencesServicer, ModelsServicer):
             self.is_answering.wait()
             yield answer
 
+    def wait_for(self, claim: Callable[[], bool]) -> None:
+        """Until a claim about `requests` holds; only a hang ends it."""
+        with self._lock:
+            assert self._lock.wait_for(claim, timeout=60)
+
+    def checkpoint(self) -> None:
+        """Write all sequences to the store, and tell their clients."""
+        with self._lock:
+            for name in sorted(self.model.sequences):
+                self.model.checkpoint(name)
+            self._flush()
+
+    def refuse(self) -> None:
+        """The store has not answered for too long: let all lanes go."""
+        with self._lock:
+            for stream, _ in self._open_streams:
+                for lane in list(stream.lanes.values()):
+                    stream.refuse(lane)
+            self._flush()
+
+    def _flush(self) -> None:
+        for stream, answers in self._open_streams:
+            for response in stream.outbox:
+                answers.put(response)
+            stream.outbox.clear()
+
     def _read(self, stream: Stream, requests, answers: queue.Queue) -> None:
         try:
             for request in requests:
                 with self._lock:
                     self.requests.append(request)
+                    self._lock.notify_all()
                     stream.accept(request)
                     while lanes := stream.runnable():
                         stream.run([(lane, 1000) for lane in lanes])
@@ -99,9 +136,7 @@ class RecordingServer(SequencesServicer, ModelsServicer):
                             stream.end()
                             answers.put(grpc.StatusCode.UNAVAILABLE)
                             return
-                    for response in stream.outbox:
-                        answers.put(response)
-                    stream.outbox.clear()
+                    self._flush()
         except grpc.RpcError:
             pass
         except Exception as error:
@@ -110,4 +145,5 @@ class RecordingServer(SequencesServicer, ModelsServicer):
         finally:
             with self._lock:
                 stream.end()
+                self._open_streams.remove((stream, answers))
             answers.put(None)

@@ -113,9 +113,9 @@ class ClientOfMortalServers(ClientUnderLoss):
             self.stream.refuse(self.stream.lanes[lane])
 
     @precondition(
-        lambda self: self.stream is not None
-        and not self.store.is_down
-        and not self.stream.is_draining
+        lambda self: (
+            self.stream is not None and not self.store.is_down and not self.stream.is_draining
+        )
     )
     @rule()
     def drain(self) -> None:

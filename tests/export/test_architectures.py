@@ -20,9 +20,11 @@ from tests.export.plain import run_alone
 
 draw_few = settings(
     deadline=None,
+    # The same on every run: what fails on one commit must not be what another one drew.
+    derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
     # Each example is an export: to shrink a failing one would take minutes.
-    phases=[Phase.explicit, Phase.reuse, Phase.generate],
+    phases=[Phase.explicit, Phase.generate],
 )
 
 
@@ -155,6 +157,11 @@ block_strategy = st.integers(2, 9).flatmap(
     blocks=[Block("lstm", 5, 2, projection=3, context=2), Block("gru", 4, run="cell")],
     is_batch_first=False,
     head="last",
+)
+@example(
+    blocks=[Block("lstm", 4, 2, run="loop"), Block("relu", 3, context=3)],
+    is_batch_first=True,
+    head="each",
 )
 @given(
     blocks=st.lists(block_strategy, min_size=1, max_size=2),

@@ -1,12 +1,16 @@
 """Server CPU a request of the Open Inference Protocol: `python -m bench.open_inference`.
 
-Beside it: a plain echo of messages as long, and the native stream with one message a step.
+Beside it: a plain echo of messages as long, the share of the runs themselves, and the native
+stream with one message a step.
 """
 
 import asyncio
+import re
 import time
+import urllib.request
 from collections.abc import Callable, Coroutine
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -20,7 +24,9 @@ from sluice_protos.sequences_pb2 import InferRequest, InferResponse, OpenSequenc
 
 HIDDEN = 128
 SEQUENCES = (1, 64)
+CALLS = {"stream": "ModelStreamInfer", "unary": "ModelInfer"}
 PATH = "/inference.GRPCInferenceService/"
+Stream = grpc.aio.StreamStreamCall[bytes, bytes]
 Load = Callable[[grpc.aio.Channel, int, float], Coroutine[Any, Any, int]]
 
 
@@ -28,7 +34,7 @@ def make_request(sequence: int, features: int, *, is_start: bool = False) -> byt
     """One step of one sequence."""
     message = ModelInferRequest(
         model_name="model",
-        inputs=[{"name": "x", "datatype": "FP32", "shape": [1, features]}],
+        inputs=[ModelInferRequest.InferInputTensor(name="x", datatype="FP32", shape=[1, features])],
         raw_input_contents=[np.zeros(features, np.float32).tobytes()],
     )
     message.parameters["sequence_id"].int64_param = sequence
@@ -39,7 +45,7 @@ def make_request(sequence: int, features: int, *, is_start: bool = False) -> byt
 
 async def load_stream(channel: grpc.aio.Channel, sequences: int, seconds: float) -> int:
     """Every answer sends the next step of its sequence; the answers counted."""
-    call = channel.stream_stream(f"{PATH}ModelStreamInfer")()
+    call: Stream = channel.stream_stream(f"{PATH}ModelStreamInfer", None, None)(None)
     for sequence in range(sequences):
         await call.write(make_request(sequence + 1, INPUTS, is_start=True))
     steps = [make_request(sequence + 1, INPUTS) for sequence in range(sequences)]
@@ -54,7 +60,7 @@ async def load_stream(channel: grpc.aio.Channel, sequences: int, seconds: float)
 
 async def load_unary(channel: grpc.aio.Channel, sequences: int, seconds: float) -> int:
     """One request of each sequence at a time; the answers counted."""
-    infer = channel.unary_unary(f"{PATH}ModelInfer")
+    infer = channel.unary_unary(f"{PATH}ModelInfer", None, None)
     end = time.monotonic() + seconds
 
     async def run(sequence: int) -> int:
@@ -70,7 +76,7 @@ async def load_unary(channel: grpc.aio.Channel, sequences: int, seconds: float) 
 
 async def load_native(channel: grpc.aio.Channel, sequences: int, seconds: float) -> int:
     """The native stream with one message a step, as many as answers came; steps counted."""
-    call = channel.stream_stream("/sluice.v1.Sequences/Infer")()
+    call: Stream = channel.stream_stream("/sluice.v1.Sequences/Infer", None, None)(None)
     lanes = [OpenSequence(lane=lane) for lane in range(sequences)]
     await call.write(InferRequest(model="model", open=lanes).SerializeToString())
     row = Tensor(data=np.zeros(INPUTS, np.float32).tobytes())
@@ -81,7 +87,9 @@ async def load_native(channel: grpc.aio.Channel, sequences: int, seconds: float)
         await call.write(step)
     count, end = 0, time.monotonic() + seconds
     while time.monotonic() < end:
-        response = InferResponse.FromString(await call.read())
+        answer = await call.read()
+        assert isinstance(answer, bytes)
+        response = InferResponse.FromString(answer)
         for lane in response.lane:
             await call.write(steps[lane])
         count += len(response.lane)
@@ -89,15 +97,33 @@ async def load_native(channel: grpc.aio.Channel, sequences: int, seconds: float)
     return count
 
 
-def measure(server: Server, load: Load, sequences: int, seconds: float) -> float:
-    """Microseconds of the server's CPU a request."""
+@dataclass(frozen=True)
+class Spent:
+    """Microseconds a request."""
 
-    async def run() -> float:
+    cpu: float  # of the server
+    runs: float  # in calls of ONNX Runtime
+
+
+def read_run_seconds(server: Server) -> float:
+    """The seconds that a server has spent in runs; 0 for one that has none."""
+    if not server.http:
+        return 0.0
+    with urllib.request.urlopen(f"http://{server.http}/metrics", timeout=30) as response:
+        page = response.read().decode()
+    return sum(map(float, re.findall(r"^sluice_run_seconds_sum\S* (\S+)$", page, re.MULTILINE)))
+
+
+def measure(server: Server, load: Load, sequences: int, seconds: float) -> Spent:
+    """What a request costs the server."""
+
+    async def run() -> Spent:
         async with grpc.aio.insecure_channel(server.address) as channel:
             await load(channel, sequences, 0.3)
-            before = server.usage().cpu_seconds
+            ran, before = read_run_seconds(server), server.usage().cpu_seconds
             count = await load(channel, sequences, seconds)
-            return (server.usage().cpu_seconds - before) / count * 1e6
+            spent = server.usage().cpu_seconds - before
+            return Spent(spent / count * 1e6, (read_run_seconds(server) - ran) / count * 1e6)
 
     return asyncio.run(run())
 
@@ -112,23 +138,48 @@ def main() -> None:
         echo = stack.enter_context(rival("bench.open_inference_echo", reply_bytes))
         progress = stack.enter_context(bar())
         cases: list[tuple[str, Server, Load]] = [
-            ("echo, stream", echo, load_stream),
-            ("Sluice, stream", ours, load_stream),
-            ("Sluice, native stream", ours, load_native),
-            ("echo, unary", echo, load_unary),
-            ("Sluice, unary", ours, load_unary),
+            ("echo stream", echo, load_stream),
+            ("Sluice stream", ours, load_stream),
+            ("native stream", ours, load_native),
+            ("echo unary", echo, load_unary),
+            ("Sluice unary", ours, load_unary),
         ]
         for _ in progress.track(range(effort.rounds), description="open inference"):
             for sequences in SEQUENCES:
                 for name, server, load in cases:
                     spent = measure(server, load, sequences, effort.seconds)
-                    figures.add(f"{name} {sequences}", spent)
-    rows = [
-        [name, *(f"{figures.least(f'{name} {sequences}'):.0f}" for sequences in SEQUENCES)]
-        for name, _, _ in cases
-    ]
-    heads = ["1 sequence" if n == 1 else f"{n} sequences" for n in SEQUENCES]
-    print_table(f"µs of server CPU a request of one step, H={HIDDEN}", ["", *heads], rows)
+                    figures.add(f"{name} {sequences}", spent.cpu)
+                    figures.add(f"{name} {sequences} runs", spent.runs)
+                for kind in CALLS:
+                    bound = figures.last(f"echo {kind} {sequences}")
+                    bound += figures.last(f"Sluice {kind} {sequences} runs")
+                    figures.add(f"bound {kind} {sequences}", bound)
+    print_requests(figures)
+
+
+def print_requests(figures: Figures) -> None:
+    """What a request costs, by kind of call."""
+    rows = []
+    for kind, call in CALLS.items():
+        for sequences in SEQUENCES:
+            case = f"{kind} {sequences}"
+            native = f"{figures.least(f'native {case}'):.0f}" if kind == "stream" else ""
+            rows.append(
+                [
+                    f"{call}, {sequences} sequences",
+                    f"{figures.least(f'echo {case}'):.0f}",
+                    f"{figures.least(f'Sluice {case} runs'):.0f}",
+                    f"{figures.least(f'Sluice {case}'):.0f}",
+                    f"{figures.ratio(f'Sluice {case}', f'bound {case}'):.2f}",
+                    "≤ 1.3",
+                    native,
+                ]
+            )
+    print_table(
+        f"A request of one step (H={HIDDEN}): µs of server CPU",
+        ["", "echo", "in runs", "Sluice", "÷ (echo + runs)", "target", "native stream"],
+        rows,
+    )
 
 
 if __name__ == "__main__":

@@ -12,7 +12,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 README = Path(__file__).with_name("README.md")
-TABLES = ("overhead", "rivals", "ragged", "scale", "streams", "latency", "stores")
+TABLES = (
+    *("overhead", "rivals", "ragged", "scale", "streams", "latency", "stores"),
+    "open_inference",
+)
 _PACKAGES = ("onnxruntime", "grpcio", "numpy")
 
 

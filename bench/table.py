@@ -41,6 +41,10 @@ class Figures:
         """Note the value of one more round."""
         self._values[name].append(value)
 
+    def last(self, name: str) -> float:
+        """That of the latest round."""
+        return self._values[name][-1]
+
     def least(self, name: str) -> float:
         """The smallest: CPU time is only ever too large, by what others did to the caches."""
         return min(self._values[name])

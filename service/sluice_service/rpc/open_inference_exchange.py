@@ -45,10 +45,43 @@ from sluice_service.streams import Delivery, Stream
 
 log = structlog.get_logger()
 
+# Requests come one in a turn of the event loop, however many wait to be read. Where waiting has
+# brought more, so many turns without any are waited out before a run; elsewhere it is tried again
+# after so many runs.
+_QUIET_TURNS = 8
+_TURNS_MAX = 128
+_TRIED_AGAIN = 32
 # Lanes kept for requests without a sequence; an eighth of all sequences at the most.
 _SPARE_MAX = 256
 # Last answers of ended sequences, kept for those who repeat their END.
 _ENDED_MAX = 4096
+
+
+class Arrivals:
+    """Whether it is worth a few turns of the event loop to wait for more requests."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._seen = self._first = 0
+        self._turns = self._quiet = 0
+        self._is_patient = False
+        self._runs = 0  # until patience is tried again
+
+    def may_bring_more(self) -> bool:
+        """Asked once a turn while requests wait: True to wait another one."""
+        if not self._turns:
+            self._first = self._seen = self.count
+            self._is_patient = self._is_patient or self._runs <= 0
+        elif self._seen != self.count:
+            self._seen, self._quiet = self.count, 0
+        if self._is_patient and self._quiet < _QUIET_TURNS and self._turns < _TURNS_MAX:
+            self._turns += 1
+            self._quiet += 1
+            return True
+        self._is_patient = self._is_patient and self.count > self._first
+        self._runs = _TRIED_AGAIN if self._turns else self._runs - 1
+        self._turns = self._quiet = 0
+        return False
 
 
 class Exchange:
@@ -69,6 +102,7 @@ class Exchange:
         self._numbers = 0
         self._waiting_steps = 0
         self._is_flush_due = False
+        self._arrivals = Arrivals()
         self._opening: list[Lane] = []
         self._closing: list[int] = []
         self._chunks: list[Lane] = []
@@ -104,6 +138,7 @@ class Exchange:
             )
             return
         request.expect()
+        self._arrivals.count += 1
         self._waiting_steps += request.batch * request.steps
         if request.key:
             lane = self._by_key.get(request.key)
@@ -192,12 +227,15 @@ class Exchange:
     # To the host.
 
     def _schedule(self) -> None:
-        """Send what there is once this turn of the event loop is over."""
+        """Send what there is once this turn of the event loop is over, or what follows at once."""
         if not self._is_flush_due:
             self._is_flush_due = True
             asyncio.get_running_loop().call_soon(self._flush)
 
     def _flush(self) -> None:
+        if self._arrivals.may_bring_more():
+            asyncio.get_running_loop().call_soon(self._flush)
+            return
         self._is_flush_due = False
         if self._opening or self._closing:
             task = asyncio.ensure_future(self._open())

@@ -74,13 +74,14 @@ class RepositoryError(ServiceError):
 
 
 class LaneError(ServiceError):
-    """A fault of one lane. `epoch` is what a CONFLICT tells."""
+    """A fault of one lane; a CONFLICT tells the `epoch`, a loss the last durable step."""
 
     reason: ClassVar["Fault.Reason.ValueType"] = Fault.UNSPECIFIED
 
-    def __init__(self, message: str, *, epoch: int = 0) -> None:
+    def __init__(self, message: str, *, epoch: int = 0, expected_step: int = 0) -> None:
         super().__init__(message)
         self.epoch = epoch
+        self.expected_step = expected_step
 
     @classmethod
     def reason_name(cls) -> str:

@@ -154,7 +154,7 @@ class Openings:
         if request.lane < LANES_MAX and stream.slot(request.lane) < 0:
             # Chunks that were sent with the open are not worth a fault each.
             stream.end_lane(request.lane, None)
-        self._lanes.tell(stream, request.lane, error)
+        self._lanes.tell(stream, request.lane, error, expected_step=error.expected_step)
 
     def _attach(self, stream: Stream, sequence: Sequence, request: OpenSequence) -> None:
         """Tell the client how its sequence stands, then what is held for it."""
@@ -231,7 +231,8 @@ class Openings:
         if stale is not None:
             self._lanes.lose(stale)
         checkpoint = unpack(granted.checkpoint.data)
-        if not request.writer and granted.claim is Claim.RESUME:
+        is_blind = not request.writer and not request.HasField("received")
+        if is_blind and granted.claim is Claim.RESUME:
             _require_clean(request, checkpoint, granted)
         table = self._sequences
         durability = self.durability(request)
@@ -316,7 +317,8 @@ def _require_clean(request: OpenSequence, checkpoint: Checkpoint, granted: Grant
         raise NotFoundError(
             f"sequence {request.sequence_id!r} was lost with its server after step "
             f"{checkpoint.step}, the last that is durable, and later steps may have been answered; "
-            "start it again, or open sequences with a writer, which can replay"
+            "start it again, or open sequences with a writer, which can replay",
+            expected_step=checkpoint.step,
         )
 
 

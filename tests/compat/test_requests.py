@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from sluice_protos.open_inference_pb2 import InferTensorContents, ModelInferRequest
-from sluice_service.rpc.open_inference_exchange import Arrivals
+from sluice_service.rpc.open_inference_arrivals import Arrivals
 from tests.compat.caller import SECONDS, Caller, request, values
 from tests.service.wire import eventually, floats
 

@@ -28,6 +28,7 @@ from sluice_service.errors import (
     StoppingError,
 )
 from sluice_service.host import Host
+from sluice_service.rpc.open_inference_arrivals import Arrivals
 from sluice_service.rpc.open_inference_lanes import (
     ERRORS,
     NONE,
@@ -45,43 +46,10 @@ from sluice_service.streams import Delivery, Stream
 
 log = structlog.get_logger()
 
-# Requests come one in a turn of the event loop, however many wait to be read. Where waiting has
-# brought more, so many turns without any are waited out before a run; elsewhere it is tried again
-# after so many runs.
-_QUIET_TURNS = 8
-_TURNS_MAX = 128
-_TRIED_AGAIN = 32
 # Lanes kept for requests without a sequence; an eighth of all sequences at the most.
 _SPARE_MAX = 256
 # Last answers of ended sequences, kept for those who repeat their END.
 _ENDED_MAX = 4096
-
-
-class Arrivals:
-    """Whether it is worth a few turns of the event loop to wait for more requests."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self._seen = self._first = 0
-        self._turns = self._quiet = 0
-        self._is_patient = False
-        self._runs = 0  # until patience is tried again
-
-    def may_bring_more(self) -> bool:
-        """Asked once a turn while requests wait: True to wait another one."""
-        if not self._turns:
-            self._first = self._seen = self.count
-            self._is_patient = self._is_patient or self._runs <= 0
-        elif self._seen != self.count:
-            self._seen, self._quiet = self.count, 0
-        if self._is_patient and self._quiet < _QUIET_TURNS and self._turns < _TURNS_MAX:
-            self._turns += 1
-            self._quiet += 1
-            return True
-        self._is_patient = self._is_patient and self.count > self._first
-        self._runs = _TRIED_AGAIN if self._turns else self._runs - 1
-        self._turns = self._quiet = 0
-        return False
 
 
 class Exchange:
@@ -281,7 +249,11 @@ class Exchange:
         if lane.current.is_start:
             self._ended.pop(lane.key, None)
         mode = self._start_mode if lane.current.is_start else RESUME
-        return OpenSequence(lane=lane.number, sequence_id=lane.key, mode=mode)
+        opening = OpenSequence(lane=lane.number, sequence_id=lane.key, mode=mode)
+        if mode == RESUME and lane.current.first is not None:
+            # Who counts steps can replay those that a store does not have.
+            opening.received = lane.current.first
+        return opening
 
     def _send(self) -> None:
         """Everything that can run, as one frame."""

@@ -119,6 +119,12 @@ def misplaced(lane: Lane, request: Request) -> ServiceError | None:
 
 def not_started(request: Request, model: str, fault: Fault) -> ServiceError:
     """What a request is told whose sequence is not there."""
+    if fault.reason == Fault.NOT_FOUND and fault.expected_step:
+        return NotFoundError(
+            f"sequence {request.sequence} of model {model!r} was lost with its server; its last "
+            f"durable step is {fault.expected_step}: send again what follows, with sequence_step "
+            "beginning there, or start it again with the START flag"
+        )
     text = (
         f"inference request for sequence {request.sequence} to model {model!r} must specify the "
         "START flag on the first request of the sequence"

@@ -1,0 +1,38 @@
+"""Judges whether requests that are about to arrive are worth waiting for, without a timer.
+
+A client has many requests under way, and they are read one in a turn of the event
+loop: a run of each alone would cost several times what they cost together.
+"""
+
+# Where waiting has brought more, so many turns that bring nothing are waited out before a run, and
+# so many turns in all; elsewhere it is tried again after so many runs.
+_QUIET_TURNS = 8
+_TURNS_MAX = 128
+_TRIED_AGAIN = 32
+
+
+class Arrivals:
+    """Whether it is worth a few turns of the event loop to wait for more requests."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._seen = self._first = 0
+        self._turns = self._quiet = 0
+        self._is_patient = False
+        self._runs = 0  # until patience is tried again
+
+    def may_bring_more(self) -> bool:
+        """Asked once a turn while requests wait: True to wait another one."""
+        if not self._turns:
+            self._first = self._seen = self.count
+            self._is_patient = self._is_patient or self._runs <= 0
+        elif self._seen != self.count:
+            self._seen, self._quiet = self.count, 0
+        if self._is_patient and self._quiet < _QUIET_TURNS and self._turns < _TURNS_MAX:
+            self._turns += 1
+            self._quiet += 1
+            return True
+        self._is_patient = self._is_patient and self.count > self._first
+        self._runs = _TRIED_AGAIN if self._turns else self._runs - 1
+        self._turns = self._quiet = 0
+        return False

@@ -14,6 +14,9 @@ from tests.chaos.report import write_report
 from tests.chaos.rounds import Result, play
 from tests.chaos.world import LIBRARY, PLAIN, RIVAL, THREADS, Models, Setting
 
+# Limits that are met all the time.
+TIGHT = ("--unacknowledged-steps-max", "9", "--undurable-steps-max", "50")
+
 SETTINGS = [
     Setting("redis", "strict", servers=3),
     Setting("sqlite", "periodic", clients=(THREADS, PLAIN)),
@@ -24,7 +27,7 @@ SETTINGS = [
     Setting("sqlite", "strict", servers=2, clients=(THREADS, PLAIN)),
     Setting("redis", "strict", servers=2, is_march=True, clients=(THREADS, PLAIN)),
     Setting("redis", "periodic", processes=2),
-    Setting("sqlite", "periodic", holds_outputs=False),
+    Setting("sqlite", "periodic", holds_outputs=False, flags=TIGHT),
     Setting("memory", "off", clients=(LIBRARY, THREADS, PLAIN)),
 ]
 

@@ -104,7 +104,7 @@ Fault = Callable[[Scene], None]
 
 def cut_connections(scene: Scene) -> None:
     server = scene.server()
-    if server.process.proxy.cut():
+    if server.process.proxy.cut(scene.draw.choice([None, 1])):
         scene.ledger.note("connection cut", server=server)
 
 
@@ -112,6 +112,13 @@ def truncate_messages(scene: Scene) -> None:
     server, way = scene.server(), scene.draw.choice(list(Way))
     server.process.proxy.cut_after(way, scene.draw.randint(1, 4000))
     scene.ledger.note("bytes truncated", where=way.value, server=server)
+
+
+def strand_connections(scene: Scene) -> None:
+    """What is connected is so no more, and nobody is told: pings have to find out."""
+    server = scene.server()
+    if server.process.proxy.strand():
+        scene.ledger.note("half-open", where="for good", server=server)
 
 
 def hold_bytes(scene: Scene) -> None:

@@ -105,6 +105,22 @@ def restart(world: World, server: Server) -> None:
     server.process.start()
 
 
+def kill_before_the_store(world: World, server: Server) -> None:
+    """Kill a server when outputs have arrived that its store, which is slow, does not have."""
+
+    def is_ahead() -> bool:
+        return any(
+            world.journaled(sequence_id) > at.durable for sequence_id, at in server.trace.progress()
+        )
+
+    await_progress(world)
+    server.trace.slow_store(0.5)
+    wait_until(is_ahead, world, "an output ahead of the store")
+    server.process.kill()
+    server.trace.slow_store(0)
+    server.process.start()
+
+
 def replace_clients(world: World) -> None:
     """Kill every client; each has a successor that has its journal and nothing else."""
     for client in world.clients:

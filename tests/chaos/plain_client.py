@@ -20,6 +20,7 @@ import numpy as np
 from sluice_protos.sequences_pb2 import (
     RESUME,
     START,
+    STRICT,
     Closed,
     Fault,
     InferRequest,
@@ -149,6 +150,9 @@ class Sequence:
     def _take(self, response: InferResponse) -> bool | None:
         """None to go on; False to try another stream; True when it is over."""
         for opened in response.opened:
+            if opened.durability == STRICT:
+                # What has arrived was durable.
+                self._durable = max(self._durable, self._received)
             if opened.applied < self._durable:
                 raise BrokenPromiseError(
                     f"it stands at {opened.applied}, and {self._durable} were durable"

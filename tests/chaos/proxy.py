@@ -31,6 +31,7 @@ class _Connection:
     far: socket.socket
     tasks: list["asyncio.Task[None]"] = field(default_factory=list)
     ways_ended: int = 0
+    is_stranded: bool = False
     is_over: bool = False
 
 
@@ -62,9 +63,19 @@ class Proxy:
 
     # What can be done to the connections.
 
-    def cut(self) -> int:
-        """Break all connections at once, whatever is on its way; how many there were."""
-        return self._call(self._cut_all)
+    def cut(self, count: int | None = None) -> int:
+        """Break all connections, or so many, whatever is on its way; how many there were."""
+        return self._call(lambda: self._cut(count))
+
+    def strand(self) -> int:
+        """Let nothing more pass on the connections there are; only their ends can find out."""
+
+        def begin() -> int:
+            for connection in self._live:
+                connection.is_stranded = True
+            return len(self._live)
+
+        return self._call(begin)
 
     def cut_after(self, way: Way, size: int) -> None:
         """Once `size` more bytes have gone one way on whichever connection, break that one."""
@@ -83,7 +94,7 @@ class Proxy:
 
         def begin() -> None:
             self._is_refusing = True
-            self._cut_all()
+            self._cut()
 
         self._call(begin)
 
@@ -101,7 +112,7 @@ class Proxy:
     def close(self) -> None:
         """Break everything and listen no more."""
         if self._thread.is_alive():
-            self._call(self._cut_all)
+            self._call(self._cut)
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
             self._listener.close()
@@ -167,6 +178,8 @@ class Proxy:
                 if self._delay:
                     await asyncio.sleep(self._delay)
                 await self._may_pass[way].wait()
+                if connection.is_stranded:
+                    await asyncio.Event().wait()  # until it is broken
                 data, is_last = self._toll(way, data)
                 await self._loop.sock_sendall(sink, data)
                 if is_last:
@@ -194,8 +207,8 @@ class Proxy:
         del self._cut_after[way]
         return data[:left], True
 
-    def _cut_all(self) -> int:
-        live = list(self._live)
+    def _cut(self, count: int | None = None) -> int:
+        live = list(self._live)[:count]
         for connection in live:
             self._break(connection)
         return len(live)

@@ -19,6 +19,8 @@ _NETWORK: list[Fault] = [
     faults.cut_connections,
     faults.truncate_messages,
     faults.truncate_messages,
+    faults.strand_connections,
+    faults.hold_bytes,
     faults.hold_bytes,
     faults.delay_bytes,
     faults.refuse_connections,

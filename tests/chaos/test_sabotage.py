@@ -18,3 +18,13 @@ def test_a_server_without_a_rule_of_the_stream_is_found_out(
         # Outputs that are missing at the end of a sequence are waited for in vain.
         verdict = world.finish(seconds_max=30)
     assert verdict.wrongs != []
+
+
+def test_a_strict_server_that_answers_before_its_store_is_found_out(
+    models: Models, tmp_path: Path
+) -> None:
+    setting = Setting("sqlite", "strict", workers=4, clients=(PLAIN,))
+    with World(setting, models, tmp_path, seed=1, without="durability") as world:
+        moments.kill_before_the_store(world, world.servers[0])
+        verdict = world.finish()
+    assert verdict.wrongs != []

@@ -40,6 +40,7 @@ class Setting:
     # Of the servers' checkpoints, where they are periodic.
     checkpoint_seconds: float = 0.3
     checkpoint_steps: int = 40
+    flags: tuple[str, ...] = ()  # of the servers, beside these
 
     @property
     def name(self) -> str:
@@ -112,7 +113,7 @@ class World:
 
     def _server(self, models: Models, number: int) -> Server:
         setting, trace = self.setting, self.folder / f"trace-{number}"
-        flags: list[str] = []
+        flags = list(setting.flags)
         if setting.is_durable:
             flags += ["--store", self._store_url(), "--durability", setting.durability]
             flags += ["--checkpoint-seconds", str(setting.checkpoint_seconds)]

@@ -222,6 +222,11 @@ class Settings(BaseSettings):
                 "--workers: a sequence of one worker is unknown to the others; give them "
                 "--store sqlite:///PATH or redis://HOST and --durability periodic or strict"
             )
+        if self.workers > 1 and self.model_control == "explicit":
+            raise ValueError(
+                "--model-control: what a client loads or unloads reaches one worker of several; "
+                "serve with --workers 1, or --model-control poll"
+            )
         return self
 
     @classmethod

@@ -9,6 +9,7 @@ from typing import Any
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from pydantic import ValidationError
 
 from sluice_model import ModelError
 from sluice_protos import open_inference_pb2 as pb
@@ -19,6 +20,7 @@ from sluice_protos.sequences_pb2 import (
     GetModelRequest,
     OpenSequence,
 )
+from sluice_service.settings import Settings
 from tests.compat.caller import SECONDS, Caller, request, values
 from tests.compat.models import write_gained_accumulator
 from tests.service.wire import Served, eventually, floats
@@ -446,3 +448,10 @@ async def test_a_server_without_one_good_version_of_a_model_does_not_start(
 async def test_one_name_is_one_model(folder, serve, accumulator_file) -> None:
     with pytest.raises(ModelError, match="rename one"):
         await serve({"sum": accumulator_file}, model_repository=folder.path)
+
+
+def test_what_clients_load_is_loaded_by_the_one_worker_there_is(tmp_path) -> None:
+    shared = {"workers": 2, "store": f"sqlite:///{tmp_path}/s.db", "durability": "strict"}
+    assert Settings(model_control="poll", **shared).workers == 2
+    with pytest.raises(ValidationError, match="one worker of several"):
+        Settings(model_control="explicit", **shared)

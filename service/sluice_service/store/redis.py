@@ -48,7 +48,7 @@ _CONNECTIONS_MAX = 8
 _CONNECT_SECONDS = 2.0
 _ANSWER_SECONDS = 3.0
 # What was lost on the way is asked again: all of it may be asked twice.
-_RETRIES = 2
+_RETRIES = 1
 _BACKOFF_SECONDS, _BACKOFF_SECONDS_MAX = 0.05, 1.0
 _TICK_SECONDS_MAX = 5.0
 # Beyond it a time without a tick counts as a pause of whoever uses the store.

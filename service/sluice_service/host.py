@@ -437,6 +437,8 @@ class Host:
 
     async def sweep(self) -> None:
         """Unload the versions on which nothing runs any more."""
+        if len(self._versions) == 1:
+            return
         alive = self._sequences.is_alive
         gone = await self._runs.between_runs(lambda: self._versions.sweep(np.flatnonzero(alive)))
         self.inputs.state_sizes = self._versions.state_sizes()

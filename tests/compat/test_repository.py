@@ -274,6 +274,11 @@ async def test_a_bad_file_is_reported_and_replaces_nothing(folder, followed) -> 
     await look()
     assert values(await caller.send(ask(2))) == [4]
     assert values(await caller.send(ask(2, 7, sequence_end=True))) == [5]
+    # Nor does an older one that is good.
+    folder.put(1)
+    folder.put_bytes(2, b"broken in place")
+    await look()
+    assert values(await caller.send(ask(2))) == [4]
 
 
 async def test_a_file_with_another_signature_replaces_nothing(

@@ -216,7 +216,22 @@ class Lanes:
         table.stop(slot)
         stream = self._streams.get(int(table.stream[slot]))
         if stream is not None:
-            self.tell(stream, int(table.lane[slot]), error, expected_step=int(table.step[slot]))
+            step = int(table.step[slot])
+            stream.late_faults.append((slot, int(table.generation[slot]), step, error))
+            self._tell_late(stream)
+
+    def _tell_late(self, stream: Stream) -> None:
+        """Tell of the faults whose lanes' outputs before them have left, or may leave."""
+        table, faults = self._sequences, stream.late_faults
+        stream.late_faults = []
+        for fault in faults:
+            slot, generation, step, error = fault
+            if table.generation[slot] != generation or table.stream[slot] != stream.number:
+                continue  # its lane has ended
+            if table.is_strict[slot] and table.durable[slot] < step:
+                stream.late_faults.append(fault)
+            else:
+                self.tell(stream, int(table.lane[slot]), error, expected_step=step)
 
     def finish_steps(self, number: int, steps: int) -> None:
         """Give a stream, if it is still there, credit back for steps that were run or dropped."""
@@ -248,6 +263,7 @@ class Lanes:
                 is_same = self._sequences.is_same(delivery.slots, delivery.generations)
                 # What is not the same any more was taken back when its lane ended.
                 self.deliver(delivery.only(is_same), stream.number)
+            self._tell_late(stream)
 
     def _is_gated(self, delivery: Delivery) -> NDArray[np.bool_] | None:
         """[chunks] which may not leave yet, for want of the store; None: all may."""

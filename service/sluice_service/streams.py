@@ -110,6 +110,8 @@ class Stream:
         self.unacknowledged_max = 64
         # Outputs that may not leave before they are durable.
         self.gated: deque[Delivery] = deque()
+        # Faults that follow such outputs: slot, generation, step, error.
+        self.late_faults: list[tuple[int, int, int, LaneError]] = []
         # Lanes that are ending: their Closed comes once the store has its part.
         self.ending_lanes = 0
         self.queued_steps = 0

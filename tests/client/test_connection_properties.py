@@ -233,8 +233,11 @@ class ClientUnderLoss(RuleBasedStateMachine):
             is_quiet = not self.stream.outbox and not before
             while self.stream is not None and self.stream.outbox:
                 self.arrive_at_client()
-            if is_quiet and self.connection.next_request() is None:
-                break
+            if is_quiet and self.stream is not None:
+                request = self.connection.next_request()
+                if request is None:
+                    break
+                self.to_server.append(request.SerializeToString())
         assert not self.openings
         assert not self.ending
         for sequence in self.live + self.ended:

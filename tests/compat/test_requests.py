@@ -39,7 +39,9 @@ async def test_requests_that_come_together_share_a_run(gate, sums) -> None:
     await stream.send(*(request(number) for number in range(30)))
     answers = asyncio.gather(*(caller.infer(number) for number in range(20)))
     await wire.push(0, floats([10]))
-    exchange = served.server._open_inference._models["accumulator"].exchange
+    models = served.server._open_inference._models
+    await eventually(lambda: "accumulator" in models)
+    exchange = models["accumulator"].exchange
     await eventually(lambda: exchange._waiting_steps == 50 and host._scheduler.has_ready)
     await eventually(lambda: not exchange._is_flush_due)
     await gate.let_through()

@@ -76,7 +76,7 @@ def main() -> int:
         for words in one.verdict.wrongs[:5]:
             print(f"  {words}", flush=True)
     if arguments.report is not None:
-        write_report(arguments.report, result, seed=arguments.seed)
+        write_report(arguments.report, result, seconds=arguments.seconds, seed=arguments.seed)
     return 1 if result.verdict.wrongs else 0
 
 

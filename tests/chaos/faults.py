@@ -56,6 +56,11 @@ class Ledger:
             between = f" between {', '.join(sorted(gaps))}" if gaps else ""
             self.diary.append(f"{seconds:8.3f} {kind} {where}{between}".rstrip())
 
+    def remark(self, words: str) -> None:
+        """Something for whoever reads the diary."""
+        with self._lock:
+            self.diary.append(f"{time.monotonic() - self._begun:8.3f} {words}")
+
     def complain(self, words: str) -> None:
         """Something is wrong."""
         with self._lock:

@@ -8,11 +8,11 @@ from tests.chaos.rounds import Result
 BEGIN, END = "<!-- chaos: begin -->", "<!-- chaos: end -->"
 
 
-def describe(result: Result, *, seed: int) -> str:
+def describe(result: Result, *, seconds: float, seed: int) -> str:
     """The result as Markdown."""
     verdict = result.verdict
     lines = [
-        f"`make chaos SECONDS={result.seconds:.0f} SEED={seed}`: {result.rounds.total()} rounds, "
+        f"`make chaos SECONDS={seconds:.0f} SEED={seed}`: {result.rounds.total()} rounds, "
         f"{result.faults.total():,} faults, {verdict.sequences:,} sequences, "
         f"{verdict.steps:,} outputs compared bit for bit.",
         "",
@@ -39,9 +39,11 @@ def describe(result: Result, *, seed: int) -> str:
     return "\n".join(lines)
 
 
-def write_report(page: Path, result: Result, *, seed: int) -> None:
+def write_report(page: Path, result: Result, *, seconds: float, seed: int) -> None:
     """Put the result into the page, in place of the last one."""
     text = page.read_text()
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
-    page.write_text(f"{before}{BEGIN}\n{describe(result, seed=seed)}\n{END}{after}")
+    page.write_text(
+        f"{before}{BEGIN}\n{describe(result, seconds=seconds, seed=seed)}\n{END}{after}"
+    )

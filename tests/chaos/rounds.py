@@ -14,6 +14,9 @@ from tests.chaos.instants import Instant
 from tests.chaos.verdict import Verdict
 from tests.chaos.world import Models, Setting, World
 
+# A fault that takes longer is worth a line.
+_LONG_SECONDS = 10.0
+
 _NETWORK: list[Fault] = [
     faults.cut_connections,
     faults.cut_connections,
@@ -99,15 +102,15 @@ def play(setting: Setting, models: Models, folder: Path, *, seed: int, seconds: 
         verdict = world.finish()
         for words in ledger.wrongs:
             verdict.add("error", words)
+        story = [
+            f"seed {seed}, {setting.name}",
+            *verdict.wrongs,
+            "--- faults",
+            *ledger.diary,
+            world.tails(),
+        ]
+        (folder / "story.txt").write_text("\n".join(story))
         if verdict.wrongs:
-            story = [
-                f"seed {seed}, {setting.name}",
-                *verdict.wrongs,
-                "--- faults",
-                *ledger.diary,
-                world.tails(),
-            ]
-            (folder / "story.txt").write_text("\n".join(story))
             verdict.wrongs[0] = (
                 f"seed {seed}, {setting.name}: {verdict.wrongs[0]} (all of it: {folder}/story.txt)"
             )
@@ -146,12 +149,16 @@ def _march(world: World, ledger: Ledger, seed: int, until: float) -> None:
 
 def _inject(scene: Scene, group: list[Fault], until: float) -> None:
     while time.monotonic() < until:
-        scene.last(0.8)
+        scene.last(0.4)
+        began = time.monotonic()
+        fault = scene.draw.choice(group)
         try:
-            scene.draw.choice(group)(scene)
+            fault(scene)
         except Exception:
             scene.ledger.complain(f"the harness has failed: {traceback.format_exc()}")
             return
+        if (seconds := time.monotonic() - began) > _LONG_SECONDS:
+            scene.ledger.remark(f"{fault.__name__} has taken {seconds:.1f} s")
         for number, server in enumerate(scene.world.servers):
             with server.lock:
                 if not server.process.is_running:

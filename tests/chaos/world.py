@@ -35,7 +35,7 @@ class Setting:
     # Everything moves between two servers, of which one is always stopped at an instant.
     is_march: bool = False
     workers: int = 6  # of each client: sequences at once
-    steps_max: int = 600  # of a sequence
+    steps_max: int = 400  # of a sequence
     pause_seconds: float = 0.003
     # Of the servers' checkpoints, where they are periodic.
     checkpoint_seconds: float = 0.3

@@ -44,6 +44,5 @@ def write_report(page: Path, result: Result, *, seconds: float, seed: int) -> No
     text = page.read_text()
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
-    page.write_text(
-        f"{before}{BEGIN}\n{describe(result, seconds=seconds, seed=seed)}\n{END}{after}"
-    )
+    words = describe(result, seconds=seconds, seed=seed)
+    page.write_text(f"{before}{BEGIN}\n{words}\n{END}{after}")

@@ -53,6 +53,11 @@ class Figures:
         """The middle one."""
         return statistics.median(self._values[name])
 
+    def percentile(self, name: str, percent: float) -> float:
+        """The value that so many of a hundred do not exceed."""
+        ordered = sorted(self._values[name])
+        return ordered[min(len(ordered) - 1, int(len(ordered) * percent / 100))]
+
     def ratio(self, name: str, by: str) -> float:
         """The middle one of the rounds' own ratios: each compares neighbours in time."""
         pairs = zip(self._values[name], self._values[by], strict=True)

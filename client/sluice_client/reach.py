@@ -31,7 +31,7 @@ CHANNEL_OPTIONS: Final = (
 # How long a question that changes nothing may take.
 QUESTION_SECONDS_MAX: Final = 10.0
 
-_BACKOFF_SECONDS_FIRST: Final = 0.05
+_BACKOFF_SECONDS_FIRST: Final = 0.02
 _BACKOFF_SECONDS_MAX: Final = 2.0
 
 # A stream that ends so may do better next time.

@@ -35,6 +35,10 @@ class Acknowledgements:
         self._holding += int(is_holding) - int(rare["holds"])
         rare["holds"] = is_holding
 
+    def most_held(self, lanes: Numbers, counts: Numbers) -> int:
+        """The longest chunk for a lane that holds: [chunks], [chunks]."""
+        return int((counts * self._lanes.rare["holds"][lanes]).max()) if self._holding else 0
+
     def note(self, lanes: Numbers, counts: Numbers, total: int) -> None:
         """So many outputs have arrived: [lanes], [lanes], and their sum."""
         if self._holding:

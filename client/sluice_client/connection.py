@@ -153,6 +153,12 @@ class Connection:
                 f"message ({self.limits.request_bytes_max}); serve with a higher "
                 "--request-bytes-max"
             )
+        held_max = self.limits.unacknowledged_steps_max or UNLIMITED
+        if self.ledger.acknowledgements.most_held(lanes, counts) > held_max:
+            raise errors.LimitReached(
+                f"the server holds {held_max} outputs of a sequence at most, and a chunk of "
+                "more steps could not be confirmed before it is done; give smaller chunks"
+            )
         call = Call(lanes, counts, inputs, self.signature.allocate(len(inputs[0])))
         self.ledger.submit(call)
         if not self._is_streaming:

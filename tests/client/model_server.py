@@ -104,6 +104,9 @@ class Stream:
         self.responses_acknowledged = max(
             self.responses_acknowledged, int(request.received_responses)
         )
+        for entry in request.received:
+            if entry.lane in self.lanes:
+                self.lanes[entry.lane].sequence.acknowledge(entry.step)
         for opening in request.open:
             self.open(opening)
         self.accept_chunks(request)

@@ -564,7 +564,8 @@ def test_held_outputs_are_acknowledged_when_they_are_confirmed() -> None:
     receive(connection, limits=Limits(credit_steps=100, unacknowledged_steps_max=6))
     request = open_one(connection, Opening("a", holds_outputs=True))
     other = open_one(connection, Opening("b"), lane=1)
-    give(connection, request, 1, 2, 3, 4, 5, 6, 7)
+    give(connection, request, 1, 2, 3, 4)
+    give(connection, request, 5, 6, 7)
     give(connection, other, 1)
     send(connection)
     answer(connection, 0, 1, 3, 6, 10)
@@ -579,6 +580,17 @@ def test_held_outputs_are_acknowledged_when_they_are_confirmed() -> None:
     assert [(entry.lane, entry.step) for entry in send(connection).received] == [(0, 2)]
     connection.confirm(0, 99)  # more than has arrived
     assert lose(connection).open[0].received == 4
+
+
+def test_a_chunk_that_could_never_be_confirmed_is_refused() -> None:
+    connection = connect()
+    receive(connection, limits=Limits(credit_steps=100, unacknowledged_steps_max=3))
+    request = open_one(connection, Opening("a", holds_outputs=True))
+    give(connection, request, 1, 2, 3)
+    with pytest.raises(errors.LimitReached, match="give smaller chunks"):
+        give(connection, request, 1, 2, 3, 4)
+    other = open_one(connection, Opening("b"), lane=1)
+    give(connection, other, 1, 2, 3, 4)
 
 
 def test_a_resume_tells_only_what_was_confirmed(connection) -> None:

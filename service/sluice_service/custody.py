@@ -6,10 +6,10 @@ from contextlib import asynccontextmanager
 
 import numpy as np
 
-from sluice_protos.sequences_pb2 import OFF, START_OR_RESUME, TAKEOVER, OpenSequence
+from sluice_protos.sequences_pb2 import OFF, RESUME, START_OR_RESUME, TAKEOVER, OpenSequence
 from sluice_service.errors import LaneError, NotFoundError, StoreDownError
 from sluice_service.lanes import Parting
-from sluice_service.openings import Openings
+from sluice_service.openings import Openings, is_blind, lost
 from sluice_service.runs import RunLoop
 from sluice_service.sequences import Sequences
 from sluice_service.snapshots import Snapshots
@@ -86,17 +86,37 @@ class Custody:
 
     async def _claim(self, opens: Sequence[OpenSequence]) -> Sequence[Granted | LaneError]:
         try:
-            requests = await self._runs.between_runs(lambda: [self._as_claim(one) for one in opens])
-            return await self._store.claim(requests)
+            refused = [await self._refuse_blind(one) for one in opens]
+            asked = [one for one, error in zip(opens, refused, strict=True) if error is None]
+            requests = await self._runs.between_runs(lambda: [self._as_claim(one) for one in asked])
+            answers = iter(await self._store.claim(requests))
+            return [next(answers) if error is None else error for error in refused]
         except StoreError as error:
             return [as_down(error)] * len(opens)
+
+    async def _refuse_blind(self, request: OpenSequence) -> LaneError | None:
+        """Why a caller that numbers no steps cannot have a sequence of another server.
+
+        A claim would end it there, and help nobody.
+        """
+        is_here = self._sequences.get(request.sequence_id) is not None
+        if is_here or request.mode != RESUME or not is_blind(request):
+            return None
+        stored = await self._store.read(Key(self._model, request.sequence_id))
+        if stored is None:
+            return None
+        try:
+            checkpoint = unpack(stored.checkpoint.data)
+        except LaneError as error:
+            return error
+        return None if checkpoint.clean_under else lost(request, checkpoint)
 
     def _as_claim(self, request: OpenSequence) -> ClaimRequest:
         """An open with what this process knows of its sequence."""
         sequence = self._sequences.get(request.sequence_id)
         initial = self._snapshots.initial(request)
         key = Key(self._model, request.sequence_id)
-        if sequence is None:
+        if sequence is None or not sequence.is_durable:
             return ClaimRequest(key, request, initial)
         is_taken = request.mode in (TAKEOVER, START_OR_RESUME)
         snapshot = None

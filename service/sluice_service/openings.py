@@ -231,9 +231,9 @@ class Openings:
         if stale is not None:
             self._lanes.lose(stale)
         checkpoint = unpack(granted.checkpoint.data)
-        is_blind = not request.writer and not request.HasField("received")
-        if is_blind and granted.claim is Claim.RESUME:
-            _require_clean(request, checkpoint, granted)
+        is_clean = bool(granted.previous) and checkpoint.clean_under == granted.previous
+        if is_blind(request) and granted.claim is Claim.RESUME and not is_clean:
+            raise lost(request, checkpoint)
         table = self._sequences
         durability = self.durability(request)
         record = Record(request.writer, request.attempt, granted.epoch, is_alive=True)
@@ -308,18 +308,22 @@ def _begins_again(request: OpenSequence, found: Sequence) -> bool:
     return request.mode == RESTART and not is_repeat
 
 
-def _require_clean(request: OpenSequence, checkpoint: Checkpoint, granted: Granted) -> None:
-    """Let a caller that numbers no steps go on only where it cannot miss any. Raises NotFoundError.
+def is_blind(request: OpenSequence) -> bool:
+    """True for the open of a caller that numbers no steps: it would not notice a missing one."""
+    return not request.writer and not request.HasField("received")
 
-    Outputs beyond the checkpoint may have left, and nobody would send their inputs again.
+
+def lost(request: OpenSequence, checkpoint: Checkpoint) -> NotFoundError:
+    """What such a caller is told where it may have seen outputs beyond the checkpoint.
+
+    Nobody would send the inputs of those steps again.
     """
-    if not checkpoint.clean_under or checkpoint.clean_under != granted.previous:
-        raise NotFoundError(
-            f"sequence {request.sequence_id!r} was lost with its server after step "
-            f"{checkpoint.step}, the last that is durable, and later steps may have been answered; "
-            "start it again, or open sequences with a writer, which can replay",
-            expected_step=checkpoint.step,
-        )
+    return NotFoundError(
+        f"sequence {request.sequence_id!r} was lost with its server after step "
+        f"{checkpoint.step}, the last that is durable, and later steps may have been answered; "
+        "start it again, or open sequences with a writer, which can replay",
+        expected_step=checkpoint.step,
+    )
 
 
 def _check_names(request: OpenSequence) -> None:

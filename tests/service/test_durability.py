@@ -444,6 +444,18 @@ async def test_a_caller_without_a_writer_goes_on_from_a_park_but_once(replica) -
     assert "after step 2" in fault.message
 
 
+async def test_a_caller_without_a_writer_does_not_end_a_sequence_it_cannot_have(replica) -> None:
+    here, there = await replica(durability="periodic"), await replica(durability="periodic")
+    wire = here.wire(MODEL)
+    await wire.open(0, "s")
+    await sums(wire, 0, 0, [1, 2])
+    fault = await there.wire(MODEL).refused(0, "s", mode=RESUME)
+    assert (fault.reason, fault.expected_step) == (Fault.NOT_FOUND, 0)
+    await wire.send(park=[0])
+    assert await wire.next_closed(0) == Closed.PARKED
+    assert here.find(MODEL, "s").step == 2
+
+
 # State as a value.
 
 

@@ -1,8 +1,9 @@
 """Asks the store who may have a sequence: before it is opened, and before its end is told."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 
 import numpy as np
 
@@ -25,8 +26,11 @@ from sluice_service.store import (
     Verdict,
     unpack,
 )
+from sluice_service.streams import Stream
 
 Answer = Granted | LaneError | None
+# The store is asked about so many opens at once.
+_OPENED_AT_ONCE_MAX = 1000
 
 
 class Custody:
@@ -63,6 +67,13 @@ class Custody:
             for name in names:
                 del self._busy[name]
             mine.set_result(None)
+
+    async def open_all(self, stream: Stream, requests: Iterable[OpenSequence]) -> None:
+        """Open sequences on a stream; those of one message may name one twice."""
+        for batch in _distinct(requests):
+            admitted = [one for one in batch if self._openings.admits(stream, one)]
+            await self.open(admitted, partial(self._openings.open, stream))
+            self._runs.settle()
 
     async def open(
         self, requests: Sequence[OpenSequence], land: Callable[[OpenSequence, Answer], None]
@@ -161,6 +172,21 @@ class Custody:
         except StoreError as error:
             raise as_down(error) from error
         return checkpoint.step
+
+
+def _distinct(requests: Iterable[OpenSequence]) -> Iterator[list[OpenSequence]]:
+    """The requests in their order, cut so that none names a sequence twice."""
+    batch: list[OpenSequence] = []
+    names: set[str] = set()
+    for request in requests:
+        if request.sequence_id in names or len(batch) == _OPENED_AT_ONCE_MAX:
+            yield batch
+            batch, names = [], set()
+        batch.append(request)
+        if request.sequence_id:
+            names.add(request.sequence_id)
+    if batch:
+        yield batch
 
 
 def as_down(error: StoreError) -> StoreDownError:

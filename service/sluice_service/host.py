@@ -7,9 +7,8 @@ thread, and what could disturb it waits until it has been applied.
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import Executor
-from functools import partial
 
 import numpy as np
 import structlog
@@ -23,23 +22,22 @@ from sluice_protos.sequences_pb2 import (
     Limits,
     ModelInfo,
     OpenSequence,
-    SequenceInfo,
-    SequenceState,
 )
 from sluice_service.arena import Arena, Slots
 from sluice_service.clock import AwakeClock
 from sluice_service.custody import Answer, Custody, as_down
-from sluice_service.errors import ExistsError, InvalidInputError, LaneError, NotFoundError
+from sluice_service.errors import ExistsError, InvalidInputError, LaneError
 from sluice_service.inputs import InputRules
 from sluice_service.keeper import Keeper
 from sluice_service.lanes import Lanes
+from sluice_service.listing import Listing
 from sluice_service.metrics import ModelMetrics
 from sluice_service.openings import Openings
 from sluice_service.queues import Frame, Kind
 from sluice_service.ragged import Array, Integers, is_ones, starts_of
 from sluice_service.runs import RunLoop
 from sluice_service.scheduler import Scheduler
-from sluice_service.sequences import Phase, Sequence, Sequences
+from sluice_service.sequences import Sequence, Sequences
 from sluice_service.settings import Settings
 from sluice_service.snapshots import Snapshots
 from sluice_service.store import Store, StoreError
@@ -51,8 +49,6 @@ log = structlog.get_logger()
 _TICK_SECONDS = 1.0
 # Between so many expired sequences the event loop gets its turn.
 _EXPIRED_AT_ONCE_MAX = 100
-# The store is asked about so many opens at once.
-_OPENED_AT_ONCE_MAX = 1000
 
 
 class Host:
@@ -127,6 +123,14 @@ class Host:
             durability=settings.durability,
         )
         self._keeper = self._keep(store) if store is not None else None
+        self._listing = Listing(
+            name,
+            self._arena,
+            self._sequences,
+            self._versions,
+            self._keeper.custody if self._keeper is not None else None,
+            self._clock,
+        )
         self._opening: set[asyncio.Task[None]] = set()
         self._follow()
 
@@ -135,9 +139,7 @@ class Host:
         snapshots = Snapshots(
             self._arena, self._sequences, self._lanes, self.inputs, self._versions
         )
-        self._custody = Custody(
-            store, self.name, self._sequences, self._openings, snapshots, self._runs
-        )
+        custody = Custody(store, self.name, self._sequences, self._openings, snapshots, self._runs)
         return Keeper(
             store,
             self.name,
@@ -145,7 +147,7 @@ class Host:
             self._scheduler,
             self._lanes,
             snapshots,
-            self._custody,
+            custody,
             self._settings,
             self._metrics,
             self._runs,
@@ -229,64 +231,10 @@ class Host:
         """For how long the store has not answered; 0 while it does, or is not used."""
         return self._keeper.down_seconds if self._keeper is not None else 0.0
 
-    def live_sequences(self) -> Iterator[SequenceInfo]:
-        """Every live sequence of this server, as it stands now."""
-        now, table = self._clock.now(), self._sequences
-        for sequence in list(table):
-            if sequence.phase is Phase.ENDED:  # while the list went out
-                continue
-            slot = sequence.slot
-            yield SequenceInfo(
-                model=self.name,
-                sequence_id=sequence.sequence_id,
-                step=int(table.step[slot]),
-                epoch=sequence.record.epoch,
-                is_parked=sequence.phase is Phase.PARKED,
-                idle_seconds=now - float(table.active[slot]),
-                held_steps=int(table.step[slot]) - table.held_from(slot),
-            )
-
-    async def list_sequences(self) -> AsyncIterator[SequenceInfo]:
-        """Every live sequence of this server, then those that only the store knows."""
-        here = set()
-        for info in self.live_sequences():
-            here.add(info.sequence_id)
-            yield info
-        if self._keeper is not None:
-            async for stored in self._custody.list_stored():
-                if stored.key.sequence_id not in here:
-                    yield SequenceInfo(
-                        model=self.name,
-                        sequence_id=stored.key.sequence_id,
-                        step=stored.checkpoint.step,
-                        epoch=stored.epoch,
-                        is_elsewhere=True,
-                    )
-
-    async def state(self, sequence_id: str) -> SequenceState:
-        """The state after the last applied step; of a sequence elsewhere, the last durable one.
-
-        Raises NotFoundError.
-        """
-        if self._keeper is not None and self._sequences.get(sequence_id) is None:
-            stored = await self._custody.read(sequence_id)
-            return SequenceState(model_digest=stored.model_digest, step=stored.step, row=stored.row)
-
-        slot = self._find(sequence_id).slot
-        return SequenceState(
-            model_digest=self._versions.of(slot).digest,
-            step=int(self._sequences.step[slot]),
-            row=self._arena.row(slot).tobytes(),
-        )
-
-    def _find(self, sequence_id: str) -> Sequence:
-        sequence = self._sequences.get(sequence_id)
-        if sequence is None:
-            raise NotFoundError(
-                f"model {self.name!r} has no live sequence {sequence_id!r}; "
-                "ListSequences tells those it has"
-            )
-        return sequence
+    @property
+    def listing(self) -> Listing:
+        """What may be asked about its sequences."""
+        return self._listing
 
     # What a stream does.
 
@@ -329,10 +277,7 @@ class Host:
         """As `open`, with the store's word on every sequence that it has or gets."""
         with contextlib.suppress(StoreError):
             await keeper.close_pending()
-        for batch in _distinct(requests):
-            admitted = [one for one in batch if self._openings.admits(stream, one)]
-            await self._custody.open(admitted, partial(self._openings.open, stream))
-            self._runs.settle()
+        await keeper.custody.open_all(stream, requests)
 
     def restart(self, stream: Stream, lanes: Iterable[int]) -> None:
         """Set the states of `lanes`, on which nothing is queued or runs, to the initial one."""
@@ -454,7 +399,7 @@ class Host:
             mode=START,
             writer=request.writer,
             durability=request.durability,
-            state=await self.state(request.sequence_id),
+            state=await self._listing.state(request.sequence_id),
         )
         self._openings.check(opening)
         if self._sequences.get(opening.sequence_id) is not None:
@@ -469,7 +414,7 @@ class Host:
         if self._keeper is None:
             await self._runs.between_runs(lambda: land(opening, None))
         else:
-            await self._custody.open([opening], land)
+            await self._keeper.custody.open([opening], land)
         sequence = forked[0]
         return ForkResponse(
             fork_id=sequence.sequence_id,
@@ -482,13 +427,13 @@ class Host:
         ending = "CloseSequence closed it"
 
         def close() -> int:
-            sequence = self._find(sequence_id)
+            sequence = self._listing.find(sequence_id)
             step = int(self._sequences.step[sequence.slot])
             self._lanes.end(sequence, Closed.CLIENT, ending)
             return step
 
         if self._keeper is not None and self._sequences.get(sequence_id) is None:
-            return await self._custody.close_elsewhere(sequence_id, ending)
+            return await self._keeper.custody.close_elsewhere(sequence_id, ending)
         step = await self._runs.between_runs(close)
         self._runs.settle()
         if self._keeper is not None:
@@ -549,21 +494,6 @@ class Host:
 
     def _is_safe(self, slot: int) -> bool:
         return self._keeper is None or self._keeper.is_safe(slot)
-
-
-def _distinct(requests: Iterable[OpenSequence]) -> Iterator[list[OpenSequence]]:
-    """The requests in their order, cut so that none names a sequence twice."""
-    batch: list[OpenSequence] = []
-    names: set[str] = set()
-    for request in requests:
-        if request.sequence_id in names or len(batch) == _OPENED_AT_ONCE_MAX:
-            yield batch
-            batch, names = [], set()
-        batch.append(request)
-        if request.sequence_id:
-            names.add(request.sequence_id)
-    if batch:
-        yield batch
 
 
 def _limits(settings: Settings, inputs: InputRules) -> Limits:

@@ -55,7 +55,7 @@ class Keeper:
         self._scheduler = scheduler
         self._lanes = lanes
         self._snapshots = snapshots
-        self._custody = custody
+        self.custody = custody
         self._settings = settings
         self._metrics = metrics
         self._runs = runs
@@ -243,8 +243,8 @@ class Keeper:
         Raises StoreError; they end as soon as the store answers.
         """
         try:
-            async with self._custody.exclusive(one.sequence.sequence_id for one in partings):
-                verdicts = await self._custody.close(partings)
+            async with self.custody.exclusive(one.sequence.sequence_id for one in partings):
+                verdicts = await self.custody.close(partings)
                 await self._runs.between_runs(lambda: self._end(partings, verdicts))
         except BaseException:
             self._lanes.closings += partings

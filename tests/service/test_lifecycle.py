@@ -215,7 +215,7 @@ async def test_a_list_that_goes_out_slowly_tells_no_ones_numbers_as_anothers(sum
     await wire.open(0, "a")
     await wire.open(1, "b")
     (host,) = served.server._hosts.values()
-    listing = host.live_sequences()
+    listing = host.listing.here()
     assert next(listing).sequence_id == "a"
     await served.close("accumulator", "b")
     await wire.open(2, "c")

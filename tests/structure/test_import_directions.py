@@ -35,7 +35,7 @@ SERVICE_LAYERS = (
     ("versions",),
     ("openings", "snapshots", "runs"),
     ("custody",),
-    ("keeper",),
+    ("keeper", "listing"),
     ("host",),
     ("hosts",),
     ("repository",),

@@ -96,7 +96,7 @@ class SequencesService:
     async def get_state(self, request: GetStateRequest, context: Context) -> SequenceState:
         """The state of a live sequence."""
         async with as_status(context):
-            return await find_host(self._hosts, request.model).state(request.sequence_id)
+            return await find_host(self._hosts, request.model).listing.state(request.sequence_id)
         raise AssertionError
 
     async def fork(self, request: ForkRequest, context: Context) -> ForkResponse:
@@ -121,7 +121,7 @@ class SequencesService:
         async with as_status(context):
             names = [request.model] if request.model else sorted(self._hosts)
             for name in names:
-                async for info in find_host(self._hosts, name).list_sequences():
+                async for info in find_host(self._hosts, name).listing.all():
                     yield info
 
 

@@ -372,7 +372,9 @@ class Ledger:
             owners, done, after = lanes[finished], chunk[finished], mine["next"][finished]
             table["head"][owners] = after
             if self._trailing:
-                stays = self.lanes.rare["trails"][owners]
+                rare = self.lanes.rare[owners]
+                # Whoever was not given the inputs has nothing to keep.
+                stays = rare["trails"] & (mine["first"][finished] >= rare["inputs_from"])
                 self.kept.keep(owners[stays], done[stays], self._calls)
                 owners, done, after = owners[~stays], done[~stays], after[~stays]
             table["tail"][owners[after == NONE]] = NONE

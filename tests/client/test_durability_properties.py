@@ -31,6 +31,10 @@ class ClientOfMortalServers(ClientUnderLoss):
         self.servers = [DurableServer(self.limits, self.store) for _ in range(2)]
         self.present = 0
         self.stored: dict[str, int] = {}
+        for durability in ("periodic", "strict"):
+            self.open_sequences(1, durability)
+        self.pass_on()
+        self.pass_on()
 
     @precondition(lambda self: self.names < 12)
     @rule(count=st.integers(1, 3), durability=DURABILITIES)
@@ -65,21 +69,29 @@ class ClientOfMortalServers(ClientUnderLoss):
     def ask_again(self) -> None:
         self.connection.retry()
 
-    @rule(turns=st.integers(1, 6))
-    def go_well(self, turns: int) -> None:
+    @precondition(lambda self: self.live)
+    @rule(data=st.data(), turns=st.integers(1, 4))
+    def work(self, data: st.DataObject, turns: int) -> None:
         """For a while nothing is lost and nothing dies; nothing is checkpointed either."""
         for _ in range(turns):
-            if self.stream is None:
-                if not self.connection.wants_stream:
-                    return
-                self.connect()
-            self.send()
-            while self.to_server:
-                self.arrive_at_server()
-            for lane in self.stream.runnable():
-                self.stream.run([(lane, 3)])
-            while self.stream is not None and self.stream.outbox:
-                self.arrive_at_client()
+            if self.live:
+                self.give_chunk(data, 3)
+            self.pass_on()
+
+    @rule()
+    def pass_on(self) -> None:
+        """All messages arrive, and what can run runs."""
+        if self.stream is None:
+            if not self.connection.wants_stream:
+                return
+            self.connect()
+        self.send()
+        while self.to_server:
+            self.arrive_at_server()
+        for lane in self.stream.runnable():
+            self.stream.run([(lane, 3)])
+        while self.stream is not None and self.stream.outbox:
+            self.arrive_at_client()
 
     # -- the servers and their store
 
@@ -99,6 +111,15 @@ class ClientOfMortalServers(ClientUnderLoss):
         self.servers[number] = DurableServer(self.limits, self.store)
         if self.stream is not None and self.stream.server is server:
             self.lose(is_noticed=True)
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def part_behind(self, data: st.DataObject) -> None:
+        """Sequences end while their server has gone back."""
+        self.die(self.present)
+        self.end_sequence(data, True)
+        self.pass_on()
+        self.pass_on()
 
     @rule(is_down=st.booleans())
     def change_store(self, is_down: bool) -> None:

@@ -539,6 +539,17 @@ def test_a_server_that_goes_back_behind_a_tickets_inputs_needs_a_replay(connecti
     assert "resume again" in str(call.errors[0])
 
 
+def test_inputs_that_were_never_known_are_asked_for_not_made_up(connection) -> None:
+    open_one(connection, ticket_opening(TICKET), applied=5, durable=2)
+    answer(connection, 3, 10, 15)
+    lose(connection)
+    receive(connection, opened=[{"lane": 0, "applied": 4, "durability": PERIODIC}])
+    assert connection.lane(0).replays_from == 4
+    assert connection.next_request() is None
+    connection.replay(0, [np.full((1, 2), 5)])
+    assert sent(send(connection)) == [(4, 5)]
+
+
 def test_a_ticket_knows_what_was_durable(connection) -> None:
     request = connection.open([ticket_opening(TICKET)])
     send(connection)

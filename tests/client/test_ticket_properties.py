@@ -124,17 +124,24 @@ class Successors(RuleBasedStateMachine):
         # Processes that were thought dead and are only asleep.
         self.asleep: list[Process] = []
 
-    @rule(count=st.integers(1, 2))
-    def give(self, count: int) -> None:
-        self.process.give(count)
-
-    @rule(turns=st.integers(1, 4))
-    def go(self, turns: int) -> None:
+    @rule(
+        count=st.integers(0, 2),
+        turns=st.integers(1, 4),
+        is_writing=st.booleans(),
+        is_confirming=st.booleans(),
+    )
+    def work(self, count: int, turns: int, is_writing: bool, is_confirming: bool) -> None:
         for _ in range(turns):
+            self.give(count)
             self.process.go(self.servers[self.present])
+            if is_writing:
+                self.write_down(is_confirming=is_confirming)
 
-    @rule(is_confirming=st.booleans())
-    def write_down(self, is_confirming: bool) -> None:
+    def give(self, count: int) -> None:
+        if count:
+            self.process.give(count)
+
+    def write_down(self, *, is_confirming: bool) -> None:
         calls = self.process.calls
         while calls and calls[0].is_done and not calls[0].errors:
             self.journal += calls.pop(0).outputs[0].tolist()
@@ -142,14 +149,10 @@ class Successors(RuleBasedStateMachine):
         if is_confirming and self.process.given >= 0 and self.process.error is None:
             self.process.connection.confirm(self.process.number, len(self.journal))
 
-    @rule()
-    def lose(self) -> None:
+    @rule(is_turning=st.booleans())
+    def lose(self, is_turning: bool) -> None:
         self.process.lose()
-
-    @rule()
-    def turn(self) -> None:
-        self.process.lose()
-        self.present = 1 - self.present
+        self.present ^= is_turning
 
     @rule(number=st.integers(0, 1))
     def checkpoint(self, number: int) -> None:
@@ -195,7 +198,8 @@ class Successors(RuleBasedStateMachine):
             assert self.process.error is None, self.process.error
             if turn < 5:
                 self.give(2)
-            self.go(2)
+            for _ in range(2):
+                self.process.go(self.servers[self.present])
             self.checkpoint(0)
             self.checkpoint(1)
         self.write_down(is_confirming=True)

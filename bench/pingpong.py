@@ -154,11 +154,12 @@ def _messages(question: Question, stream: int) -> Iterator[bytes]:
 
 
 async def _ping(exchange: Exchange, messages: Iterator[bytes], begin: float, end: float) -> Seconds:
-    """The seconds of each message that was answered between two instants."""
-    latencies = []
-    while (sent := time.perf_counter()) < end:
+    """The seconds of each message that was answered between two instants, but of one at least."""
+    latencies = list[float]()
+    while (sent := time.perf_counter()) < end or not latencies:
         await exchange(next(messages))
-        if begin <= (now := time.perf_counter()) < end:
+        now = time.perf_counter()
+        if begin <= now < end or (now >= end and not latencies):
             latencies.append(now - sent)
     return np.array(latencies)
 

@@ -62,6 +62,7 @@ class Keeper:
         slots = len(sequences.step)
         self._is_due = np.zeros(slots, np.bool_)  # time has come
         self._is_wanted = np.zeros(slots, np.bool_)  # with nothing left to run: park, drain
+        self._last = -1  # the slot that was written last
         self._parks: list[Parting] = []
         self._is_draining = False
         self._progress = asyncio.Event()
@@ -115,7 +116,7 @@ class Keeper:
                 self._is_due |= table.step > table.durable
             try:
                 await self.close_pending()
-                await self._write_all()
+                await self._write_next()
                 if now >= renew_at:
                     await self._renew()
                     renew_at = now + self._settings.record_seconds / _RENEWALS_PER_LIFETIME
@@ -130,19 +131,23 @@ class Keeper:
 
     # Checkpoints.
 
-    async def _write_all(self) -> None:
-        """Write what is due, until nothing is."""
+    async def _write_next(self) -> None:
+        """Write the next batch of what is due; where that is not all, it is due at once again."""
         for parting in self._lanes.parks:
             self._parks.append(parting)
             self._is_wanted[parting.sequence.slot] = True
         self._lanes.parks.clear()
-        while len(slots := self._choose()):
+        slots = self._choose()
+        if len(slots):
+            self._lanes.is_due.set()
             await self._write(slots)
 
     def _choose(self) -> Slots:
         """Which sequences to write next: strict ones first, for somebody waits for those."""
         table = self._sequences
         behind = np.flatnonzero((table.step > table.durable) | self._is_wanted)
+        # In turns, so that those that are always behind leave room for the others.
+        behind = np.roll(behind, -int(np.searchsorted(behind, self._last, side="right")))
         lag = table.step[behind] - table.durable[behind]
         is_strict = table.is_strict[behind]
         is_chosen = (
@@ -152,7 +157,10 @@ class Keeper:
             | (lag >= self._settings.checkpoint_steps)
         )
         chosen: Slots = np.r_[behind[is_chosen & is_strict], behind[is_chosen & ~is_strict]]
-        return chosen[:_WRITES_MAX]
+        chosen = chosen[:_WRITES_MAX]
+        if len(chosen):
+            self._last = int(chosen[-1])
+        return chosen
 
     async def _write(self, slots: Slots) -> None:
         """One batch: out of memory, into the store, and told to those who wait for it."""

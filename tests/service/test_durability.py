@@ -1,6 +1,7 @@
 """Sequences that outlive their server: two servers, one store, and all that comes between."""
 
 import asyncio
+import itertools
 import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -329,6 +330,26 @@ async def test_a_park_is_told_when_it_is_safe(replica) -> None:
     wire = (await replica(durability="periodic")).wire(MODEL)
     opened = await wire.open(0, "s", mode=RESUME, writer=ME, attempt=2, received=2)
     assert opened.applied == 2
+
+
+async def test_a_park_is_told_however_busy_the_store_is_with_others(replica) -> None:
+    served = await replica()
+    busy, wire = served.wire(MODEL), served.wire(MODEL)
+    await busy.open(0, "busy")
+    await wire.open(0, "s", writer=ME, attempt=1)
+
+    async def keep_busy() -> None:
+        for _ in itertools.count():
+            await busy.push(0, floats([1] * 8))
+            await busy.read()
+
+    load = asyncio.create_task(keep_busy())
+    # By now there is always something that is not durable yet.
+    await eventually(lambda: served.metric("sluice_checkpoints_total", model=MODEL) > 20)
+    await wire.send(park=[0])
+    assert await wire.next_closed(0) == Closed.PARKED
+    assert not load.done()
+    load.cancel()
 
 
 async def test_a_close_is_told_when_the_store_has_dropped_the_sequence(replica) -> None:

@@ -1,6 +1,7 @@
 """Sequences that outlive their server: two servers, one store, and all that comes between."""
 
 import asyncio
+import contextlib
 import itertools
 import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -332,24 +333,36 @@ async def test_a_park_is_told_when_it_is_safe(replica) -> None:
     assert opened.applied == 2
 
 
-async def test_a_park_is_told_however_busy_the_store_is_with_others(replica) -> None:
+async def test_a_park_is_told_however_busy_the_store_is_with_others(replica, monkeypatch) -> None:
     served = await replica()
+    write = served.server._store.write
+
+    async def write_slowly(writes: Any) -> Any:
+        await asyncio.sleep(0.02)
+        return await write(writes)
+
+    monkeypatch.setattr(served.server._store, "write", write_slowly)
     busy, wire = served.wire(MODEL), served.wire(MODEL)
     await busy.open(0, "busy")
     await wire.open(0, "s", writer=ME, attempt=1)
 
-    async def keep_busy() -> None:
+    async def push_on() -> None:
         for _ in itertools.count():
             await busy.push(0, floats([1] * 8))
-            await busy.read()
 
-    load = asyncio.create_task(keep_busy())
+    async def read_on() -> None:
+        while await busy.read():
+            pass
+
+    load = asyncio.gather(push_on(), read_on())
     # By now there is always something that is not durable yet.
-    await eventually(lambda: served.metric("sluice_checkpoints_total", model=MODEL) > 20)
+    await eventually(lambda: served.metric("sluice_checkpoints_total", model=MODEL) > 5)
     await wire.send(park=[0])
     assert await wire.next_closed(0) == Closed.PARKED
     assert not load.done()
     load.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await load
 
 
 async def test_a_close_is_told_when_the_store_has_dropped_the_sequence(replica) -> None:

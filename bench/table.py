@@ -27,7 +27,7 @@ def read_effort(description: str, *, rounds: int = 5, seconds: float = 1.5) -> E
     parser.add_argument("--seconds", type=float, default=seconds, help="of one measurement")
     given = parser.parse_args()
     if given.quick:
-        return Effort(1, 0.3, True)
+        return Effort(1, 1.0, True)
     return Effort(given.rounds, given.seconds, False)
 
 

@@ -114,7 +114,8 @@ def kill_before_the_store(world: World, server: Server) -> None:
         )
 
     await_progress(world)
-    server.trace.slow_store(0.5)
+    # So slow that no busy machine lets it finish before the kill.
+    server.trace.slow_store(10)
     wait_until(is_ahead, world, "an output ahead of the store")
     server.process.kill()
     server.trace.slow_store(0)

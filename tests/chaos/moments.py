@@ -131,19 +131,22 @@ def replace_clients(world: World) -> None:
 
 
 def lose_redis(world: World) -> None:
-    """Kill Redis while it has answered writes, and nobody has heard the answers."""
+    """Kill Redis when it has been sent a write, and nobody hears its answer."""
     redis = world.redis
     assert redis is not None
+    for server in world.servers:
+        server.trace.arm(Instant.CHECKPOINTED, 1, signal.SIGSTOP)
+    wait_until(
+        lambda: any(server.process.is_halted for server in world.servers),
+        world,
+        "a checkpoint on its way",
+    )
     redis.proxy.hold(Way.BACK)
-
-    def is_unheard() -> bool:
-        return any(
-            at.checkpointed > at.durable
-            for server in world.servers
-            for _, at in server.trace.progress()
-        )
-
-    wait_until(is_unheard, world, "a write on its way")
+    before = redis.proxy.passed[Way.THERE]
+    for server in world.servers:
+        server.trace.disarm()
+        server.process.wake()
+    wait_until(lambda: redis.proxy.passed[Way.THERE] > before, world, "a write to Redis")
     redis.kill()
     redis.proxy.heal()
     redis.start()

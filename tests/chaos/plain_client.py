@@ -38,6 +38,8 @@ from tests.chaos.workload import OUTPUT_SIZES, Assignment, make_id, read_id
 _OPTIONS = (
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
+    # Else two pings are all, and who waits longer never finds out that nobody is there.
+    ("grpc.http2.max_pings_without_data", 0),
     ("grpc.initial_reconnect_backoff_ms", 50),
     ("grpc.max_reconnect_backoff_ms", 500),
     ("grpc.min_reconnect_backoff_ms", 2_000),

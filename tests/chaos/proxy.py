@@ -41,6 +41,8 @@ class Proxy:
     def __init__(self, target: str = "") -> None:
         self.target = target
         self.connections = 0
+        # Bytes that have gone each way.
+        self.passed = dict.fromkeys(Way, 0)
         self._live: set[_Connection] = set()
         self._delay = 0.0
         self._is_refusing = False
@@ -182,6 +184,7 @@ class Proxy:
                     await asyncio.Event().wait()  # until it is broken
                 data, is_last = self._toll(way, data)
                 await self._loop.sock_sendall(sink, data)
+                self.passed[way] += len(data)
                 if is_last:
                     self._break(connection)
                     return

@@ -22,7 +22,7 @@ SETTINGS = [
     Setting("sqlite", "periodic", clients=(THREADS, PLAIN)),
     Setting("redis", "periodic", servers=2, is_march=True, holds_outputs=False),
     Setting("sqlite", "strict", processes=2),
-    Setting("redis", "strict", servers=2, clients=(RIVAL, RIVAL)),
+    Setting("redis", "strict", servers=2, clients=(RIVAL, RIVAL), pause_seconds=0.01),
     Setting("redis", "periodic", servers=3, holds_outputs=False),
     Setting("sqlite", "strict", servers=2, clients=(THREADS, PLAIN)),
     Setting("redis", "strict", servers=2, is_march=True, clients=(THREADS, PLAIN)),

@@ -17,6 +17,7 @@ from tests.processes import free_port
 # Only bounds a hang: a loaded machine starts a server in many seconds.
 START_SECONDS_MAX = 120
 STOP_SECONDS_MAX = 120
+_STORE_IS_AWAY = "did not answer"
 
 
 class Process:
@@ -162,9 +163,22 @@ class ServerProcess(Process):
         return self.proxy.address
 
     def start(self) -> None:
-        """Start it and wait until it is ready."""
-        self.begin()
-        self.await_ready()
+        """Start it and wait until it is ready; again, while its store does not answer.
+
+        A server without its store ends; whoever runs it starts it again.
+        """
+        deadline = time.monotonic() + START_SECONDS_MAX
+        while True:
+            self.begin()
+            try:
+                self.await_ready()
+            except AssertionError as error:
+                if _STORE_IS_AWAY not in str(error) or time.monotonic() > deadline:
+                    raise
+                self.kill()
+                time.sleep(0.2)
+            else:
+                return
 
     def begin(self) -> None:
         """Start it, and do not wait."""

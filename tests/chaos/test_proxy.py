@@ -99,8 +99,7 @@ def test_what_is_held_arrives_once_it_is_healed() -> None:
 def test_a_message_is_cut_where_it_was_asked() -> None:
     with echo() as target, Proxy(target) as proxy, connect(proxy) as connection:
         proxy.cut_after(Way.BACK, 3)
-        connection.sendall(b"abc")
-        connection.sendall(b"def")
+        connection.sendall(b"abcdef")
         received = b""
         with suppress(ConnectionError):
             while piece := connection.recv(6):

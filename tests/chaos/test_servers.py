@@ -83,7 +83,9 @@ def test_two_clients_that_claim_one_sequence_never_fork_it(
     rule: str, models: Models, tmp_path: Path
 ) -> None:
     """Or else, where the store writes for whoever asks, the harness sees it."""
-    setting = Setting("sqlite", "strict", **SMALL, servers=2, clients=(RIVAL, RIVAL))
+    setting = Setting(
+        "sqlite", "strict", **SMALL, servers=2, clients=(RIVAL, RIVAL), pause_seconds=0.02
+    )
     with World(setting, models, tmp_path, seed=4, without=rule) as world:
         moments.await_progress(world)
         for server in world.servers:

@@ -156,7 +156,8 @@ class Proxy:
         far = socket.socket()
         far.setblocking(False)
         far.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        host, _, port = self.target.rpartition(":")
+        # Whoever took the target away meanwhile has left nothing to connect to.
+        host, _, port = (self.target or "127.0.0.1:1").rpartition(":")
         try:
             await self._loop.sock_connect(far, (host, int(port)))
         except OSError:

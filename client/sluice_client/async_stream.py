@@ -39,6 +39,11 @@ class AsyncRoute:
         self._present = 0
 
     @property
+    def servers(self) -> int:
+        """How many there are to turn to."""
+        return len(self._channels)
+
+    @property
     def channel(self) -> grpc.aio.Channel:
         """The channel to the present server."""
         return self._channels[self._present]
@@ -94,7 +99,7 @@ class AsyncStream:
         self.route = route
         self._model = model
         self._bounds = bounds
-        self._patience = Patience(reconnect_seconds_max)
+        self._patience = Patience(reconnect_seconds_max, route.servers)
         # With a server whose store does not answer, while it serves others.
         self._store_patience = Patience(reconnect_seconds_max)
         self._retry: asyncio.TimerHandle | None = None

@@ -80,8 +80,9 @@ def read_addresses(address: str | Iterable[str]) -> list[str]:
 class Patience:
     """Says how long to wait before the next stream, and when to give up."""
 
-    def __init__(self, seconds_max: float) -> None:
+    def __init__(self, seconds_max: float, servers: int = 1) -> None:
         self._seconds_max = seconds_max
+        self._servers = servers
         self._since: float | None = None
         self._losses = 0
 
@@ -105,6 +106,7 @@ class Patience:
                 "steps that were under way may have been applied",
                 reason=loss.code.name,
             )
+        # Longer only when every server has been asked once more.
+        rounds = self._losses // self._servers
         self._losses += 1
-        ceiling = min(_BACKOFF_SECONDS_MAX, _BACKOFF_SECONDS_FIRST * 2**self._losses)
-        return random.uniform(0, ceiling)
+        return random.uniform(0, min(_BACKOFF_SECONDS_MAX, _BACKOFF_SECONDS_FIRST * 2**rounds))

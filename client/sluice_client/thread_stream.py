@@ -39,6 +39,11 @@ class Route:
         self._present = 0
 
     @property
+    def servers(self) -> int:
+        """How many there are to turn to."""
+        return len(self._channels)
+
+    @property
     def channel(self) -> grpc.Channel:
         """The channel to the present server."""
         return self._channels[self._present]
@@ -95,7 +100,7 @@ class ThreadStream:
         self.route = route
         self._model = model
         self._bounds = bounds
-        self._patience = Patience(reconnect_seconds_max)
+        self._patience = Patience(reconnect_seconds_max, route.servers)
         # With a server whose store does not answer, while it serves others.
         self._store_patience = Patience(reconnect_seconds_max)
         self._retry: threading.Timer | None = None

@@ -1,0 +1,18 @@
+"""How long a client waits between two attempts."""
+
+import grpc
+import pytest
+
+from sluice_client.reach import Loss, Patience
+
+LOSS = Loss(grpc.StatusCode.UNAVAILABLE, "gone")
+
+
+@pytest.mark.parametrize("servers", [1, 2, 3])
+def test_it_waits_longer_only_when_every_server_was_asked_once_more(
+    servers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("random.uniform", lambda _, ceiling: ceiling)
+    patience = Patience(60, servers)
+    waits = [patience.after(LOSS, float(attempt)) for attempt in range(3 * servers)]
+    assert waits == [wait for wait in (0.02, 0.04, 0.08) for _ in range(servers)]

@@ -113,7 +113,7 @@ class Custody:
         is_here = self._sequences.get(request.sequence_id) is not None
         if is_here or request.mode != RESUME or not is_blind(request):
             return None
-        stored = await self._store.read(Key(self._model, request.sequence_id))
+        stored = await self._store.read(self._key(request.sequence_id))
         if stored is None:
             return None
         try:
@@ -126,7 +126,7 @@ class Custody:
         """An open with what this process knows of its sequence."""
         sequence = self._sequences.get(request.sequence_id)
         initial = self._snapshots.initial(request)
-        key = Key(self._model, request.sequence_id)
+        key = self._key(request.sequence_id)
         if sequence is None or not sequence.is_durable:
             return ClaimRequest(key, request, initial)
         is_taken = request.mode in (TAKEOVER, START_OR_RESUME)
@@ -138,16 +138,19 @@ class Custody:
     async def close(self, partings: Sequence[Parting]) -> list[Verdict]:
         """Have the store drop sequences that end. Raises StoreError."""
         return await self._store.close(
-            [Closing(self._key(parting), parting.claim_id, parting.ending) for parting in partings]
+            [
+                Closing(self._key(one.sequence.sequence_id), one.claim_id, one.ending)
+                for one in partings
+            ]
         )
 
-    def _key(self, parting: Parting) -> Key:
-        return Key(self._model, parting.sequence.sequence_id)
+    def _key(self, sequence_id: str) -> Key:
+        return Key(self._model, sequence_id)
 
     async def read(self, sequence_id: str) -> Checkpoint:
         """The last checkpoint of a sequence that lives elsewhere. Raises LaneError."""
         try:
-            stored = await self._store.read(Key(self._model, sequence_id))
+            stored = await self._store.read(self._key(sequence_id))
         except StoreError as error:
             raise as_down(error) from error
         if stored is None:
@@ -168,7 +171,7 @@ class Custody:
         """Drop a sequence that is not here, whoever has it; its durable steps. Raises LaneError."""
         checkpoint = await self.read(sequence_id)
         try:
-            await self._store.close([Closing(Key(self._model, sequence_id), b"", ending)])
+            await self._store.close([Closing(self._key(sequence_id), b"", ending)])
         except StoreError as error:
             raise as_down(error) from error
         return checkpoint.step

@@ -7,7 +7,7 @@ thread, and what could disturb it waits until it has been applied.
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Executor
 
 import numpy as np
@@ -248,7 +248,7 @@ class Host:
         self._runs.settle()
 
     async def open(
-        self, stream: Stream, requests: Iterable[OpenSequence], *, closing: Iterable[int] = ()
+        self, stream: Stream, requests: Iterable[OpenSequence], *, closing: Collection[int] = ()
     ) -> None:
         """Give each request its lane and its sequence, or tell its fault.
 
@@ -260,10 +260,16 @@ class Host:
                 if (slot := stream.slot(lane)) >= 0:
                     self._lanes.end(self._sequences.at(slot), Closed.CLIENT, "its client ended it")
 
-        await self._runs.between_runs(end_lanes)
+        def open_here() -> None:
+            end_lanes()
+            self._openings.open_all(stream, requests)
+
+        # One instant, not two: each may have to wait for a run to end.
         if self._keeper is None:
-            await self._runs.between_runs(lambda: self._openings.open_all(stream, requests))
+            await self._runs.between_runs(open_here)
         else:
+            if closing:
+                await self._runs.between_runs(end_lanes)
             # Where the stream ends meanwhile: what the store was asked is brought to its end.
             opening = asyncio.ensure_future(self._open_in_store(self._keeper, stream, requests))
             self._opening.add(opening)

@@ -97,7 +97,7 @@ class Custody:
 
     async def _claim(self, opens: Sequence[OpenSequence]) -> Sequence[Granted | LaneError]:
         try:
-            refused = [await self._refuse_blind(one) for one in opens]
+            refused = [await self._refuse_early(one) for one in opens]
             asked = [one for one, error in zip(opens, refused, strict=True) if error is None]
             requests = await self._runs.between_runs(lambda: [self._as_claim(one) for one in asked])
             answers = iter(await self._store.claim(requests))
@@ -105,22 +105,28 @@ class Custody:
         except StoreError as error:
             return [as_down(error)] * len(opens)
 
-    async def _refuse_blind(self, request: OpenSequence) -> LaneError | None:
-        """Why a caller that numbers no steps cannot have a sequence of another server.
+    async def _refuse_early(self, request: OpenSequence) -> LaneError | None:
+        """Why a sequence of another server cannot go on here.
 
-        A claim would end it there, and help nobody.
+        For want of room, or because its caller numbers no steps. A claim would end it
+        there, and help nobody.
         """
         is_here = self._sequences.get(request.sequence_id) is not None
-        if is_here or request.mode != RESUME or not is_blind(request):
+        if is_here or request.mode != RESUME:
+            return None
+        if not (self._openings.is_full or is_blind(request)):
             return None
         stored = await self._store.read(self._key(request.sequence_id))
         if stored is None:
             return None
         try:
+            self._openings.require_room()
             checkpoint = unpack(stored.checkpoint.data)
         except LaneError as error:
             return error
-        return None if checkpoint.clean_under else lost(request, checkpoint)
+        if not is_blind(request) or checkpoint.clean_under:
+            return None
+        return lost(request, checkpoint)
 
     def _as_claim(self, request: OpenSequence) -> ClaimRequest:
         """An open with what this process knows of its sequence."""

@@ -4,6 +4,7 @@
     ├── ModelNotFoundError        NOT_FOUND            ends the call
     ├── RequestError              INVALID_ARGUMENT     ends the call
     ├── StoppingError             UNAVAILABLE          ends the call
+    ├── BacklogError              UNAVAILABLE          ends the call
     ├── RepositoryError           FAILED_PRECONDITION  ends the call
     └── LaneError                                      a Fault of one lane; the others go on
         ├── InvalidInputError     INVALID_ARGUMENT
@@ -63,6 +64,12 @@ class RequestError(ServiceError):
 
 class StoppingError(ServiceError):
     """The server stops; another may take the call."""
+
+    status = StatusCode.UNAVAILABLE
+
+
+class BacklogError(ServiceError):
+    """No place became free for a sequence while it waited; another server may have one."""
 
     status = StatusCode.UNAVAILABLE
 

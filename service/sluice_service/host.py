@@ -236,6 +236,25 @@ class Host:
         """What may be asked about its sequences."""
         return self._listing
 
+    # Its places.
+
+    @property
+    def room(self) -> int:
+        """How many more sequences may live here."""
+        return self._settings.sequences_max - len(self._sequences)
+
+    def is_live(self, sequence_id: str) -> bool:
+        """True when a sequence lives here, on a stream or parked."""
+        return self._sequences.get(sequence_id) is not None
+
+    def watch_room(self, on_room: Callable[[], None]) -> None:
+        """Have `on_room` called whenever a sequence has left its place."""
+        self._sequences.on_gone = on_room
+
+    def now(self) -> float:
+        """Seconds in which this process was awake."""
+        return self._clock.now()
+
     # What a stream does.
 
     def attach(self, on_change: Callable[[], None]) -> Stream:

@@ -159,6 +159,7 @@ class Metrics:
         self.sequences_live = gauge("sequences_live", "Sequences with a state here.")
         self.sequences_parked = gauge("sequences_parked", "Live sequences on no stream.")
         self.sequences_max = gauge("sequences_max", "Live sequences that are allowed.")
+        self.sequences_waiting = gauge("sequences_waiting", "New sequences that wait for a place.")
         self.state_bytes = gauge("state_bytes", "Bytes of all live states.")
         self.opened = counter("sequences_opened", "Sequences opened, by origin.", "origin")
         self.closed = counter("sequences_closed", "Sequences and lanes ended.", "reason")
@@ -190,7 +191,7 @@ class Metrics:
 
     def follow(self, model: str, gauges: dict[Gauge, Callable[[], float]]) -> None:
         """Let gauges read their values at scrape time."""
-        self._followed[model] = list(gauges)
+        self._followed.setdefault(model, []).extend(gauges)
         for gauge, read in gauges.items():
             gauge.labels(model).set_function(read)
 

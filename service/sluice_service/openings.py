@@ -9,6 +9,7 @@ from sluice_protos.sequences_pb2 import (
     OFF,
     PERIODIC,
     RESTART,
+    RESUME,
     SERVER_DEFAULT,
     STRICT,
     Closed,
@@ -124,13 +125,24 @@ class Openings:
         found = self._sequences.get(request.sequence_id)
         if self._lanes.is_unloading and (found is None or _begins_again(request, found)):
             raise DrainingError("this model is being unloaded: what lives goes on, nothing begins")
-        if self._arena.is_full and found is None:
+        # What a RESUME names has to be found first: it may be nowhere.
+        if found is None and request.mode != RESUME:
+            self.require_room()
+        if request.HasField("state"):
+            self._inputs.state_row(request.state)
+
+    @property
+    def is_full(self) -> bool:
+        """True when no more sequences may live here."""
+        return self._arena.is_full
+
+    def require_room(self) -> None:
+        """Raise LimitError when no more sequences may live here."""
+        if self.is_full:
             raise LimitError(
                 f"{len(self._sequences)} sequences are alive, as many as sequences_max allows; "
                 "close some, or serve with a higher --sequences-max"
             )
-        if request.HasField("state"):
-            self._inputs.state_row(request.state)
 
     def durability(self, request: OpenSequence) -> "Durability.ValueType":
         """What a sequence has, or else gets. Raises InvalidInputError where that is too much."""
@@ -230,6 +242,7 @@ class Openings:
         stale = self._sequences.get(request.sequence_id)
         if stale is not None:
             self._lanes.lose(stale)
+        self.require_room()
         checkpoint = unpack(granted.checkpoint.data)
         is_clean = bool(granted.previous) and checkpoint.clean_under == granted.previous
         if is_blind(request) and granted.claim is Claim.RESUME and not is_clean:

@@ -4,7 +4,7 @@ No I/O and no clock: `now` is an argument, in seconds of the time this process w
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import Enum, auto
 
 import numpy as np
@@ -115,6 +115,8 @@ class Sequences:
         self._unacknowledged_steps_max = unacknowledged_steps_max
         self._undurable_steps_max = undurable_steps_max
         self._epoch = 0
+        # Called when a sequence has gone: whoever waits for a place may look.
+        self.on_gone: Callable[[], None] = lambda: None
         # Columns: a run reads and writes them for its whole batch at once.
         self.step = np.zeros(slots, np.int64)  # applied
         self.sent = np.zeros(slots, np.int64)  # where the lane's next chunk follows, as sent
@@ -255,6 +257,7 @@ class Sequences:
         self.stream[sequence.slot] = NONE
         self.generation[sequence.slot] += 1
         sequence.held.clear()
+        self.on_gone()
 
     def idle(self, before: float) -> Iterator[Sequence]:
         """The sequences that did nothing since `before` and are in no run.

@@ -132,6 +132,7 @@ class Server:
         log.info("draining")
         if self._following is not None:
             self._following.cancel()
+        self._open_inference.drain()
         try:
             await asyncio.wait_for(self._hosts.drain(), self.settings.drain_seconds_max)
         except TimeoutError:

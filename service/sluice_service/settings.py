@@ -70,8 +70,21 @@ class Settings(BaseSettings):
     sequences_max: Count = Field(
         default=100_000,
         title="Sequences",
-        description="Live sequences of one model. Beyond it new ones are refused; "
-        "none is evicted. Memory is taken only for sequences that live.",
+        description="Live sequences of one model. Beyond it new ones are refused, or wait as "
+        "backlog_sequences_max says; none is evicted. Memory is taken only for sequences that "
+        "live.",
+    )
+    backlog_sequences_max: Annotated[int, Field(ge=0)] = Field(
+        default=1024,
+        title="Sequences",
+        description="New sequences of the Open Inference Protocol that may wait for one of the "
+        "sequences_max places of their model. 0: all are refused at once, as those of other "
+        "streams are.",
+    )
+    backlog_seconds_max: Seconds = Field(
+        default=60,
+        title="Sequences",
+        description="How long they may wait; the timeout of a request may say less.",
     )
     sequence_idle_seconds_max: Seconds = Field(
         default=600,

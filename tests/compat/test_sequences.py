@@ -219,17 +219,6 @@ async def test_sequences_that_come_and_go_all_at_once_all_go(sums) -> None:
     assert await served.list("accumulator") == {}
 
 
-async def test_beyond_the_limit_a_sequence_is_refused_and_a_place_is_given_again(sums) -> None:
-    caller = Caller((await sums(sequences_max=2)).channel)
-    for sequence in (1, 2):
-        await caller.infer(1, sequence_id=sequence, sequence_start=True)
-    code, text = await caller.fails(request(1, sequence_id=3, sequence_start=True))
-    assert code is Code.RESOURCE_EXHAUSTED
-    assert "--sequences-max" in text
-    await caller.infer(1, sequence_id=1, sequence_end=True)
-    assert await caller.infer(4, sequence_id=3, sequence_start=True) == [4]
-
-
 async def test_requests_without_a_sequence_keep_no_place_from_one_with(sums) -> None:
     served = await sums(sequences_max=16)
     caller = Caller(served.channel)

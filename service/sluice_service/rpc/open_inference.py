@@ -15,6 +15,7 @@ from sluice_service.errors import (
     RepositoryError,
     RequestError,
     ServiceError,
+    StoppingError,
 )
 from sluice_service.host import Host
 from sluice_service.metrics import Metrics
@@ -99,8 +100,14 @@ class OpenInferenceService:
         )
         return grpc.method_handlers_generic_handler(NAME, methods)
 
+    def drain(self) -> None:
+        """Let no sequence wait for a place."""
+        for served in self._models.values():
+            served.exchange.dismiss(StoppingError("this server is stopping; ask another"))
+
     def stop(self) -> None:
         """Let every stream end once it has its answers."""
+        self.drain()
         for conversation in self._conversations:
             conversation.stop()
 
@@ -125,7 +132,8 @@ class OpenInferenceService:
             try:
                 await done.wait()
             except asyncio.CancelledError:
-                request.is_cancelled = True
+                if served is not None:
+                    served.exchange.cancel(request)
                 raise
             if served is not None:
                 served.exchange.tally.count(request)
@@ -169,6 +177,8 @@ class OpenInferenceService:
         served = self._models.get(name)
         if served is None or served.host is not host:
             served = self._models[name] = _Served(host, self._settings)
+            exchange = served.exchange
+            self._metrics.follow(name, {self._metrics.sequences_waiting: lambda: exchange.waiting})
         return served
 
     # The repository.
@@ -298,8 +308,9 @@ class _Conversation:
                 await self._changed.wait()
         finally:
             reader.cancel()
-            for request, _, _ in self._pending:
-                request.is_cancelled = True
+            for request, served, _ in self._pending:
+                if served is not None:
+                    served.exchange.cancel(request)
 
     async def _read(self, messages: AsyncIterator[bytes]) -> None:
         async for data in messages:

@@ -3,7 +3,8 @@
 A sequence keeps its lane as long as it lives, whichever connection its requests come
 from, and has one request in the scheduler at a time; the others wait here. Requests
 that arrive in one turn of the event loop go to the host as one frame. A request
-without a sequence borrows a lane whose state is set back to the initial one.
+without a sequence borrows a lane whose state is set back to the initial one. Where all
+places are taken, a lane waits for one in the backlog.
 """
 
 import asyncio
@@ -29,6 +30,7 @@ from sluice_service.errors import (
 )
 from sluice_service.host import Host
 from sluice_service.rpc.open_inference_arrivals import Arrivals
+from sluice_service.rpc.open_inference_backlog import Backlog
 from sluice_service.rpc.open_inference_lanes import (
     ERRORS,
     NONE,
@@ -39,6 +41,8 @@ from sluice_service.rpc.open_inference_lanes import (
     ended,
     misplaced,
     not_started,
+    overdue,
+    withdrawn,
 )
 from sluice_service.rpc.open_inference_requests import Request
 from sluice_service.settings import Settings
@@ -68,18 +72,33 @@ class Exchange:
         self._ended: OrderedDict[str, Answered] = OrderedDict()
         self._free_numbers: list[int] = []
         self._numbers = 0
+        self._backlog = Backlog(
+            settings,
+            steps_max=host.limits.credit_steps,
+            now=host.now,
+            on_overdue=self._overdue,
+        )
+        host.watch_room(self._on_room)
+        self._has_cancelled = False  # among those who wait for a place
         self._waiting_steps = 0
         self._is_flush_due = False
         self._arrivals = Arrivals()
         self._opening: list[Lane] = []
         self._closing: list[int] = []
+        self._parting: set[int] = set()  # numbers whose places are about to be free
         self._chunks: list[Lane] = []
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
     def is_full(self) -> bool:
         """True while more waits than one client of the native stream may have waiting."""
-        return self._waiting_steps >= self._host.limits.credit_steps
+        running = self._waiting_steps - self._backlog.steps
+        return running >= self._host.limits.credit_steps
+
+    @property
+    def waiting(self) -> int:
+        """How many sequences wait for a place."""
+        return len(self._backlog)
 
     def submit(self, request: Request) -> None:
         """Take a request; its `on_done` is called when it has outputs or an error."""
@@ -89,13 +108,8 @@ class Exchange:
         if not request.key and not self._host.is_welcoming:
             request.fail(StoppingError(f"model {self._host.name!r} is being unloaded"))
             return
-        if request.version not in ("", self._version) and (request.is_start or not request.key):
-            request.fail(
-                ModelNotFoundError(
-                    f"version {request.version} of model {self._host.name!r} takes no new "
-                    f"sequences; leave it out, or ask for {self._version}"
-                )
-            )
+        if (request.is_start or not request.key) and (error := self._misversioned(request)):
+            request.fail(error)
             return
         if self.is_full:
             request.fail(
@@ -112,23 +126,54 @@ class Exchange:
             lane = self._by_key.get(request.key)
             if lane is None:
                 lane = self._by_key[request.key] = Lane(request.key)
-            lane.queue.append(request)
             if lane.current is None:
+                lane.queue.append(request)
                 self._next(lane)
+            else:
+                self._join(lane, request)
         else:
             for row in range(request.batch):
-                self._place(self._spare.pop() if self._spare else Lane(""), request, row)
+                lane = self._spare.pop() if self._spare else Lane("")
+                if (error := self._place(lane, request, row)) is not None:
+                    self._refuse(request, error)
         self._schedule()
+
+    def _join(self, lane: Lane, request: Request) -> None:
+        """Let a request wait behind the others of its sequence."""
+        if lane in self._backlog:
+            try:
+                self._backlog.join(lane, request)
+            except LimitError as error:
+                self._refuse(request, error)
+                return
+        lane.queue.append(request)
+
+    def _refuse(self, request: Request, error: ServiceError) -> None:
+        """Fail a request, or a row of it, that no lane has."""
+        self._waiting_steps -= request.steps
+        request.fail(error)
+
+    def _misversioned(self, request: Request) -> ServiceError | None:
+        """Why a request that begins at the initial state cannot do so on the version it names."""
+        if request.version in ("", self._version):
+            return None
+        return ModelNotFoundError(
+            f"version {request.version} of model {self._host.name!r} takes no new sequences; "
+            f"leave it out, or ask for {self._version}"
+        )
 
     # What a lane does next.
 
-    def _place(self, lane: Lane, request: Request, row: int = 0) -> None:
-        """Make a request a lane's current one."""
+    def _place(self, lane: Lane, request: Request, row: int = 0) -> ServiceError | None:
+        """Make a request a lane's current one; the error where it can have no place."""
         lane.current, lane.row, lane.missing = request, row, request.steps
-        if lane.number == NONE or (lane.key and request.is_start):
+        if lane.number != NONE and not (lane.key and request.is_start):
+            self._chunks.append(lane)
+        elif not self._needs_place(lane, request):
             self._opening.append(lane)
         else:
-            self._chunks.append(lane)
+            return self._seek_place(lane)
+        return None
 
     def _next(self, lane: Lane) -> None:
         """Begin the first request that waits for a lane's sequence and is not a repeat."""
@@ -142,11 +187,11 @@ class Exchange:
                 self._waiting_steps -= request.steps
                 request.outputs = last.outputs
                 request.finish()
-            elif lane.is_open and (error := misplaced(lane, request)) is not None:
-                self._waiting_steps -= request.steps
-                request.fail(error)
             else:
-                self._place(lane, request)
+                error = misplaced(lane, request) if lane.is_open else None
+                error = error or self._place(lane, request)
+                if error is not None:
+                    self._refuse(request, error)
         if lane.current is None and lane.number == NONE:
             self._by_key.pop(lane.key, None)
 
@@ -164,7 +209,8 @@ class Exchange:
         if lane.key:
             self._next(lane)
         elif lane.number != NONE:
-            if len(self._spare) < self._spare_max and self._host.is_welcoming:
+            is_spare = len(self._spare) < self._spare_max and not self._backlog
+            if is_spare and self._host.is_welcoming:
                 if lane.version != self._version:
                     self._restart([lane])
                 self._spare.append(lane)
@@ -186,11 +232,82 @@ class Exchange:
     def _close(self, lane: Lane) -> None:
         """Have a lane's sequence dropped before anything else is sent."""
         self._closing.append(lane.number)
+        self._parting.add(lane.number)
         self._forget_number(lane)
 
     def _forget_number(self, lane: Lane) -> None:
         del self._by_number[lane.number]
         lane.number, lane.is_open, lane.last = NONE, False, None
+
+    # Places.
+
+    def _needs_place(self, lane: Lane, request: Request) -> bool:
+        """False where its sequence lives here, or has to be looked for, or must not begin."""
+        if lane.number != NONE or not self._host.is_welcoming:
+            return False
+        return not lane.key or (request.is_start and not self._host.is_live(lane.key))
+
+    def _seek_place(self, lane: Lane) -> ServiceError | None:
+        """Let a lane take a place, or wait for one; the error where it may do neither."""
+        if self._host.room <= self._backlog.called:
+            self._give_up_spare()
+        try:
+            if self._backlog.enter(lane, self._host.room + len(self._parting)):
+                self._opening.append(lane)
+        except LimitError as error:
+            lane.current = None
+            return error
+        return None
+
+    def _give_up_spare(self) -> None:
+        """Let go of the places that only wait for requests without a sequence."""
+        while self._spare:
+            self._close(self._spare.pop())
+            self._schedule()
+
+    def _on_room(self) -> None:
+        """A sequence has gone."""
+        if self._backlog:
+            self._schedule()
+
+    def _admit(self) -> None:
+        """Let the first of those who wait have the places that are free."""
+        if self._has_cancelled:
+            self._has_cancelled = False
+            for lane in self._backlog:
+                if lane.current is not None and lane.current.is_cancelled:
+                    self._dismiss(lane, withdrawn(lane.current))
+        self._opening += self._backlog.call(self._host.room)
+
+    def cancel(self, request: Request) -> None:
+        """Nobody waits for a request any more: it is not begun, and gives up its turn."""
+        request.is_cancelled = True
+        if self._backlog:
+            self._has_cancelled = True
+            self._schedule()
+
+    def dismiss(self, error: ServiceError) -> None:
+        """Let nobody wait for a place."""
+        while lanes := list(self._backlog):
+            for lane in lanes:
+                self._dismiss(lane, error)
+
+    def _dismiss(self, lane: Lane, error: ServiceError) -> None:
+        """Let a sequence wait no more: all of its requests, up to its END, fail."""
+        self._backlog.leave(lane)
+        request, lane.current = lane.current, None
+        assert request is not None
+        self._refuse(request, error)
+        while lane.queue and not request.is_end:
+            request = lane.queue.popleft()
+            self._refuse(request, error)
+        if lane.key:
+            self._next(lane)
+        self._schedule()
+
+    def _overdue(self, lane: Lane) -> None:
+        assert lane.current is not None
+        self._dismiss(lane, overdue(lane.current))
 
     # To the host.
 
@@ -205,6 +322,8 @@ class Exchange:
             asyncio.get_running_loop().call_soon(self._flush)
             return
         self._is_flush_due = False
+        if self._backlog:
+            self._admit()
         if self._opening or self._closing:
             task = asyncio.ensure_future(self._open())
             self._tasks.add(task)
@@ -229,6 +348,7 @@ class Exchange:
             # A defect of ours: nobody must wait for ever.
             log.exception("open_broke")
             for lane in opening:
+                self._backlog.settle(lane)
                 if lane.current is not None:
                     self._leave(lane, ServiceError("an error inside the server"))
         self._send()
@@ -269,11 +389,13 @@ class Exchange:
         """Let the places for requests without a sequence be of the newest version."""
         self._version = str(self._host.version.number)
         if not self._host.is_welcoming:
-            while self._spare:
-                self._close(self._spare.pop())
-            self._schedule()
+            self.dismiss(StoppingError(f"model {self._host.name!r} is being unloaded"))
+            self._give_up_spare()
         elif self._spare:
             self._restart(self._spare)
+        for lane in self._backlog:
+            if lane.current is not None and (error := self._misversioned(lane.current)):
+                self._dismiss(lane, error)
 
     def _restart(self, lanes: list[Lane]) -> None:
         """Set lanes back to the initial state, of the newest version."""
@@ -328,6 +450,7 @@ class Exchange:
 
     def _opened(self, opened: Opened) -> None:
         lane = self._by_number[opened.lane]
+        self._backlog.settle(lane)
         lane.is_open, lane.step = True, opened.applied
         assert lane.current is not None and self._stream is not None
         lane.version = str(self._host.version_of(self._stream, lane.number).number)
@@ -352,13 +475,16 @@ class Exchange:
         else:
             self._free_numbers.append(lane.number)
             self._forget_number(lane)
-            if fault.reason == Fault.LIMIT and self._spare:
-                # Places that only wait for requests without a sequence make room.
-                while self._spare:
-                    self._close(self._spare.pop())
-                self._opening.append(lane)
-                self._schedule()
-                return
+            if fault.reason == Fault.LIMIT:
+                # A stream was quicker, or only the store has the sequence.
+                try:
+                    self._backlog.put_back(lane)
+                except LimitError as limit:
+                    error = limit
+                else:
+                    self._give_up_spare()
+                    return
+            self._backlog.settle(lane)
             if fault.reason in (Fault.NOT_FOUND, Fault.SEQUENCE_CLOSED):
                 error = not_started(request, self._host.name, fault)
         self._leave(lane, error)
@@ -366,6 +492,7 @@ class Exchange:
     def _closed(self, closed: Closed) -> None:
         """A lane has ended: as we asked, or because the host ended it."""
         self._free_numbers.append(closed.lane)
+        self._parting.discard(closed.lane)
         lane = self._by_number.get(closed.lane)
         if lane is None:
             return
@@ -390,3 +517,4 @@ class Exchange:
             self._stream = None
             self._numbers = 0
             self._free_numbers.clear()
+            self._parting.clear()

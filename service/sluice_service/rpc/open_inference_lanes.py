@@ -3,12 +3,13 @@
 import hashlib
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from sluice_protos.sequences_pb2 import Closed, Fault
 from sluice_service.errors import (
+    BacklogError,
     GapError,
     LaneError,
     ModelNotFoundError,
@@ -95,6 +96,17 @@ class Lane:
         self.missing = 0  # steps of the current request that have not come back
         self.last: Answered | None = None
 
+    def requests(self) -> Iterator[Request]:
+        """All that have not been answered, in their order."""
+        if self.current is not None:
+            yield self.current
+        yield from self.queue
+
+    @property
+    def steps_asked(self) -> int:
+        """The steps of those."""
+        return sum(request.steps for request in self.requests())
+
 
 def misplaced(lane: Lane, request: Request) -> ServiceError | None:
     """Why a request is not the next one of its sequence, by its version or its steps."""
@@ -142,6 +154,28 @@ def ended(request: Request, closed: Closed) -> ServiceError:
         f"sequence {request.sequence} was ended ({Closed.Reason.Name(closed.reason)}) before this "
         "request was run; start it again with the START flag"
     )
+
+
+def overdue(request: Request) -> ServiceError:
+    """What the requests of a sequence are told for which no place became free in time."""
+    # The first words are those by which clients of the field know it.
+    return BacklogError(
+        f"timeout of the corresponding sequence has been expired: {_name(request)} waited for a "
+        "place and none became free; end some, ask another server, or serve with a higher "
+        "--sequences-max or --backlog-seconds-max"
+    )
+
+
+def withdrawn(request: Request) -> ServiceError:
+    """What the other requests of a sequence are told whose first was cancelled while it waited."""
+    return NotFoundError(
+        f"{_name(request)} never began: the request that starts it was cancelled while it waited "
+        "for a place; start it again with the START flag"
+    )
+
+
+def _name(request: Request) -> str:
+    return f"sequence {request.sequence}" if request.key else "a request without a sequence"
 
 
 def as_frame(lanes: Sequence[Lane]) -> tuple[Integers, Integers, Integers, list[Array]]:

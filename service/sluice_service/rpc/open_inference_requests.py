@@ -39,6 +39,7 @@ class Request:
         "outputs",
         "sequence",
         "steps",
+        "timeout_seconds",
         "version",
         "wanted",
         "wants_final_flag",
@@ -54,6 +55,7 @@ class Request:
         self.sequence = ""
         self.is_start = self.is_end = False
         self.first: int | None = None  # the steps before it, where the client named them
+        self.timeout_seconds: float | None = None  # for which it may wait for a place
         self.batch = self.steps = 1
         self.has_time = False  # the shapes have a time axis
         self.inputs: list[Array] = []  # [batch × steps, …] each
@@ -223,6 +225,8 @@ def read_parameters(parameters: Any, request: Request) -> None:
             request.is_end = _read_bool(key, value)
         elif key == "sequence_step":
             request.first = _read_step(value)
+        elif key == "timeout":
+            request.timeout_seconds = _read_timeout(value)
         elif key == _FINAL_RESPONSE:
             request.wants_final_flag = _read_bool(key, value)
         elif key.startswith(_RESERVED):
@@ -261,13 +265,25 @@ def _read_bool(key: str, value: InferParameter) -> bool:
 
 
 def _read_step(value: InferParameter) -> int:
-    kind = value.WhichOneof("parameter_choice")
-    if kind not in ("int64_param", "uint64_param"):
-        raise RequestError(f"sequence_step is {_kind(kind)}; send int64_param")
-    step = value.int64_param if kind == "int64_param" else value.uint64_param
+    step = _read_integer("sequence_step", value)
     if not 0 <= step <= STEPS_MAX:
         raise RequestError(f"sequence_step is {step}; it counts steps from 0")
     return step
+
+
+def _read_timeout(value: InferParameter) -> float | None:
+    """Seconds; None where the client leaves it to the server."""
+    microseconds = _read_integer("timeout", value)
+    if microseconds < 0:
+        raise RequestError(f"timeout is {microseconds}; it counts microseconds, and 0 is none")
+    return microseconds / 1e6 or None
+
+
+def _read_integer(key: str, value: InferParameter) -> int:
+    kind = value.WhichOneof("parameter_choice")
+    if kind not in ("int64_param", "uint64_param"):
+        raise RequestError(f"{key} is {_kind(kind)}; send int64_param")
+    return value.int64_param if kind == "int64_param" else value.uint64_param
 
 
 def _kind(kind: str | None) -> str:

@@ -153,6 +153,8 @@ class Lanes:
         """Take a sequence from its lane with a fault; its client may open it again."""
         if sequence.phase is Phase.ATTACHED:
             stream = self._take_back(sequence)
+            # What it holds now is sent on its next lane, and not on this one as well.
+            self._sequences.generation[sequence.slot] += 1
             self._leave(sequence, stream, None)
             self.tell(stream, int(self._sequences.lane[sequence.slot]), error)
 
@@ -355,7 +357,9 @@ class Lanes:
         """Send what is held from `received` on, once, on the new lane."""
         table, slot = self._sequences, sequence.slot
         received = int(table.received[slot])
-        for held in sequence.held:
+        # Where it is counted, what goes out is kept again.
+        kept, sequence.held = sequence.held, []
+        for held in kept:
             skipped = max(received - held.first, 0)
             if skipped < held.steps:
                 delivery = Delivery(
@@ -368,4 +372,11 @@ class Lanes:
                     [cut(output, held.steps, skipped, held.steps) for output in held.outputs],
                 )
                 self.deliver(delivery, stream.number)
-        sequence.held.clear()
+
+    def keep(self, stream: Stream, lane: int, first: int, steps: int, outputs: list[bytes]) -> None:
+        """Hold outputs that have gone to a client that counts its steps, until acknowledged."""
+        slot = stream.slot(lane)
+        if slot >= 0:
+            sequence, received = self._sequences.at(slot), self._sequences.received[slot]
+            due = [held for held in sequence.held if held.first + held.steps > received]
+            sequence.held = [*due, Held(first, steps, outputs)]

@@ -171,6 +171,8 @@ class Openings:
     def _attach(self, stream: Stream, sequence: Sequence, request: OpenSequence) -> None:
         """Tell the client how its sequence stands, then what is held for it."""
         table, slot = self._sequences, sequence.slot
+        counts = stream.has_counters and request.HasField("received")
+        sequence.is_counted = counts and sequence.is_durable
         table.attach(sequence, stream.number, request.lane, self._clock.now())
         stream.put_lane(request.lane, slot)
         stream.has_writer |= not sequence.is_anonymous
@@ -310,7 +312,8 @@ class Openings:
         if request.received < floor or is_ahead:
             raise OutOfRangeError(
                 f"sequence {request.sequence_id!r} holds outputs {floor} to {step}, "
-                f"not from {request.received}; resume with received {floor} or more"
+                f"not from {request.received}; resume with received {floor} or more",
+                expected_step=step,
             )
         return min(request.received, step)
 

@@ -50,7 +50,7 @@ class IllegalTransitionError(Exception):
 
 
 class Held:
-    """Outputs of a parked sequence that its writer has not acknowledged."""
+    """Outputs that a client has not acknowledged, and that no stream keeps."""
 
     __slots__ = ("first", "outputs", "steps")
 
@@ -63,7 +63,16 @@ class Held:
 class Sequence:
     """What is kept of one live sequence beside its row and its columns."""
 
-    __slots__ = ("claim_id", "durability", "held", "phase", "record", "sequence_id", "slot")
+    __slots__ = (
+        "claim_id",
+        "durability",
+        "held",
+        "is_counted",
+        "phase",
+        "record",
+        "sequence_id",
+        "slot",
+    )
 
     def __init__(self, sequence_id: str, slot: int, record: Record) -> None:
         self.sequence_id = sequence_id
@@ -72,6 +81,9 @@ class Sequence:
         self.phase = Phase.PARKED
         self.held: list[Held] = []
         self.durability: Durability.ValueType = OFF
+        # True where its client has no writer but counts its steps: what it has not acknowledged
+        # is held all the same.
+        self.is_counted = False
         # Under which the store has it as this process's; empty where durability is off.
         self.claim_id = b""
 
@@ -216,7 +228,7 @@ class Sequences:
         self.active[slot] = now
         # What was delivered on an earlier lane can be acknowledged no more.
         self.generation[slot] += 1
-        if sequence.is_anonymous:
+        if sequence.is_anonymous and not sequence.is_counted:
             self.received[slot] = ALL
             self.bound(slot)
         self.is_faulted[slot] = False

@@ -117,6 +117,8 @@ class Stream:
         self.queued_steps = 0
         # True once a lane was opened that may ask for its outputs again.
         self.has_writer = False
+        # True where who counts steps has a sequence's outputs before each chunk of it.
+        self.has_counters = False
         self._outbox_rows = 0
         # True once the client will send no more: it ends when its queue is done.
         self.is_half_closed = False

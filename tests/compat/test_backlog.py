@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 
 from sluice_protos.sequences_pb2 import Fault
+from sluice_service.rpc.open_inference_backlog import Backlog
+from sluice_service.rpc.open_inference_lanes import Lane
+from sluice_service.rpc.open_inference_requests import Request
 from sluice_service.settings import Settings
 from tests.compat.caller import Caller, request, values
 from tests.service.test_durability import crash
@@ -97,6 +100,29 @@ async def test_whoever_comes_while_others_wait_goes_to_the_end_of_the_line(gate,
     assert (await ending, await late) == ([3], [3])
 
 
+def test_a_place_that_is_free_while_others_wait_is_theirs() -> None:
+    def stands(key: str) -> Lane:
+        lane = Lane(key)
+        lane.current = Request(lambda: None)
+        return lane
+
+    settings = Settings(backlog_seconds_max=1e6)
+    line = Backlog(settings, steps_max=10, now=lambda: 0.0, on_overdue=lambda _: None)
+    line._look_at = lambda _: None  # no loop, no timer
+    first, second, third, late = map(stands, ("first", "second", "third", "late"))
+    assert line.enter(first, room=1)
+    assert not line.enter(second, room=1)
+    assert not line.enter(third, room=1)
+    # The first found no place after all: its turn is before that of all others.
+    line.put_back(first)
+    assert not line.enter(late, room=2)
+    assert line.call(room=2) == [first, second]
+    assert line.call(room=2) == []
+    line.settle(first)
+    assert line.call(room=2) == [third]
+    assert list(line) == [late]
+
+
 async def test_later_requests_wait_behind_the_one_that_starts_their_sequence(full) -> None:
     served, caller = await full()
     streams = {sequence: caller.stream() for sequence in (2, 3)}
@@ -162,7 +188,46 @@ async def test_answers_of_a_stream_keep_their_order_while_what_they_answer_is_ru
     assert await stream.take(2) == [[5], [2]]
 
 
-# What makes room.
+# What makes room, and who needs none.
+
+
+async def test_a_start_of_a_sequence_that_lives_waits_for_nothing(full) -> None:
+    served, caller = await full()
+    task = asked(caller, 5, 2)
+    await waiting(served, 1)
+    assert await caller.infer(7, sequence_id=1, sequence_start=True) == [7]
+    # And where it is known by a stream of the native protocol alone:
+    await caller.infer(1, sequence_id=1, sequence_end=True)
+    assert await task == [5]
+    await caller.infer(1, sequence_id=2, sequence_end=True)
+    wire = served.wire(MODEL)
+    await wire.open(0, "int64:9")
+    task = asked(caller, 6, 3)
+    await waiting(served, 1)
+    assert await caller.infer(8, sequence_id=9, sequence_start=True) == [8]
+    await caller.infer(8, sequence_id=9, sequence_end=True)
+    assert await task == [6]
+    wire.cut()
+
+
+async def test_a_place_that_is_about_to_be_free_is_as_good(full) -> None:
+    served, _ = await full(backlog_sequences_max=0)
+    service, requests = served.server._open_inference, []
+
+    def ask(number: int, **fields: Any) -> None:
+        # Asked for in the very turn in which the one before is answered.
+        loop = asyncio.get_running_loop()
+        following = {"sequence_start": True, "sequence_end": True}
+        requests.append(
+            Request(lambda: loop.call_soon(lambda: ask(number + 1, **following)))
+            if number < 20
+            else Request(lambda: None)
+        )
+        service.submit(request(number, sequence_id=number, **fields), requests[-1])
+
+    ask(1, sequence_end=True)
+    await eventually(lambda: len(requests) == 20 and requests[-1].is_done)
+    assert [one.error for one in requests] == [None] * 20
 
 
 async def test_a_close_from_outside_makes_room(full) -> None:

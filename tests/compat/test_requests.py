@@ -43,7 +43,7 @@ async def test_requests_that_come_together_share_a_run(gate, sums) -> None:
     await eventually(lambda: "accumulator" in models)
     exchange = models["accumulator"].exchange
     await eventually(lambda: exchange._waiting_steps == 50 and host._scheduler.has_ready)
-    await eventually(lambda: not exchange._is_flush_due)
+    await eventually(lambda: not exchange._trunk._is_flush_due)
     await gate.let_through()
     await gate.let_through()
     assert await answers == [[number] for number in range(20)]

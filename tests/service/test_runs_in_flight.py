@@ -34,6 +34,7 @@ async def test_chunks_that_arrive_during_a_run_share_the_next_one(gate, gated) -
     for wire in wires[1:]:
         await wire.push(0, floats([2]))
         await wire.push(0, floats([3]))
+    await eventually(lambda: gated.metric("sluice_chunks_total", model="accumulator") == 7)
     for _ in range(3):
         await gate.let_through()
     assert (await wires[0].rows(0, 1)).ravel().tolist() == [1]

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from sluice_protos.sequences_pb2 import Closed, Fault
+from sluice_protos.sequences_pb2 import Closed, Fault, Opened
 from sluice_service.errors import (
     BacklogError,
     GapError,
@@ -73,12 +73,14 @@ class Lane:
 
     __slots__ = (
         "current",
+        "is_counted",
         "is_open",
         "key",
         "last",
         "missing",
         "number",
         "queue",
+        "resumes_at",
         "row",
         "step",
         "version",
@@ -88,13 +90,21 @@ class Lane:
         self.key = key  # "": no sequence
         self.number = NONE
         self.is_open = False
-        self.step = 0  # applied
+        self.is_counted = False  # the host holds the answer to its last request
+        self.step = 0  # whose outputs have come
         self.version = ""  # on which it runs
         self.queue: deque[Request] = deque()
         self.current: Request | None = None
         self.row = 0  # of the current request's batch
         self.missing = 0  # steps of the current request that have not come back
+        self.resumes_at = NONE  # the step from which a repeat is run: before it outputs are held
         self.last: Answered | None = None
+
+    @property
+    def first(self) -> int:
+        """The steps before the current request."""
+        assert self.current is not None
+        return self.step + self.missing - self.current.steps
 
     def requests(self) -> Iterator[Request]:
         """All that have not been answered, in their order."""
@@ -106,6 +116,15 @@ class Lane:
     def steps_asked(self) -> int:
         """The steps of those."""
         return sum(request.steps for request in self.requests())
+
+
+def applied_before(lane: Lane, request: Request, opened: Opened) -> int:
+    """How many steps of a repeated request were applied, whose outputs the host holds."""
+    first = request.first
+    if first is None or request.is_start or request.version not in ("", lane.version):
+        return 0
+    steps = opened.applied - first
+    return steps if opened.held_from <= first and 0 < steps <= request.steps else 0
 
 
 def misplaced(lane: Lane, request: Request) -> ServiceError | None:
@@ -123,9 +142,14 @@ def misplaced(lane: Lane, request: Request) -> ServiceError | None:
             f"sequence {request.sequence} has {lane.step} steps applied, not {first}; send again "
             f"from sequence_step {lane.step}"
         )
+    return passed(request, lane.step)
+
+
+def passed(request: Request, step: int) -> ServiceError:
+    """What a request is told that is older than the last one of its sequence, or another."""
     return OutOfRangeError(
-        f"sequence {request.sequence} has {lane.step} steps applied; only its last request, as it "
-        f"was, can be repeated: go on with sequence_step {lane.step}"
+        f"sequence {request.sequence} has {step} steps applied; only its last request, as it was, "
+        f"can be repeated: go on with sequence_step {step}"
     )
 
 
@@ -179,16 +203,16 @@ def _name(request: Request) -> str:
 
 
 def as_frame(lanes: Sequence[Lane]) -> tuple[Integers, Integers, Integers, list[Array]]:
-    """The current requests of `lanes`: lanes, steps and first steps [chunks], inputs [rows, …]."""
+    """What is to be run of `lanes`: lanes, steps and first steps [chunks], inputs [rows, …]."""
     count = len(lanes)
     requests = [lane.current for lane in lanes if lane.current is not None]
-    steps = np.fromiter((request.steps for request in requests), np.int64, count)
+    steps = np.fromiter((lane.missing for lane in lanes), np.int64, count)
     inputs = []
     for index in range(len(requests[0].inputs)):
         parts = [
             request.inputs[index]
-            if request.batch == 1
-            else request.inputs[index][lane.row * request.steps :][: request.steps]
+            if request.batch == 1 and lane.missing == request.steps
+            else request.inputs[index][lane.row * request.steps :][: request.steps][-lane.missing :]
             for lane, request in zip(lanes, requests, strict=True)
         ]
         inputs.append(parts[0] if count == 1 else np.concatenate(parts))

@@ -1,6 +1,5 @@
 """`sluice serve`: the server, its flags made from its settings."""
 
-import asyncio
 import inspect
 import sys
 from pathlib import Path
@@ -29,6 +28,7 @@ _ANY_ARGUMENTS = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 def serve(**flags: Any) -> None:
     """Serve models over gRPC until SIGTERM."""
+    import uvloop
     from pydantic import ValidationError
     from pydantic_settings import SettingsError
 
@@ -52,7 +52,7 @@ def serve(**flags: Any) -> None:
         )
     set_up_logs(settings)
     try:
-        asyncio.run(serve_until_stopped(settings))
+        uvloop.run(serve_until_stopped(settings))
     except (ModelError, OSError, StoreError, StoreSetupError) as error:
         _fail(str(error))
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from sluice_model import Model, RunError, example_inputs
 from sluice_protos.datatypes import DTYPES
 from sluice_service.errors import LaneError, NonFiniteError, RunFailedError
-from sluice_service.ragged import Array, is_finite, is_whole
+from sluice_service.ragged import Array, is_finite
 from sluice_service.scheduler import Run
 
 log = structlog.get_logger()
@@ -26,7 +26,6 @@ class Outcome:
     outputs: list[Array]  # [batch, steps, …] each
     states: NDArray[np.float32]  # [batch, state_size]
     errors: dict[int, LaneError]  # of the rows, by index, that must not be applied
-    steps_each: int  # what every row ran; 0 where they differ
     seconds: float
 
 
@@ -53,19 +52,17 @@ class Engine:
         Changes nothing but `states`: to apply the outcome is the run loop's.
         """
         started = time.monotonic()
-        steps = run.inputs[0].shape[1]
-        steps_each = steps if is_whole(run.lengths, steps) else 0
         errors: dict[int, LaneError] = {}
         try:
             outputs, states = self._model.run(
-                run.inputs, None if steps_each else run.lengths.astype(np.int32), states
+                run.inputs, None if run.steps_each else run.lengths.astype(np.int32), states
             )
         except RunError:
             outputs = self._empty_outputs(run)
             lengths = run.lengths.astype(np.int32)
             self._narrow(run, lengths, states, outputs, range(len(lengths)), errors)
         self._judge(states, errors)
-        return Outcome(outputs, states, errors, steps_each, time.monotonic() - started)
+        return Outcome(outputs, states, errors, time.monotonic() - started)
 
     def failed(self, run: Run) -> Outcome:
         """The outcome of a run that gave nothing, through no fault of its rows."""
@@ -75,7 +72,6 @@ class Engine:
             self._empty_outputs(run),
             np.zeros((count, len(self._model.initial_state)), np.float32),
             dict.fromkeys(range(count), error),
-            0,
             0.0,
         )
 

@@ -33,8 +33,8 @@ from sluice_service.lanes import Lanes
 from sluice_service.listing import Listing
 from sluice_service.metrics import ModelMetrics
 from sluice_service.openings import Openings
-from sluice_service.queues import Frame, Kind
-from sluice_service.ragged import Array, Integers, is_ones, starts_of
+from sluice_service.queues import Frame, Kind, Single
+from sluice_service.ragged import Array, Buffers, Integers, is_ones, starts_of
 from sluice_service.runs import RunLoop
 from sluice_service.scheduler import Scheduler
 from sluice_service.sequences import Sequence, Sequences
@@ -87,6 +87,7 @@ class Host:
         self._scheduler = Scheduler(
             self._sequences,
             slots,
+            rules=self.inputs,
             run_sequences_max=settings.run_sequences_max,
             run_steps_max=settings.run_steps_max,
             run_cells_max=self._versions.cells_within(settings.run_seconds_max),
@@ -110,7 +111,8 @@ class Host:
             self._clock,
             metrics,
             executor,
-            self._applied,
+            self._applied if store is not None else None,
+            runs_at_once_max=settings.runs_at_once_max,
         )
         self._openings = Openings(
             self._arena,
@@ -154,8 +156,8 @@ class Host:
         )
 
     def _applied(self, slots: Slots) -> None:
-        if self._keeper is not None:
-            self._keeper.notice(slots)
+        assert self._keeper is not None
+        self._keeper.notice(slots)
 
     def _follow(self) -> None:
         """Let the gauges read from here."""
@@ -336,11 +338,9 @@ class Host:
             first = None if first is None else first[is_open]
             if not len(slots):
                 return
-        errors: dict[int, LaneError]
+        errors: dict[int, LaneError] | None = None
         if isinstance(inputs, InvalidInputError):
             errors, inputs = dict.fromkeys(range(len(slots)), inputs), []
-        else:
-            errors = self.inputs.judge(inputs, starts, steps)
         if is_ones(steps):
             total, each = len(steps), 1
         else:
@@ -352,6 +352,25 @@ class Host:
             Frame(stream.number, lanes, slots, steps, starts, first, inputs, errors, each, arrived)
         )
         self._runs.wake(is_alone=len(self._lanes) == 1)
+
+    def submit_single(
+        self, stream: Stream, lane: int, steps: int, first: int, data: Buffers
+    ) -> None:
+        """Queue one chunk of `steps` steps, its rows for each input in `data`, checked.
+
+        `first` is the steps before it, or NONE.
+        """
+        self._metrics.chunks.add()
+        slot = stream.slot(lane)
+        if slot >= 0:
+            stream.queued_steps += steps
+            arrived = time.monotonic()
+            self._scheduler.push_single(
+                Single(stream.number, lane, slot, steps, first, data, arrived)
+            )
+            self._runs.wake(is_alone=len(self._lanes) == 1)
+        elif stream.is_unknown(lane):
+            self._lanes.tell_unknown(stream, lane)
 
     def end_after(self, stream: Stream, lanes: Iterable[int], kind: Kind) -> None:
         """Close or park lanes behind the chunks they have sent."""

@@ -270,9 +270,9 @@ class Lanes:
     def _is_gated(self, delivery: Delivery) -> NDArray[np.bool_] | None:
         """[chunks] which may not leave yet, for want of the store; None: all may."""
         table, slots = self._sequences, delivery.slots
-        is_strict = table.is_strict[slots]
-        if not is_strict.any():
+        if not table.has_strict:
             return None
+        is_strict = table.is_strict[slots]
         gated = is_strict & (table.durable[slots] < delivery.first + delivery.lengths)
         return gated if gated.any() else None
 

@@ -115,6 +115,13 @@ class Distribution:
         self.counts[bisect_left(self._bounds, value)] += weight
         self.sum += value * weight
 
+    def observe_ages(self, now: float, moments: list[float], weights: list[int]) -> None:
+        """Count how long ago each of `moments` was, as often as its weight says."""
+        bounds, counts = self._bounds, self.counts
+        for moment, weight in zip(moments, weights, strict=True):
+            counts[bisect_left(bounds, now - moment)] += weight
+            self.sum += (now - moment) * weight
+
 
 class Metrics:
     """All metrics of one server, in a registry of its own."""
@@ -236,14 +243,13 @@ class ModelMetrics:
         """A run, put together since `began`, takes chunks of messages that came at these times."""
         now = time.monotonic()
         self.composing_seconds += (now - began) * sum(chunks)
-        for moment, weight in zip(arrived, chunks, strict=True):
-            self.queue_seconds.observe(now - moment, weight)
+        self.queue_seconds.observe_ages(now, arrived, chunks)
 
     def run_ended(self, sequences: int, steps: int, cells: int, seconds: float) -> None:
         """A run of `cells` = sequences × longest chunk has applied `steps`."""
-        self.runs.add()
-        self.steps.add(steps)
-        self._padding.add(cells - steps)
+        self.runs.value += 1
+        self.steps.value += steps
+        self._padding.value += cells - steps
         self.run_sequences.observe(sequences)
         self.run_seconds.observe(seconds)
         self.computed_seconds += seconds * sequences
@@ -252,8 +258,7 @@ class ModelMetrics:
         """Outputs, handed out since `began`, of messages that came then are with their streams."""
         now = time.monotonic()
         self.delivering_seconds += (now - began) * sum(chunks)
-        for moment, weight in zip(arrived, chunks, strict=True):
-            self._response_seconds.observe(now - moment, weight)
+        self._response_seconds.observe_ages(now, arrived, chunks)
 
     def opened(self, origin: str) -> None:
         """A sequence was opened: started, resumed, taken over …"""

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from sluice_service.arena import Slots
 from sluice_service.errors import LaneError
-from sluice_service.ragged import Array, Integers
+from sluice_service.inputs import InputRules
+from sluice_service.ragged import Array, Buffers, Integers
 from sluice_service.sequences import NONE
 
 _NODES_START = 1024
@@ -29,11 +30,40 @@ class Frame:
     starts: Integers  # [chunks] where each begins in the arrays
     first: Integers | None  # [chunks] the steps before each, where the client named them
     arrays: list[Array]  # [rows, …] for each model input
-    errors: dict[int, LaneError]  # of chunks, by index, that cannot be applied
+    # Of chunks, by index, that cannot be applied; None until somebody has looked.
+    errors: dict[int, LaneError] | None
     steps_each: int  # what every chunk has; 0 where they differ
     arrived: float  # seconds, time.monotonic
     # Chunks in queues; at 0 the frame is forgotten.
     pending: int = 0
+
+
+@dataclass(slots=True)
+class Single:
+    """What came in one message of one chunk, in which nothing is out of the ordinary."""
+
+    stream: int
+    lane: int
+    slot: int
+    steps: int
+    first: int  # the steps before it, or NONE where the client did not say
+    data: Buffers  # the rows for each model input, checked
+    arrived: float  # seconds, time.monotonic
+
+    def as_frame(self, rules: InputRules) -> Frame:
+        """The same as a frame."""
+        return Frame(
+            self.stream,
+            np.array([self.lane]),
+            np.array([self.slot]),
+            np.array([self.steps]),
+            np.zeros(1, np.int64),
+            None if self.first == NONE else np.array([self.first]),
+            rules.as_rows(self.data),
+            None,
+            self.steps,
+            self.arrived,
+        )
 
 
 class Kind(IntEnum):
@@ -77,7 +107,7 @@ class Queues:
         self.row[nodes] = frame.starts
         self.steps[nodes] = frame.steps
         self.is_named[nodes] = frame.first is not None
-        for index, error in frame.errors.items():
+        for index, error in (frame.errors or {}).items():
             node = int(nodes[index])
             self.kind[node] = Kind.FAULTY
             self.errors[node] = error

@@ -1,18 +1,21 @@
 """Chunks of different lengths as flat rows, and as the padded batch a run wants."""
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
 Integers = NDArray[np.int64]
+# The rows for each input of a model, in whatever they came.
+Buffers: TypeAlias = "Sequence[bytes | Array]"
 
 # Most chunks are of one step: views of these cost less than arrays made anew.
 _CACHED = 65_536
-# Values up to which one pass that makes an array is cheaper than two that make none.
-_SMALL = 32_768
+# Values up to which one product is cheaper than two passes; beyond it BLAS would use threads.
+_SMALL = 8192
+_ZEROS: Final = np.zeros(_SMALL, np.float32)
 _ONES: Final = np.ones(_CACHED, np.int64)
 _COUNT: Final = np.arange(_CACHED)
 _ONES.flags.writeable = _COUNT.flags.writeable = False
@@ -42,8 +45,9 @@ def starts_of(lengths: Integers) -> Integers:
 
 def is_finite(array: Array) -> bool:
     """True when no value is NaN or infinite."""
-    if array.size < _SMALL:
-        return bool(np.isfinite(array).all())
+    if array.size <= _SMALL and array.dtype == np.float32:
+        # 0 times NaN or infinity is NaN, 0 times all else is 0.
+        return bool(np.vdot(array, _ZEROS[: array.size]) == 0)
     # Extremes carry NaN and infinity along, and make no array of booleans.
     return bool(np.isfinite(array.max()) and np.isfinite(array.min()))
 
@@ -91,20 +95,13 @@ def pad_frames(
     return padded
 
 
-def stack(frames: Sequence[Sequence[Array]], steps: int) -> list[Array]:
-    """One [batch, steps, …] for each input, of frames that hold chunks of `steps` steps only."""
-    return [
-        (rows[0] if len(frames) == 1 else np.concatenate(rows)).reshape(
-            -1, steps, *rows[0].shape[1:]
-        )
-        for rows in zip(*frames, strict=True)
-    ]
+def unpad(padded: Array, lengths: Integers, *, is_whole: bool) -> Array:
+    """The rows [sum(lengths), …] of a padded batch [batch, steps, …], chunk after chunk.
 
-
-def unpad(padded: Array, lengths: Integers) -> Array:
-    """The rows [sum(lengths), …] of a padded batch [batch, steps, …], chunk after chunk."""
+    `is_whole` where every chunk is as long as the batch.
+    """
     batch, steps = padded.shape[:2]
-    if is_whole(lengths, steps):
+    if is_whole:
         return padded.reshape(batch * steps, *padded.shape[2:])
     return padded[numbers(steps) < lengths[:, np.newaxis]]
 

@@ -45,6 +45,8 @@ class RunLoop:
         metrics: ModelMetrics,
         executor: Executor,
         on_applied: Callable[[Slots], None] | None,
+        *,
+        runs_at_once_max: int,
     ) -> None:
         self._arena = arena
         self._sequences = sequences
@@ -55,7 +57,8 @@ class RunLoop:
         self._metrics = metrics
         self._executor = executor
         self._on_applied = on_applied
-        self._in_flight: Run | None = None
+        self._runs_at_once_max = runs_at_once_max
+        self._in_flight = 0
         self._is_pump_due = False
         self._waiting: list[Callable[[], None]] = []
         self._idle = asyncio.Event()
@@ -63,7 +66,7 @@ class RunLoop:
     @property
     def is_idle(self) -> bool:
         """True when nothing runs and nothing could."""
-        return self._in_flight is None and not self._scheduler.has_ready
+        return not self._in_flight and not self._scheduler.has_ready
 
     async def idle(self) -> None:
         """Return once nothing runs and nothing could."""
@@ -78,7 +81,7 @@ class RunLoop:
         Whatever else arrives in the same turn joins the run; a stream that is
         alone has nothing to wait for.
         """
-        if self._is_pump_due or self._in_flight is not None:
+        if self._is_pump_due or not self._may_start:
             return
         if is_alone:
             self._pump()
@@ -86,9 +89,14 @@ class RunLoop:
             self._is_pump_due = True
             asyncio.get_running_loop().call_soon(self._pump)
 
+    @property
+    def _may_start(self) -> bool:
+        """False while as many runs are in flight as may be, or somebody waits for their end."""
+        return self._in_flight < self._runs_at_once_max and not self._waiting
+
     async def between_runs(self, action: Callable[[], T]) -> T:
         """What `action` returns, called at an instant when no run is in flight."""
-        if self._in_flight is None:
+        if not self._in_flight:
             return action()
         result: asyncio.Future[T] = asyncio.get_running_loop().create_future()
 
@@ -106,27 +114,31 @@ class RunLoop:
     def settle(self) -> None:
         """Act on what the scheduler met: faults, endings, steps that will never run."""
         scheduler, lanes = self._scheduler, self._lanes
-        for slot, error in _drain(scheduler.faults):
-            lanes.fault(slot, error)
-        for slot, ending in _drain(scheduler.endings):
-            sequence = self._sequences.at(slot)
-            if ending is Ending.CLOSE:
-                lanes.end(sequence, Closed.CLIENT, "its writer closed it")
-            else:
-                lanes.part(sequence, Closed.PARKED)
-        for number, steps in _drain(scheduler.dropped):
-            lanes.finish_steps(number, steps)
+        if scheduler.faults:
+            for slot, error in _drain(scheduler.faults):
+                lanes.fault(slot, error)
+        if scheduler.endings:
+            for slot, ending in _drain(scheduler.endings):
+                sequence = self._sequences.at(slot)
+                if ending is Ending.CLOSE:
+                    lanes.end(sequence, Closed.CLIENT, "its writer closed it")
+                else:
+                    lanes.part(sequence, Closed.PARKED)
+        if scheduler.dropped:
+            for number, steps in _drain(scheduler.dropped):
+                lanes.finish_steps(number, steps)
 
     def _pump(self) -> None:
-        """Start the next run, if there is one."""
+        """Start the next run, if there is one and it may start."""
         self._is_pump_due = False
-        if self._in_flight is not None:
+        if not self._may_start:
             return
         began = time.monotonic()
         run = self._scheduler.next_run()
         self.settle()
         if run is None:
-            self._idle.set()
+            if not self._in_flight:
+                self._idle.set()
             return
         self._metrics.run_started(began, run.arrived, run.weights)
         sequences, steps = run.inputs[0].shape[:2]
@@ -135,10 +147,12 @@ class RunLoop:
         if self._versions.estimate(sequences, steps) <= inline_max:
             self._land(run, self._execute(run))
             return
-        self._in_flight = run
-        self._sequences.is_running[run.slots] = True
+        self._in_flight += 1
+        self._scheduler.set_apart(run)
         future = asyncio.get_running_loop().run_in_executor(self._executor, self._execute, run)
         future.add_done_callback(lambda done: self._land(run, done.result()))
+        if self._scheduler.has_ready:
+            self.wake()
 
     def _execute(self, run: Run) -> Outcome:
         try:
@@ -150,19 +164,18 @@ class RunLoop:
 
     def _land(self, run: Run, outcome: Outcome) -> None:
         """Apply a run, then what waited for that instant."""
-        if self._in_flight is not None:
-            self._in_flight = None
-            self._sequences.is_running[run.slots] = False
+        if run.is_apart:
+            self._in_flight -= 1
         self._apply(run, outcome)
         self.settle()
-        if self._waiting:
+        if self._waiting and not self._in_flight:
             waiting, self._waiting = self._waiting, []
             for act in waiting:
                 act()
             self.settle()
         if self._scheduler.has_ready:
             self.wake()
-        else:
+        elif not self._in_flight:
             self._idle.set()
 
     def _apply(self, run: Run, outcome: Outcome) -> None:
@@ -192,29 +205,36 @@ class RunLoop:
     def _deliver(self, run: Run, outcome: Outcome, applied: NDArray[np.bool_] | None) -> int:
         """Cut a run's outputs at the borders between streams; the steps applied."""
         generations = self._sequences.generation[run.slots]
-        rows = [unpad(output, run.lengths) for output in outcome.outputs]
-        ends = None if outcome.steps_each else np.cumsum(run.lengths)
-        start = row_start = total = 0
-        for segment in run.segments:
-            stop = start + len(segment.lanes)
-            row_stop = stop * outcome.steps_each if ends is None else int(ends[stop - 1])
+        each = run.steps_each
+        rows = [
+            unpad(output, run.lengths, is_whole=bool(each)).tobytes() for output in outcome.outputs
+        ]
+        ends = np.cumsum(run.lengths) if not each else None
+        total = each * len(run.slots) if ends is None else int(ends[-1])
+        row_bytes = [len(output) // total for output in rows]
+        start = row_start = applied_steps = 0
+        for number, stop in run.streams:
+            row_stop = stop * each if ends is None else int(ends[stop - 1])
             delivery = Delivery(
                 run.slots[start:stop],
                 generations[start:stop],
-                segment.lanes,
+                run.lanes[start:stop],
                 run.first[start:stop],
                 run.lengths[start:stop],
                 row_stop - row_start,
-                [array[row_start:row_stop].tobytes() for array in rows],
+                [
+                    output[row_start * size : row_stop * size]
+                    for output, size in zip(rows, row_bytes, strict=True)
+                ],
             )
-            self._lanes.finish_steps(segment.stream, delivery.rows)
+            self._lanes.finish_steps(number, delivery.rows)
             if applied is not None:
                 delivery = delivery.only(applied[start:stop])
             if delivery.rows:
-                self._lanes.deliver(delivery, segment.stream)
-            total += delivery.rows
+                self._lanes.deliver(delivery, number)
+            applied_steps += delivery.rows
             start, row_start = stop, row_stop
-        return total
+        return applied_steps
 
 
 def _drain(items: "list[T]") -> "list[T]":

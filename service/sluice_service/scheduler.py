@@ -9,6 +9,7 @@ padding is computed and nobody waits long.
 """
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 
@@ -17,8 +18,9 @@ from numpy.typing import NDArray
 
 from sluice_service.arena import Slots
 from sluice_service.errors import GapError, LaneError
-from sluice_service.queues import Frame, Kind, Queues
-from sluice_service.ragged import Array, Integers, choose_steps, ones, pad_frames, stack
+from sluice_service.inputs import InputRules
+from sluice_service.queues import Frame, Kind, Queues, Single
+from sluice_service.ragged import Array, Buffers, Integers, choose_steps, is_whole, ones, pad_frames
 from sluice_service.sequences import NONE, Sequences
 
 # While short chunks come among long ones, a run may take this part of its usual time …
@@ -35,14 +37,6 @@ class Ending(Enum):
 
 
 @dataclass(slots=True)
-class Segment:
-    """Consecutive rows of a run that belong to one stream."""
-
-    stream: int
-    lanes: Integers  # [rows]
-
-
-@dataclass(slots=True)
 class Run:
     """One call of the model: `batch` sequences, each `lengths[b]` steps on."""
 
@@ -50,15 +44,30 @@ class Run:
     nodes: Integers | None  # [batch] the chunks in the queues; None: they were in none
     first: Integers  # [batch] steps applied before
     lengths: Integers  # [batch]
+    steps_each: int  # what every row runs; 0 where they differ
     inputs: list[Array]  # [batch, steps, …] each
-    segments: list[Segment]
+    lanes: Integers  # [batch]
+    # Whose the rows are: the numbers of streams, and where the rows of each end.
+    streams: list[tuple[int, int]]
     arrived: list[float]  # when messages came, and how many chunks each gave
     weights: list[int]
+    is_apart: bool = False  # other things happen while it is executed
 
     def only(self, rows: Integers) -> "Run":
         """Some of its rows [n], to be executed."""
-        inputs = [array[rows] for array in self.inputs]
-        return Run(self.slots[rows], None, self.first[rows], self.lengths[rows], inputs, [], [], [])
+        lengths = self.lengths[rows]
+        return Run(
+            self.slots[rows],
+            None,
+            self.first[rows],
+            lengths,
+            self.steps_each or _steps_each(lengths),
+            [array[rows] for array in self.inputs],
+            self.lanes[rows],
+            [],
+            [],
+            [],
+        )
 
 
 class Scheduler:
@@ -69,16 +78,20 @@ class Scheduler:
         sequences: Sequences,
         slots: int,
         *,
+        rules: InputRules,
         run_sequences_max: int,
         run_steps_max: int,
         run_cells_max: int,
     ) -> None:
         self._sequences = sequences
+        self._rules = rules
         self._queues = Queues(slots)
         self._run_sequences_max = run_sequences_max
         self._run_steps_max = run_steps_max
         self.run_cells_max = run_cells_max  # sequences × steps
-        self._inbox: list[Frame] = []
+        # What has arrived, all of one kind: messages of one chunk of the same steps, or others.
+        self._singles: list[Single] = []
+        self._frames: list[Frame] = []
         self._mixed_runs = 0  # to come, in which long chunks give way to short ones
         self._is_stalled = np.zeros(slots, np.bool_)  # waits at its limit
         self._rank = np.zeros(slots, np.int64)  # scratch
@@ -95,17 +108,32 @@ class Scheduler:
     @property
     def has_ready(self) -> bool:
         """True when some sequence may be able to run."""
-        return self._ring_count > 0 or bool(self._inbox)
+        return bool(self._ring_count or self._singles or self._frames)
 
     # What arrives.
 
     def push(self, frame: Frame) -> None:
         """Take in the chunks of a message."""
-        self._inbox.append(frame)
+        self._mingle()
+        self._frames.append(frame)
+
+    def push_single(self, single: Single) -> None:
+        """Take in a message of one chunk."""
+        singles = self._singles
+        if self._frames or (singles and singles[0].steps != single.steps):
+            self.push(single.as_frame(self._rules))
+        else:
+            singles.append(single)
+
+    def _mingle(self) -> None:
+        """Let everything that has arrived be frames."""
+        if self._singles:
+            self._frames += [single.as_frame(self._rules) for single in self._singles]
+            self._singles = []
 
     def push_ending(self, slot: int, kind: Kind) -> None:
         """Close or park a slot's lane behind what it has sent."""
-        self._enqueue_inbox()
+        self._enqueue_arrived()
         self._link(np.array([slot]), self._queues.add_ending(kind), None)
 
     def unbound(self, slots: Slots) -> None:
@@ -118,20 +146,23 @@ class Scheduler:
 
     def is_stuck(self, slots: Slots) -> bool:
         """True when none of `slots` runs, and each queue is empty or waits at its limit."""
-        self._enqueue_inbox()
+        self._enqueue_arrived()
         is_done = (self._queues.head[slots] == NONE) | self._is_stalled[slots]
         return bool((is_done & ~self._sequences.is_running[slots]).all())
 
     def drop(self, slot: int) -> None:
         """Forget everything queued for a slot."""
-        self._enqueue_inbox()
+        self._enqueue_arrived()
         self._drop_steps(slot, self._queues.clear(slot))
         self._is_stalled[slot] = False
 
-    def _enqueue_inbox(self) -> None:
+    def _enqueue_arrived(self) -> None:
         """Put what has arrived behind the queues."""
-        frames, self._inbox = self._inbox, []
+        self._mingle()
+        frames, self._frames = self._frames, []
         for frame in frames:
+            if frame.errors is None:
+                frame.errors = self._rules.judge(frame.arrays, frame.starts, frame.steps)
             nodes = self._queues.add(frame)
             for chosen in self._rounds(frame.slots):
                 self._link(
@@ -162,7 +193,10 @@ class Scheduler:
         queues.first[nodes] = sequences.sent[slots] if first is None else first
         sequences.sent[slots] = queues.first[nodes] + queues.steps[nodes]
         sequences.is_straight[slots] = False
-        self._make_ready(queues.append(slots, nodes))
+        slots = queues.append(slots, nodes)
+        # What is running becomes ready when its run has ended.
+        is_running = sequences.is_running[slots]
+        self._make_ready(slots[~is_running] if is_running.any() else slots)
 
     # The ring.
 
@@ -194,10 +228,15 @@ class Scheduler:
 
     def next_run(self) -> Run | None:
         """The next run, or None. Faults and endings met on the way are left in the lists."""
-        if self._inbox:
-            if not self._ring_count and (run := self._compose_straight()) is not None:
+        if not self._ring_count:
+            run = None
+            if self._singles:
+                run = self._compose_singles()
+            elif self._frames:
+                run = self._compose_frames()
+            if run is not None:
                 return run
-            self._enqueue_inbox()
+        self._enqueue_arrived()
         while self._ring_count:
             slots = self._take_ready(min(self._ring_count, self._run_sequences_max))
             slots = self._drop_unrunnable(slots[self._queues.head[slots] != NONE])
@@ -205,48 +244,100 @@ class Scheduler:
                 return self._compose(slots)
         return None
 
-    def _compose_straight(self) -> Run | None:
-        """A run of all that has arrived, if every chunk is the next one of its sequence.
+    def _compose_singles(self) -> Run | None:
+        """A run of the messages of one chunk, if every chunk is the next one of its sequence.
 
         None where anything is out of the ordinary; nothing has changed then.
         """
-        frames, sequences = self._inbox, self._sequences
+        singles, sequences = self._singles, self._sequences
+        count, steps = len(singles), singles[0].steps
+        if not self._fits(count, steps):
+            return None
+        slots = np.array([single.slot for single in singles])
+        step = sequences.step[slots]
+        if count == 1:
+            # Numbers, where arrays of one would cost ten times as much.
+            slot, named, now = singles[0].slot, singles[0].first, int(step[0])
+            is_next = sequences.is_straight[slot] and now + steps <= sequences.limit[slot]
+            if not is_next or named not in (NONE, now):
+                return None
+        else:
+            first = np.array([single.first for single in singles])
+            if not self._are_next(slots, step, steps):
+                return None
+            if ((first != step) & (first != NONE)).any():
+                return None
+        data = singles[0].data if count == 1 else _join([single.data for single in singles])
+        rows = self._rules.as_rows(data)
+        if not self._rules.are_fine(rows):
+            return None
+        self._singles = []
+        streams = [(single.stream, end) for end, single in enumerate(singles, 1)]
+        arrived = [single.arrived for single in singles]
+        lanes = np.array([single.lane for single in singles])
+        return self._straight(slots, step, steps, rows, lanes, streams, arrived, [1] * count)
+
+    def _compose_frames(self) -> Run | None:
+        """As `_compose_singles`, of the frames that have arrived."""
+        frames, sequences = self._frames, self._sequences
         steps = frames[0].steps_each
         for frame in frames:
             if frame.errors or frame.steps_each != steps:
                 return None
-        slots = frames[0].slots if len(frames) == 1 else np.concatenate([f.slots for f in frames])
-        count = len(slots)
-        if not 1 <= steps <= self._run_steps_max or count > self._run_sequences_max:
+        weights = [len(frame.slots) for frame in frames]
+        if not self._fits(sum(weights), steps):
             return None
-        if steps > 1 and count * steps > self.run_cells_max:
-            return None
-        if not sequences.is_straight[slots].all():
-            return None
-        if count > 1 and not self._is_distinct(slots):
-            return None
+        slots = _concatenate([frame.slots for frame in frames])
         step = sequences.step[slots]
-        end = step + steps
-        if (end > sequences.limit[slots]).any():
+        if not self._are_next(slots, step, steps):
             return None
-        start = 0
-        for frame in frames:
-            stop = start + len(frame.slots)
-            if frame.first is not None and (frame.first != step[start:stop]).any():
+        ends = list(itertools.accumulate(weights))
+        for frame, end in zip(frames, ends, strict=True):
+            first = frame.first
+            if first is not None and (first != step[end - len(first) : end]).any():
                 return None
-            start = stop
-        sequences.sent[slots] = end
-        self._inbox = []
-        return Run(
-            slots,
-            None,
-            step,
-            ones(count) if steps == 1 else np.full(count, steps),
-            stack([frame.arrays for frame in frames], steps),
-            [Segment(frame.stream, frame.lanes) for frame in frames],
-            [frame.arrived for frame in frames],
-            [len(frame.slots) for frame in frames],
+        rows = [_concatenate(arrays) for arrays in zip(*[f.arrays for f in frames], strict=True)]
+        if not self._rules.are_fine(rows):
+            return None
+        self._frames = []
+        streams = [(frame.stream, end) for frame, end in zip(frames, ends, strict=True)]
+        arrived = [frame.arrived for frame in frames]
+        lanes = _concatenate([frame.lanes for frame in frames])
+        return self._straight(slots, step, steps, rows, lanes, streams, arrived, weights)
+
+    def _fits(self, count: int, steps: int) -> bool:
+        """True when so many chunks of so many steps may be one run."""
+        if not 1 <= steps <= min(self._run_steps_max, self._rules.chunk_steps_max):
+            return False
+        is_small = steps == 1 or count * steps <= self.run_cells_max
+        return is_small and count <= self._run_sequences_max
+
+    def _are_next(self, slots: Slots, step: Integers, steps: int) -> bool:
+        """True when all of `slots` [n] are different, wait for nothing and may run `steps`."""
+        sequences = self._sequences
+        return (
+            bool(sequences.is_straight[slots].all())
+            and self._is_distinct(slots)
+            and not (step + steps > sequences.limit[slots]).any()
         )
+
+    def _straight(
+        self,
+        slots: Slots,
+        step: Integers,
+        steps: int,
+        rows: list[Array],
+        lanes: Integers,
+        streams: list[tuple[int, int]],
+        arrived: list[float],
+        weights: list[int],
+    ) -> Run:
+        """A run of chunks of `steps` steps that have been in no queue; `rows` [n × steps, …]."""
+        count = len(slots)
+        self._sequences.sent[slots] = step + steps
+        lengths = ones(count) if steps == 1 else np.full(count, steps)
+        inputs = [array.reshape(count, steps, *array.shape[1:]) for array in rows]
+        return Run(slots, None, step, lengths, steps, inputs, lanes, streams, arrived, weights)
 
     def _drop_unrunnable(self, slots: Slots) -> Slots:
         """Those of `slots` whose queue begins with steps that can be applied now."""
@@ -330,15 +421,15 @@ class Scheduler:
         frames = [queues.frames[number] for number in distinct.tolist()]
         arrays = [frame.arrays for frame in frames]
         inputs = pad_frames(arrays, which, queues.row[nodes], lengths, steps)
-        lanes = sequences.lane[slots]
-        borders = np.flatnonzero(np.r_[True, streams[1:] != streams[:-1], True]).tolist()
-        segments = [
-            Segment(int(streams[start]), lanes[start:stop])
-            for start, stop in itertools.pairwise(borders)
-        ]
+        ends = np.flatnonzero(np.r_[streams[1:] != streams[:-1], True]) + 1
+        numbers_of = zip(streams[ends - 1].tolist(), ends.tolist(), strict=True)
         weights = np.bincount(which, minlength=len(frames)).tolist()
         arrived = [frame.arrived for frame in frames]
-        return Run(slots, nodes, step, lengths, inputs, segments, arrived, weights)
+        each = steps if is_whole(lengths, steps) else 0
+        lanes = sequences.lane[slots]
+        return Run(
+            slots, nodes, step, lengths, each, inputs, lanes, list(numbers_of), arrived, weights
+        )
 
     def _steps_max(self, sequences: int) -> int:
         """The most steps for a run of so many sequences that keeps nobody waiting for long."""
@@ -358,7 +449,13 @@ class Scheduler:
         elif self._mixed_runs:
             self._mixed_runs -= 1
 
-    # After a run.
+    # During a run, and after it.
+
+    def set_apart(self, run: Run) -> None:
+        """Let nobody else run its sequences until the run is finished."""
+        run.is_apart = True
+        self._sequences.is_running[run.slots] = True
+        self._sequences.is_straight[run.slots] = False
 
     def finish(self, run: Run, is_applied: NDArray[np.bool_] | None = None) -> None:
         """Take what was run off the queues; sequences that have more become ready again.
@@ -366,9 +463,13 @@ class Scheduler:
         `is_applied` [batch], where not all of the run was: chunks of the other
         rows are dropped whole.
         """
+        if run.is_apart:
+            self._sequences.is_running[run.slots] = False
         if run.nodes is None:
+            if run.is_apart:
+                self._settle(run.slots)
             return
-        queues, sequences = self._queues, self._sequences
+        queues = self._queues
         is_there = queues.head[run.slots] == run.nodes  # a stream may have ended meanwhile
         slots, nodes, lengths = run.slots[is_there], run.nodes[is_there], run.lengths[is_there]
         queues.consume(nodes, lengths)
@@ -378,7 +479,12 @@ class Scheduler:
                 self._drop_steps(slot, int(queues.steps[node]))
                 queues.steps[node] = 0
         queues.pop(slots[queues.steps[nodes] == 0])
-        is_empty = queues.head[slots] == NONE
+        self._settle(slots)
+
+    def _settle(self, slots: Slots) -> None:
+        """Let `slots`, whose run has ended, be ready again or take the straight way."""
+        sequences = self._sequences
+        is_empty = self._queues.head[slots] == NONE
         self._make_ready(slots[~is_empty])
         sequences.is_straight[slots] = (
             is_empty
@@ -391,3 +497,18 @@ def _gap(first: int, step: int) -> GapError:
     return GapError(
         f"the chunk follows {first} steps but {step} are applied; send again from first_step {step}"
     )
+
+
+def _join(parts: Sequence[Buffers]) -> list[bytes]:
+    """The rows for each input, of several messages."""
+    return [b"".join(rows) for rows in zip(*parts, strict=True)]
+
+
+def _concatenate(arrays: Sequence[Array]) -> Array:
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+
+def _steps_each(lengths: Integers) -> int:
+    """The length that all have; 0 where they differ."""
+    longest = int(lengths.max())
+    return longest if is_whole(lengths, longest) else 0

@@ -136,6 +136,7 @@ class Sequences:
         self.durable = np.full(slots, ALL, np.int64)  # safe in the store
         self.limit = np.zeros(slots, np.int64)  # not run beyond, for want of either
         self.is_strict = np.zeros(slots, np.bool_)  # nothing leaves that is not durable
+        self.has_strict = False  # once there was one
         self.stream = np.full(slots, NONE, np.int64)  # the number of the stream attached
         self.lane = np.zeros(slots, np.int64)
         self.active = np.zeros(slots, np.float64)  # when it last did something
@@ -203,6 +204,7 @@ class Sequences:
         sequence.durability = durability
         self.durable[sequence.slot] = step
         self.is_strict[sequence.slot] = durability == STRICT
+        self.has_strict |= durability == STRICT
         self.bound(sequence.slot)
 
     def rewind(self, slot: int, step: int) -> None:

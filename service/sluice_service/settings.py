@@ -181,6 +181,11 @@ class Settings(BaseSettings):
         description="How long one call may take, as estimated at load, before chunks are cut "
         "shorter so that single steps are not held up.",
     )
+    runs_at_once_max: Count = Field(
+        default=1,
+        title="Runs",
+        description="ONNX Runtime calls of one model at once, each on a core of its own.",
+    )
     run_threads: Count = Field(
         default=1, title="Runs", description="Threads that one call may use inside an operator."
     )

@@ -12,7 +12,6 @@ from sluice_protos.contract_pb2 import TensorSpec
 from sluice_service.arena import Arena, Slots
 from sluice_service.engine import Engine, Outcome
 from sluice_service.errors import LaneError
-from sluice_service.ragged import is_whole
 from sluice_service.scheduler import Run
 
 # Of a model that was named by its file alone.
@@ -172,7 +171,7 @@ class Versions:
 
 def _join(run: Run, parts: list[tuple[Slots, Outcome]], state_size: int) -> Outcome:
     """One outcome of those of a run's parts, each with the rows [n] that it has."""
-    batch, steps = run.inputs[0].shape[:2]
+    batch = len(run.slots)
     states = np.zeros((batch, state_size), np.float32)
     outputs = [np.zeros((batch, *o.shape[1:]), o.dtype) for o in parts[0][1].outputs]
     errors: dict[int, LaneError] = {}
@@ -181,8 +180,7 @@ def _join(run: Run, parts: list[tuple[Slots, Outcome]], state_size: int) -> Outc
         for output, result in zip(outputs, outcome.outputs, strict=True):
             output[rows] = result
         errors |= {int(rows[index]): error for index, error in outcome.errors.items()}
-    steps_each = steps if is_whole(run.lengths, steps) else 0
-    return Outcome(outputs, states, errors, steps_each, sum(o.seconds for _, o in parts))
+    return Outcome(outputs, states, errors, sum(o.seconds for _, o in parts))
 
 
 def _signature(spec: TensorSpec) -> tuple[object, ...]:

@@ -11,6 +11,7 @@ from multiprocessing.process import BaseProcess
 
 import aiohttp
 import structlog
+import uvloop
 from aiohttp import web
 
 from sluice_model import ModelError
@@ -93,7 +94,7 @@ def work(settings: Settings, number: int, sender: "Connection[str, str]") -> Non
     set_up_logs(settings)
     structlog.contextvars.bind_contextvars(worker=number)
     try:
-        asyncio.run(_work(settings, sender))
+        uvloop.run(_work(settings, sender))
     except (ModelError, OSError, StoreError, StoreSetupError) as error:
         log.error("cannot_start", reason=str(error))
         raise SystemExit(2) from None

@@ -11,9 +11,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
+from sluice_protos.contract_pb2 import ModelContract, TensorSpec
 from sluice_service.claims import Record
 from sluice_service.errors import GapError, InvalidInputError
-from sluice_service.queues import Frame, Kind
+from sluice_service.inputs import InputRules
+from sluice_service.queues import Frame, Kind, Single
 from sluice_service.ragged import ones
 from sluice_service.scheduler import Ending, Run, Scheduler
 from sluice_service.sequences import ALL, NONE, Sequences
@@ -23,6 +25,12 @@ STREAMS = 2
 UNACKNOWLEDGED_MAX = 3
 RUN_STEPS_MAX = 3
 RUN_CELLS_MAX = 8
+RUNS_AT_ONCE_MAX = 3
+RULES = InputRules(
+    ModelContract(inputs=[TensorSpec(name="x", datatype="FP32", shape=[1])]),
+    chunk_steps_max=20_000,
+    refuses_non_finite=True,
+)
 
 
 @dataclass
@@ -99,12 +107,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler = Scheduler(
             self.table,
             SLOTS,
+            rules=RULES,
             run_sequences_max=4,
             run_steps_max=RUN_STEPS_MAX,
             run_cells_max=RUN_CELLS_MAX,
         )
         self.value = 0.0
-        self.run: Run | None = None
+        self.runs: list[Run] = []
         self.streams = list(range(1, STREAMS + 1))
         self.owed: Counter[int] = Counter()  # steps of each stream without an answer
         self.lanes = [Lane(is_anonymous=slot % 3 == 2) for slot in range(SLOTS)]
@@ -158,8 +167,22 @@ class SchedulerMachine(RuleBasedStateMachine):
         """Whatever a client may send."""
         self._push(number, chunks, is_named=is_named, has_strangers=has_strangers)
 
+    @rule(
+        number=st.integers(0, STREAMS - 1),
+        whose=st.lists(st.integers(0, SLOTS // STREAMS - 1), min_size=1, max_size=4),
+        steps=st.sampled_from([1, 1, 1, 2, 7]),
+        is_named=st.booleans(),
+        stumble=st.sampled_from([0, 0, 0, 0, 1, -1]),
+        is_bad=st.sampled_from([False] * 5 + [True]),
+    )
+    def push_one_by_one(self, number, whose, steps, is_named, stumble, is_bad) -> None:
+        """A message for each chunk."""
+        for which in whose:
+            chunk = (which, steps, stumble, is_bad and which == whose[-1])
+            self._push(number, [chunk], is_named=is_named, has_strangers=False)
+
     def _push(self, number, chunks, *, is_named, has_strangers) -> None:
-        slots, steps, starts, first, errors = [], [], [], [], {}
+        slots, steps, starts, first, bad = [], [], [], [], []
         base, row = self.value, 0
         for which, count, offset, is_bad in chunks:
             slot = number + STREAMS * which
@@ -168,8 +191,8 @@ class SchedulerMachine(RuleBasedStateMachine):
                 continue
             if has_strangers:
                 row += 2  # rows of a lane that is not open
-            if is_bad or not count:
-                errors[len(slots)] = InvalidInputError("bad")
+            if is_bad and count:
+                bad.append(row)
             begin = max(lane.sent + offset, 0) if is_named else lane.sent
             values = [base + row + index for index in range(count)]
             lane.queue.append(Chunk(begin, is_named, values, is_bad or not count))
@@ -184,16 +207,25 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.value += row
         is_even = len(set(steps)) == 1 and not has_strangers
         self.owed[self.streams[number]] += sum(steps)
+        stream = self.streams[number]
+        values = np.arange(base, base + row, dtype=np.float32)
+        values[bad] = np.nan
+        if len(slots) == 1 and row == steps[0] > 0:
+            named = first[0] if is_named else NONE
+            self.scheduler.push_single(
+                Single(stream, slots[0] + 10, slots[0], row, named, [values.tobytes()], 0.0)
+            )
+            return
         self.scheduler.push(
             Frame(
-                self.streams[number],
+                stream,
                 np.array(slots) + 10,
                 np.array(slots),
                 ones(len(steps)) if set(steps) == {1} else np.array(steps),
                 np.array(starts),
                 np.array(first) if is_named else None,
-                [np.arange(base, base + row).reshape(row, 1)],
-                errors,
+                [values.reshape(row, 1)],
+                None,
                 steps[0] if is_even else 0,
                 0.0,
             )
@@ -237,7 +269,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self._book_dropped()
         self.streams[number] = max(self.streams) + 1
 
-    @precondition(lambda self: self.run is None)
+    @precondition(lambda self: not self.runs)
     @rule(slot=st.integers(0, SLOTS - 1))
     def open_lane(self, slot) -> None:
         if not self.lanes[slot].is_attached:
@@ -245,9 +277,14 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     # What the run loop does.
 
-    @precondition(lambda self: self.run is None)
+    @precondition(lambda self: len(self.runs) < RUNS_AT_ONCE_MAX)
     @rule()
     def start_run(self) -> None:
+        if (run := self._next_run()) is not None:
+            self.scheduler.set_apart(run)
+            self.runs.append(run)
+
+    def _next_run(self) -> Run | None:
         run = self.scheduler.next_run()
         faults: dict[int, list[type]] = {}
         endings: dict[int, list[Ending]] = {}
@@ -266,13 +303,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         self._book_dropped()
         if run is None:
             assert not self.scheduler.has_ready
-            return
+            return None
         assert len(set(rows)) == len(rows) > 0
+        assert not set(rows) & {slot for other in self.runs for slot in other.slots.tolist()}
         self._check(run)
-        self.table.is_running[run.slots] = True
-        self.run = run
+        return run
 
-    @precondition(lambda self: self.run is None)
     @rule(
         number=st.integers(0, STREAMS - 1),
         whose=st.sets(st.integers(0, SLOTS // STREAMS - 1), min_size=1),
@@ -290,12 +326,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         for which in whose:
             self.acknowledge(number + STREAMS * which, share)
 
-    @precondition(lambda self: self.run is None)
     @rule(refused=st.sets(st.integers(0, 3), max_size=1))
     def run_at_once(self, refused) -> None:
-        self.start_run()
-        if self.run is not None:
-            self.land_run(refused)
+        if (run := self._next_run()) is not None:
+            self._land(run, refused)
 
     def _end(self, slot: int, ending: Ending) -> None:
         self._part(slot)
@@ -311,7 +345,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert batch == len(run.slots) == len(run.lengths) == len(run.first) == sum(run.weights)
         assert steps <= RUN_STEPS_MAX
         assert steps == 1 or batch * steps <= RUN_CELLS_MAX
-        named = [(s.stream, lane) for s in run.segments for lane in s.lanes.tolist()]
+        named = list(zip(_streams_of(run), run.lanes.tolist(), strict=True))
+        lengths = run.lengths.tolist()
+        assert run.steps_each == (lengths[0] if len(set(lengths)) == 1 else 0)
         for index, slot in enumerate(run.slots.tolist()):
             lane, length = self.lanes[slot], int(run.lengths[index])
             chunk = lane.queue[0]
@@ -320,17 +356,18 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert 1 <= length <= min(len(chunk.values), steps, lane.room)
             assert inputs[index, :length, 0].tolist() == chunk.values[:length]
 
-    @precondition(lambda self: self.run is not None)
-    @rule(refused=st.sets(st.integers(0, 3)))
-    def land_run(self, refused) -> None:
-        run, self.run = self.run, None
-        self.table.is_running[run.slots] = False
+    @precondition(lambda self: self.runs)
+    @rule(which=st.integers(0, RUNS_AT_ONCE_MAX - 1), refused=st.sets(st.integers(0, 3)))
+    def land_run(self, which, refused) -> None:
+        """Runs may end in another order than they began."""
+        self._land(self.runs.pop(which % len(self.runs)), refused)
+
+    def _land(self, run: Run, refused) -> None:
         applied = np.array([index not in refused for index in range(len(run.slots))])
         self.table.step[run.slots] += np.where(applied, run.lengths, 0)
         self.scheduler.finish(run, None if applied.all() else applied)
-        for segment in run.segments:
-            is_its = np.isin(run.slots + 10, segment.lanes)
-            self.owed[segment.stream] -= int(run.lengths[is_its].sum())
+        for stream, steps in zip(_streams_of(run), run.lengths.tolist(), strict=True):
+            self.owed[stream] -= steps
         self._book_dropped()
         for index, slot in enumerate(run.slots.tolist()):
             lane = self.lanes[slot]
@@ -349,15 +386,14 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """Let everything run out: nothing may be left that could have run."""
-        if self.run is not None:
-            self.land_run(set())
+        while self.runs:
+            self.land_run(0, set())
         for _ in range(2000):
             for slot in range(SLOTS):
                 self.acknowledge(slot, 1.0)
-            self.start_run()
-            if self.run is None:
+            if (run := self._next_run()) is None:
                 break
-            self.land_run(set())
+            self._land(run, set())
         for slot, lane in enumerate(self.lanes):
             assert lane.settle() == ([], [])
             assert not lane.queue
@@ -368,6 +404,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         # And nothing keeps memory.
         assert not self.scheduler._queues.frames
         assert not self.scheduler._queues.errors
+        assert not self.table.is_running.any()
+
+
+def _streams_of(run: Run) -> list[int]:
+    """The stream of each row."""
+    streams: list[int] = []
+    for number, end in run.streams:
+        streams += [number] * (end - len(streams))
+    return streams
 
 
 TestScheduler = SchedulerMachine.TestCase
@@ -389,6 +434,7 @@ def _scheduler(
     scheduler = Scheduler(
         table,
         slots,
+        rules=RULES,
         run_sequences_max=slots,
         run_steps_max=run_steps_max,
         run_cells_max=run_cells_max,
@@ -401,9 +447,9 @@ def _scheduler(
 
 def _frame(slots: list[int], steps: int) -> Frame:
     count = len(slots)
-    rows = np.zeros((count * steps, 1))
+    rows = np.zeros((count * steps, 1), np.float32)
     lanes, lengths = np.array(slots), np.full(count, steps)
-    return Frame(1, lanes, lanes, lengths, lengths * 0, None, [rows], {}, steps, 0.0)
+    return Frame(1, lanes, lanes, lengths, lengths * 0, None, [rows], None, steps, 0.0)
 
 
 def test_nobody_waits_for_a_long_chunk_of_another() -> None:
@@ -495,3 +541,29 @@ def test_long_chunks_run_in_short_pieces_while_short_ones_come_among_them() -> N
     # It stays away: the long one has the server to itself again.
     lengths = [_next(table, scheduler)[0] for _ in range(40)]
     assert (lengths[0], lengths[-1]) == (10, 64)
+
+
+def test_a_sequence_that_runs_runs_nowhere_else_whichever_way_its_next_chunk_comes() -> None:
+    table, scheduler = _scheduler(2)
+    for push in (
+        lambda: scheduler.push(_frame([0], 1)),
+        lambda: scheduler.push_single(Single(1, 0, 0, 1, NONE, [bytes(4)], 0.0)),
+    ):
+        push()
+        run = scheduler.next_run()
+        scheduler.set_apart(run)
+        push()
+        assert scheduler.next_run() is None
+        scheduler.push(_frame([1], 1))
+        assert _next(table, scheduler) == {1: 1}
+        table.step[run.slots] += run.lengths
+        scheduler.finish(run)
+        assert _next(table, scheduler) == {0: 1}
+
+
+def test_messages_of_one_chunk_share_a_run_only_where_they_are_as_long() -> None:
+    table, scheduler = _scheduler(3)
+    for slot, steps in enumerate((1, 1, 2)):
+        scheduler.push_single(Single(1, slot, slot, steps, NONE, [bytes(4 * steps)], 0.0))
+    done = [_next(table, scheduler), _next(table, scheduler)]
+    assert done == [{0: 1, 1: 1, 2: 1}, {2: 1}]

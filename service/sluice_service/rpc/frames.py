@@ -1,7 +1,6 @@
 """The messages of a stream: requests into arrays, deliveries and notices into responses."""
 
 from collections import deque
-from collections.abc import Iterator
 
 import numpy as np
 from google.protobuf.message import DecodeError
@@ -14,11 +13,12 @@ from sluice_protos.sequences_pb2 import (
     InferResponse,
     Limits,
     Opened,
-    Tensor,
 )
 from sluice_service.errors import InvalidInputError, RequestError
 from sluice_service.inputs import STEPS_MAX, InputRules
 from sluice_service.ragged import Array, Integers, ones
+from sluice_service.rpc.wire import encode_outputs
+from sluice_service.sequences import NONE
 from sluice_service.streams import Delivery, Notice
 
 # What a response has beside the rows, at the most, for each chunk in it.
@@ -59,9 +59,35 @@ class Chunks:
                 named = np.minimum(np.array(request.first_step, np.uint64), STEPS_MAX)
                 self.first = _parallel("first_step", named.astype(np.int64), count)
             rows = int(self.steps.sum()) if request.steps else count
-            self.inputs = rules.decode(request.inputs, rows)
+            self.inputs = rules.as_rows(rules.check(request.inputs, rows))
         except InvalidInputError as error:
             self.inputs = error
+
+
+def read_single(
+    request: InferRequest, rules: InputRules
+) -> tuple[int, int, int, list[bytes]] | None:
+    """The lane, steps, first step (or NONE) and rows of a request of one chunk.
+
+    None where it has more, or anything is out of the ordinary: then `Chunks` tells what.
+    """
+    lanes, lengths, named = request.lane, request.steps, request.first_step
+    if len(lanes) != 1 or len(lengths) > 1 or len(named) > 1:
+        return None
+    steps = lengths[0] if lengths else 1
+    first = named[0] if named else NONE
+    if not 1 <= steps <= rules.chunk_steps_max or first > STEPS_MAX:
+        return None
+    try:
+        return lanes[0], steps, first, rules.check(request.inputs, steps)
+    except InvalidInputError:
+        return None
+
+
+def is_bare(request: InferRequest) -> bool:
+    """True when a request is the rows of chunks, and where they follow goes without saying."""
+    named = [field.name for field, _ in request.ListFields()]
+    return named in (["lane", "inputs"], ["lane", "steps", "inputs"]) and len(request.inputs) == 1
 
 
 def _parallel(name: str, values: Integers, count: int) -> Integers:
@@ -81,7 +107,7 @@ class Encoder:
         self._bytes_max = budget
         self._rows_max = max(1, budget // (rules.output_step_bytes + _CHUNK_BYTES))
 
-    def notices(self, outbox: "deque[Notice | Delivery]") -> InferResponse:
+    def notices(self, outbox: "deque[Notice | Delivery]") -> bytes:
         """One response with the notices that stand first in the outbox, taken out of it.
 
         A client reads a response's opens before its faults before its ends; what
@@ -109,14 +135,19 @@ class Encoder:
                     response.closed.append(notice)
                 case Limits():
                     response.limits.CopyFrom(notice)
-        return response
+        return response.SerializeToString()
 
-    def frames(self, delivery: Delivery) -> Iterator[InferResponse]:
+    def frames(self, delivery: Delivery) -> list[bytes]:
         """The responses that carry one delivery's outputs."""
-        for part in delivery.split(self._rows_max):
-            yield InferResponse(
-                lane=part.lanes.tolist(),
-                steps=part.lengths.tolist(),
-                first_step=part.first.tolist(),
-                outputs=[Tensor(data=output) for output in part.outputs],
-            )
+        if delivery.rows <= self._rows_max:
+            return [_encode(delivery)]
+        return [_encode(part) for part in delivery.split(self._rows_max)]
+
+
+def _encode(delivery: Delivery) -> bytes:
+    return encode_outputs(
+        delivery.lanes.tolist(),
+        delivery.lengths.tolist(),
+        delivery.first.tolist(),
+        delivery.outputs,
+    )

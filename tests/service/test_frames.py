@@ -1,0 +1,61 @@
+"""Messages written and read by hand say what protobuf says."""
+
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from sluice_protos.sequences_pb2 import InferRequest, InferResponse, OpenSequence, Tensor
+from sluice_service.rpc.frames import is_bare
+from sluice_service.rpc.wire import Repeat, encode_outputs
+
+numbers_32 = st.one_of(st.integers(0, 300), st.integers(0, 2**32 - 1))
+numbers_64 = st.one_of(st.integers(0, 300), st.integers(0, 2**64 - 1))
+chunks = st.lists(st.tuples(numbers_32, numbers_32, numbers_64), min_size=1, max_size=20)
+
+
+@given(chunks, st.lists(st.binary(max_size=300), max_size=3))
+@example([(2**32 - 1, 2**14, 2**64 - 1)], [bytes(2**14), b""])
+def test_outputs_are_encoded_as_protobuf_does(chunks, outputs) -> None:
+    lanes, steps, first = (list(column) for column in zip(*chunks, strict=True))
+    expected = InferResponse(
+        lane=lanes, steps=steps, first_step=first, outputs=[Tensor(data=data) for data in outputs]
+    )
+    assert InferResponse.FromString(encode_outputs(lanes, steps, first, outputs)) == expected
+
+
+requests = st.builds(
+    InferRequest,
+    model=st.sampled_from(["", "m"]),
+    lane=st.lists(st.sampled_from([0, 1, 200]), min_size=1, max_size=2),
+    steps=st.lists(st.sampled_from([1, 2]), max_size=1),
+    first_step=st.lists(st.just(7), max_size=1),
+    inputs=st.lists(
+        st.builds(Tensor, name=st.sampled_from(["", "x"]), data=st.binary(min_size=4, max_size=8)),
+        min_size=1,
+        max_size=2,
+    ),
+    received_responses=st.sampled_from([0, 5]),
+    close=st.lists(st.just(1), max_size=1),
+    open=st.lists(st.just(OpenSequence(lane=1)), max_size=1),
+)
+
+
+@given(requests, requests, st.binary(min_size=8, max_size=8))
+def test_a_message_is_taken_for_a_repeat_only_where_nothing_but_its_rows_differs(
+    first, second, noise
+) -> None:
+    repeat = Repeat()
+    if is_bare(first):
+        data = first.inputs[0].data
+        repeat.learn(first.SerializeToString(), first.lane[0], 1, data)
+        same = InferRequest.FromString(first.SerializeToString())
+        same.inputs[0].data = noise[: len(data)]
+        assert repeat.rows(same.SerializeToString()) == noise[: len(data)]
+    rows = repeat.rows(second.SerializeToString())
+    if rows is not None:
+        assert second.inputs[0].data == rows
+        second.inputs[0].data = first.inputs[0].data
+        assert second == first and is_bare(first)
+
+
+def test_what_has_never_been_learnt_is_no_repeat() -> None:
+    assert Repeat().rows(b"") is None

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from sluice_protos.sequences_pb2 import Closed
 from sluice_service.arena import Arena, Slots
+from sluice_service.arrivals import Arrivals
 from sluice_service.clock import AwakeClock
 from sluice_service.engine import Outcome
 from sluice_service.lanes import Lanes
@@ -60,6 +61,7 @@ class RunLoop:
         self._runs_at_once_max = runs_at_once_max
         self._in_flight = 0
         self._is_pump_due = False
+        self._arrivals = Arrivals()
         self._waiting: list[Callable[[], None]] = []
         self._idle = asyncio.Event()
 
@@ -72,22 +74,31 @@ class RunLoop:
         """Return once nothing runs and nothing could."""
         while not self.is_idle:
             self._idle.clear()
-            self.wake()
+            self._pump_soon()
             await self._idle.wait()
 
     def wake(self, *, is_alone: bool = False) -> None:
-        """Something may have become ready: look, once this turn of the event loop is over.
+        """Something has arrived: look what can run, once this turn of the event loop is over.
 
-        Whatever else arrives in the same turn joins the run; a stream that is
-        alone has nothing to wait for.
+        Whatever else arrives in the same turn joins the run, and in the next ones where
+        that has brought more; a stream that is alone has nothing else to wait for.
         """
-        if self._is_pump_due or not self._may_start:
-            return
-        if is_alone:
+        self._arrivals.count += 1
+        if is_alone and not self._is_pump_due and not self._arrivals.may_bring_more():
             self._pump()
         else:
+            self._pump_soon()
+
+    def _pump_soon(self) -> None:
+        if not self._is_pump_due and self._may_start:
             self._is_pump_due = True
-            asyncio.get_running_loop().call_soon(self._pump)
+            asyncio.get_running_loop().call_soon(self._pump_unless_more)
+
+    def _pump_unless_more(self) -> None:
+        if self._arrivals.may_bring_more():
+            asyncio.get_running_loop().call_soon(self._pump_unless_more)
+        else:
+            self._pump()
 
     @property
     def _may_start(self) -> bool:
@@ -152,7 +163,7 @@ class RunLoop:
         future = asyncio.get_running_loop().run_in_executor(self._executor, self._execute, run)
         future.add_done_callback(lambda done: self._land(run, done.result()))
         if self._scheduler.has_ready:
-            self.wake()
+            self._pump_soon()
 
     def _execute(self, run: Run) -> Outcome:
         try:
@@ -174,7 +185,7 @@ class RunLoop:
                 act()
             self.settle()
         if self._scheduler.has_ready:
-            self.wake()
+            self._pump_soon()
         elif not self._in_flight:
             self._idle.set()
 

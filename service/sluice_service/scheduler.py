@@ -272,7 +272,7 @@ class Scheduler:
         if not self._rules.are_fine(rows):
             return None
         self._singles = []
-        streams = [(single.stream, end) for end, single in enumerate(singles, 1)]
+        streams = _borders([(single.stream, end) for end, single in enumerate(singles, 1)])
         arrived = [single.arrived for single in singles]
         lanes = np.array([single.lane for single in singles])
         return self._straight(slots, step, steps, rows, lanes, streams, arrived, [1] * count)
@@ -300,7 +300,7 @@ class Scheduler:
         if not self._rules.are_fine(rows):
             return None
         self._frames = []
-        streams = [(frame.stream, end) for frame, end in zip(frames, ends, strict=True)]
+        streams = _borders([(frame.stream, end) for frame, end in zip(frames, ends, strict=True)])
         arrived = [frame.arrived for frame in frames]
         lanes = _concatenate([frame.lanes for frame in frames])
         return self._straight(slots, step, steps, rows, lanes, streams, arrived, weights)
@@ -502,6 +502,12 @@ def _gap(first: int, step: int) -> GapError:
 def _join(parts: Sequence[Buffers]) -> list[bytes]:
     """The rows for each input, of several messages."""
     return [b"".join(rows) for rows in zip(*parts, strict=True)]
+
+
+def _borders(parts: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The streams of consecutive parts and their ends, neighbours of one stream as one."""
+    following = [number for number, _ in parts[1:]]
+    return [part for part, after in zip(parts, [*following, None], strict=True) if part[0] != after]
 
 
 def _concatenate(arrays: Sequence[Array]) -> Array:

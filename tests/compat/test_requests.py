@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from sluice_protos.open_inference_pb2 import InferTensorContents, ModelInferRequest
-from sluice_service.rpc.open_inference_arrivals import Arrivals
 from tests.compat.caller import SECONDS, Caller, request, values
 from tests.service.wire import eventually, floats
 
@@ -50,30 +49,6 @@ async def test_requests_that_come_together_share_a_run(gate, sums) -> None:
     assert await stream.take(30) == [[number] for number in range(30)]
     assert (await wire.rows(0, 2)).ravel().tolist() == [1, 11]
     assert served.metric("sluice_runs_total", model="accumulator") == 2
-
-
-def _turns(arrivals: Arrivals, brought: int) -> int:
-    """The turns waited for a run when each of the first `brought` has brought one more request."""
-    arrivals.count += 1
-    turns = 0
-    while arrivals.may_bring_more():
-        turns += 1
-        arrivals.count += turns <= brought
-        assert turns < 1000
-    return turns
-
-
-def test_more_requests_are_waited_for_only_where_waiting_has_brought_some() -> None:
-    arrivals = Arrivals()
-    assert _turns(arrivals, 20) > 20
-    assert _turns(arrivals, 5) > 5
-    # A client that has one request at a time is not kept waiting …
-    assert _turns(arrivals, 0) > 0
-    waited = [_turns(arrivals, 0) for _ in range(300)]
-    assert sum(turns > 0 for turns in waited) < 12
-    # … others are found again, and no run waits for ever.
-    found = [_turns(arrivals, 500) for _ in range(100)]
-    assert 500 > max(found) == found[-1] > 100
 
 
 async def test_a_model_without_state_answers_too(caller) -> None:

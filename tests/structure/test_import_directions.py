@@ -26,7 +26,7 @@ MAY_IMPORT = {
 # Inside the service a module imports only from the lines above its own.
 SERVICE_LAYERS = (
     ("errors", "settings", "ragged", "clock", "metrics"),
-    ("arena", "claims", "inputs", "logs"),
+    ("arena", "arrivals", "claims", "inputs", "logs"),
     ("store",),
     ("sequences", "streams"),
     ("queues",),

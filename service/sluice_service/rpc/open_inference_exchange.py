@@ -96,7 +96,6 @@ class Exchange:
             )
             return
         request.expect()
-        self._trunk.arrived()
         self._waiting_steps += request.batch * request.steps
         if request.key:
             lane = self._by_key.get(request.key)

@@ -22,7 +22,6 @@ from sluice_protos.sequences_pb2 import (
 )
 from sluice_service.errors import ServiceError
 from sluice_service.host import Host
-from sluice_service.rpc.open_inference_arrivals import Arrivals
 from sluice_service.rpc.open_inference_lanes import ERRORS, NONE, Lane, as_frame, ended
 from sluice_service.settings import Settings
 from sluice_service.streams import Delivery, Stream
@@ -59,7 +58,6 @@ class Trunk:
         self._free_numbers: list[int] = []
         self._numbers = 0
         self._parting: set[int] = set()  # closed, and not yet gone
-        self._arrivals = Arrivals()
         self._is_flush_due = False
         self._opening: list[Lane] = []
         self._closing: list[int] = []
@@ -70,10 +68,6 @@ class Trunk:
     def parting(self) -> int:
         """How many places are about to be free."""
         return len(self._parting)
-
-    def arrived(self) -> None:
-        """A request has come: others may follow."""
-        self._arrivals.count += 1
 
     # To the host.
 
@@ -113,9 +107,6 @@ class Trunk:
             asyncio.get_running_loop().call_soon(self._flush)
 
     def _flush(self) -> None:
-        if self._arrivals.may_bring_more():
-            asyncio.get_running_loop().call_soon(self._flush)
-            return
         self._is_flush_due = False
         if self._opening or self._closing:
             task = asyncio.ensure_future(self._open())

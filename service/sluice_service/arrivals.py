@@ -1,6 +1,6 @@
-"""Judges whether requests that are about to arrive are worth waiting for, without a timer.
+"""Judges whether messages that are about to arrive are worth waiting for, without a timer.
 
-A client has many requests under way, and they are read one in a turn of the event
+Clients have many messages under way, and few of them are read in one turn of the event
 loop: a run of each alone would cost several times what they cost together.
 """
 
@@ -12,7 +12,7 @@ _TRIED_AGAIN = 32
 
 
 class Arrivals:
-    """Whether it is worth a few turns of the event loop to wait for more requests."""
+    """Whether it is worth a few turns of the event loop to wait for more messages."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -22,7 +22,7 @@ class Arrivals:
         self._runs = 0  # until patience is tried again
 
     def may_bring_more(self) -> bool:
-        """Asked once a turn while requests wait: True to wait another one."""
+        """Asked once a turn while messages wait: True to wait another one."""
         if not self._turns:
             self._first = self._seen = self.count
             self._is_patient = self._is_patient or self._runs <= 0

@@ -18,6 +18,10 @@ PACKAGES_redis-server := redis-server redis-tools libatomic1 libjemalloc2 liblzf
 PERF := $(VENV)/perf_analyzer
 PERF_WHEELS := tritonclient==2.50.0 nvidia-cuda-runtime-cu12==12.9.79
 PERF_PACKAGE := libb64-0d
+# KServe's own description of its objects, and Kubernetes' of what is in them: a test reads both
+# out of these wheels, and nothing of them is imported.
+OBJECTS := $(VENV)/objects
+OBJECT_WHEELS := kserve==0.21.0 kubernetes==32.0.1
 WHEEL_VENV := .venv-wheel
 WHEEL_TESTS := build/wheel-tests
 # What the tests of the wheel see of the checkout; never a folder with our code.
@@ -102,7 +106,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(BIN)/python $(INSTALL) --group dev --editable '.[service,export]'
 	@touch $@
 
-tools: $(DEBIAN_PROGRAMS:%=$(DEBIAN)/bin/%) $(PERF)/perf_analyzer
+tools: $(DEBIAN_PROGRAMS:%=$(DEBIAN)/bin/%) $(PERF)/perf_analyzer $(OBJECTS)/kserve
 
 # A program that is on the machine already is used as it is. A test that misses
 # one fails and names the package, so a failed download is only told here.
@@ -136,6 +140,14 @@ $(PERF)/perf_analyzer: | $(READY)
 			'export LD_LIBRARY_PATH' 'exec "$$root/'$$binary'" "$$@"' > ../perf_analyzer && \
 		chmod +x ../perf_analyzer; } \
 		|| echo "perf_analyzer could not be had: the test that needs it will fail." >&2
+
+$(OBJECTS)/kserve: | $(READY)
+	@mkdir -p $(@D)
+	@echo "Unpacking KServe's models into $(OBJECTS)"; \
+		{ python=$(CURDIR)/$(BIN)/python; cd $(@D) && \
+		$$python -m pip download -qq --no-deps $(OBJECT_WHEELS) && \
+		for wheel in *.whl; do $$python -m zipfile -e $$wheel . && rm $$wheel; done; } \
+		|| echo "KServe's models could not be had: the test that needs them will fail." >&2
 
 clean: ## everything that is not in git
 	rm -rf $(VENV) $(WHEEL_VENV) build dist demo-output .pytest_cache .mypy_cache .ruff_cache \

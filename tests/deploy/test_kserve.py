@@ -1,7 +1,9 @@
 """kserve.yaml names what there is, and its command serves a repository as KServe lays it out."""
 
+import copy
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from sluice_protos.open_inference_pb2 import ModelReadyRequest
 from sluice_protos.open_inference_pb2_grpc import GRPCInferenceServiceStub
 from sluice_service.server import GRACE_SECONDS
 from sluice_service.settings import Settings
+from tests.deploy.described import Packages
 from tests.processes import free_port, running
 
 MOUNTED = "/mnt/models"  # where KServe puts what storageUri names
@@ -33,6 +36,43 @@ def container(manifests) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def flags(container) -> dict[str, str]:
     return dict(argument.removeprefix("--").split("=") for argument in container["args"])
+
+
+@pytest.fixture(scope="module")
+def packages() -> Packages:
+    """KServe's and Kubernetes' own description of their objects."""
+    folder = Path(sys.prefix) / "objects"
+    if not (folder / "kserve").is_dir():
+        pytest.fail("this test reads KServe's models: `make tools` fetches them")
+    return Packages(folder)
+
+
+def misfits(packages: Packages, manifests: dict[str, Any]) -> Iterator[str]:
+    for kind, manifest in manifests.items():
+        version = manifest["apiVersion"].rpartition("/")[2]
+        yield from packages.misfits(manifest, version.capitalize() + kind, kind)
+
+
+def test_every_field_is_one_that_kserve_and_kubernetes_describe(manifests, packages) -> None:
+    assert list(misfits(packages, manifests)) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda spec: spec.update(autoSelect=True), "knows no autoSelect"),
+        (lambda spec: spec.update(multiModel="no"), "multiModel is 'no', not bool"),
+        (lambda spec: spec.pop("containers"), "wants containers"),
+        (lambda spec: spec["containers"][0].update(livenessprobe={}), "knows no livenessprobe"),
+        (lambda spec: spec["containers"][0]["ports"][0].pop("containerPort"), "wants container"),
+        (lambda spec: spec["containers"][0].update(args="--help"), "not a list"),
+    ],
+)
+def test_a_field_that_nobody_describes_would_be_found(manifests, packages, change, told) -> None:
+    changed = copy.deepcopy(manifests)
+    change(changed["ServingRuntime"]["spec"])
+    (misfit,) = misfits(packages, changed)
+    assert told in misfit
 
 
 def test_kserve_finds_what_it_looks_for(manifests, container) -> None:

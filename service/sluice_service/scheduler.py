@@ -24,7 +24,7 @@ from sluice_service.ragged import Array, Buffers, Integers, choose_steps, is_who
 from sluice_service.sequences import NONE, Sequences
 
 # While short chunks come among long ones, a run may take this part of its usual time …
-_SHARE_WHEN_MIXED = 10
+_SHARE_WHEN_MIXED = 4
 # … for so many runs after the last such mixture.
 _MIXED_RUNS = 16
 
@@ -93,6 +93,7 @@ class Scheduler:
         self._singles: list[Single] = []
         self._frames: list[Frame] = []
         self._mixed_runs = 0  # to come, in which long chunks give way to short ones
+        self._is_turn_of_long = False  # the last run was cut to the short ones' length
         self._is_stalled = np.zeros(slots, np.bool_)  # waits at its limit
         self._rank = np.zeros(slots, np.int64)  # scratch
         # The ring: every slot at most once, so it never overflows.
@@ -223,6 +224,13 @@ class Scheduler:
         self._ring_count -= count
         self._is_ready[slots] = False
         return slots
+
+    def _put_back(self, slots: Slots) -> None:
+        """Put slots that were just taken at the beginning of the ring."""
+        self._ring_start = (self._ring_start - len(slots)) % len(self._ring)
+        self._ring[(self._ring_start + np.arange(len(slots))) % len(self._ring)] = slots
+        self._ring_count += len(slots)
+        self._is_ready[slots] = True
 
     # Choosing a run.
 
@@ -406,16 +414,10 @@ class Scheduler:
         sequences, queues = self._sequences, self._queues
         streams = sequences.stream[slots]
         if (streams != streams[0]).any():
-            order = np.argsort(streams, kind="stable")
-            slots, streams = slots[order], streams[order]
-        nodes = queues.head[slots]
-        step = sequences.step[slots]
-        room = sequences.limit[slots] - step
-        waiting = np.minimum(queues.steps[nodes], room)
-        lengths = np.minimum(waiting, self._steps_max(len(slots)))
-        steps = choose_steps(lengths)
-        self._note_mixture(waiting, steps)
-        lengths = np.minimum(lengths, steps)
+            slots = slots[np.argsort(streams, kind="stable")]
+        slots, lengths = self._cut(slots)
+        streams, nodes = sequences.stream[slots], queues.head[slots]
+        steps, step = int(lengths.max()), sequences.step[slots]
         numbers = queues.frame[nodes]
         distinct, which = np.unique(numbers, return_inverse=True)
         frames = [queues.frames[number] for number in distinct.tolist()]
@@ -438,16 +440,32 @@ class Scheduler:
             cells_max //= _SHARE_WHEN_MIXED
         return min(self._run_steps_max, max(1, cells_max // sequences))
 
-    def _note_mixture(self, waiting: Integers, steps: int) -> None:
-        """See whether some sequences are done with a run while others have more to come.
+    def _cut(self, slots: Slots) -> tuple[Slots, Integers]:
+        """Which of `slots` run how many steps, so that little is padding.
 
-        Those that are done will soon be back with their next step: for a while,
-        the long chunks of the others run in short pieces.
+        Where some are done with the run while others have more to come, they will soon be
+        back with their next step: for a while, the long chunks of the others run in short
+        pieces. Cut to the length of the short ones they would come to nothing, so they have
+        every other run for themselves.
         """
-        if waiting.min() <= steps < waiting.max():
-            self._mixed_runs = _MIXED_RUNS
-        elif self._mixed_runs:
-            self._mixed_runs -= 1
+        sequences, queues = self._sequences, self._queues
+        room = sequences.limit[slots] - sequences.step[slots]
+        waiting = np.minimum(queues.steps[queues.head[slots]], room)
+        lengths = np.minimum(waiting, self._steps_max(len(slots)))
+        steps = choose_steps(lengths)
+        is_long = waiting > steps
+        if not is_long.any() or is_long.all():
+            self._is_turn_of_long = False
+            self._mixed_runs = max(0, self._mixed_runs - 1)
+            return slots, np.minimum(lengths, steps)
+        self._mixed_runs = _MIXED_RUNS
+        self._is_turn_of_long = not self._is_turn_of_long
+        if self._is_turn_of_long:
+            return slots, np.minimum(lengths, steps)
+        self._put_back(slots[~is_long])
+        slots = slots[is_long]
+        lengths = np.minimum(waiting[is_long], self._steps_max(len(slots)))
+        return slots, np.minimum(lengths, choose_steps(lengths))
 
     # During a run, and after it.
 

@@ -535,12 +535,28 @@ def test_long_chunks_run_in_short_pieces_while_short_ones_come_among_them() -> N
     assert _next(table, scheduler) == {0: 1, 1: 1}
     # The short one may be back at any moment: the long one takes little at once.
     for _ in range(3):
-        assert _next(table, scheduler) == {0: 10}
+        assert _next(table, scheduler) == {0: 25}
     scheduler.push(_frame([1], 1))
     assert _next(table, scheduler) == {0: 1, 1: 1}
     # It stays away: the long one has the server to itself again.
     lengths = [_next(table, scheduler)[0] for _ in range(40)]
-    assert (lengths[0], lengths[-1]) == (10, 64)
+    assert (lengths[0], lengths[-1]) == (25, 64)
+
+
+def test_long_chunks_get_on_however_quickly_short_ones_come_back() -> None:
+    table, scheduler = _scheduler(3, run_steps_max=64, run_cells_max=100)
+    table.received[:] = ALL
+    table.bound(slice(None))
+    scheduler.push(_frame([0], 10_000))
+    for _ in range(10):
+        # Every other run is cut to the short ones' length, the next is the long one's own …
+        scheduler.push(_frame([1, 2], 1))
+        assert _next(table, scheduler) == {0: 1, 1: 1, 2: 1}
+        scheduler.push(_frame([2, 1], 1))
+        assert _next(table, scheduler) == {0: 25}
+        # … and those who waited for its end come first.
+        assert _next(table, scheduler) == {0: 1, 1: 1, 2: 1}
+        assert _next(table, scheduler) == {0: 25}
 
 
 def test_a_sequence_that_runs_runs_nowhere_else_whichever_way_its_next_chunk_comes() -> None:

@@ -30,6 +30,8 @@ T = TypeVar("T")
 # stream is alone there is little to overlap with.
 _INLINE_SECONDS_MAX = 0.0003
 _INLINE_ALONE_SECONDS_MAX = 0.003
+# Where several runs may be in flight: what is as long as two of these is run in parts.
+_PART_SECONDS_MIN = 0.001
 
 
 class RunLoop:
@@ -155,15 +157,24 @@ class RunLoop:
         sequences, steps = run.inputs[0].shape[:2]
         is_alone = len(self._lanes) == 1
         inline_max = _INLINE_ALONE_SECONDS_MAX if is_alone else _INLINE_SECONDS_MAX
-        if self._versions.estimate(sequences, steps) <= inline_max:
+        estimate = self._versions.estimate(sequences, steps)
+        if estimate <= inline_max:
             self._land(run, self._execute(run))
             return
+        parts = min(
+            self._runs_at_once_max - self._in_flight, sequences, estimate // _PART_SECONDS_MIN
+        )
+        for part in run.split(int(parts)) if parts > 1 else [run]:
+            self._start(part)
+        if self._scheduler.has_ready:
+            self._pump_soon()
+
+    def _start(self, run: Run) -> None:
+        """Have a thread execute a run."""
         self._in_flight += 1
         self._scheduler.set_apart(run)
         future = asyncio.get_running_loop().run_in_executor(self._executor, self._execute, run)
         future.add_done_callback(lambda done: self._land(run, done.result()))
-        if self._scheduler.has_ready:
-            self._pump_soon()
 
     def _execute(self, run: Run) -> Outcome:
         try:

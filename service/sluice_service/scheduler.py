@@ -53,6 +53,33 @@ class Run:
     weights: list[int]
     is_apart: bool = False  # other things happen while it is executed
 
+    def split(self, count: int) -> list["Run"]:
+        """The same in so many runs of about as many sequences each."""
+        batch = len(self.slots)
+        ends = [batch * (part + 1) // count for part in range(count)]
+        return [self._part(start, end) for start, end in itertools.pairwise([0, *ends])]
+
+    def _part(self, start: int, end: int) -> "Run":
+        """Rows `start` to `end`; all its messages are taken for those of the first rows."""
+        streams = [
+            (number, min(last, end) - start)
+            for (_, first), (number, last) in itertools.pairwise([(NONE, 0), *self.streams])
+            if first < end and last > start
+        ]
+        lengths = self.lengths[start:end]
+        return Run(
+            self.slots[start:end],
+            None if self.nodes is None else self.nodes[start:end],
+            self.first[start:end],
+            lengths,
+            self.steps_each or _steps_each(lengths, self.inputs),
+            [array[start:end] for array in self.inputs],
+            self.lanes[start:end],
+            streams,
+            self.arrived if not start else [],
+            self.weights if not start else [],
+        )
+
     def only(self, rows: Integers) -> "Run":
         """Some of its rows [n], to be executed."""
         lengths = self.lengths[rows]
@@ -61,7 +88,7 @@ class Run:
             None,
             self.first[rows],
             lengths,
-            self.steps_each or _steps_each(lengths),
+            self.steps_each or _steps_each(lengths, self.inputs),
             [array[rows] for array in self.inputs],
             self.lanes[rows],
             [],
@@ -427,7 +454,7 @@ class Scheduler:
         numbers_of = zip(streams[ends - 1].tolist(), ends.tolist(), strict=True)
         weights = np.bincount(which, minlength=len(frames)).tolist()
         arrived = [frame.arrived for frame in frames]
-        each = steps if is_whole(lengths, steps) else 0
+        each = _steps_each(lengths, inputs)
         lanes = sequences.lane[slots]
         return Run(
             slots, nodes, step, lengths, each, inputs, lanes, list(numbers_of), arrived, weights
@@ -532,7 +559,7 @@ def _concatenate(arrays: Sequence[Array]) -> Array:
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
-def _steps_each(lengths: Integers) -> int:
-    """The length that all have; 0 where they differ."""
-    longest = int(lengths.max())
-    return longest if is_whole(lengths, longest) else 0
+def _steps_each(lengths: Integers, inputs: list[Array]) -> int:
+    """The steps of `inputs` [batch, steps, …] where all `lengths` [batch] are that; else 0."""
+    steps: int = inputs[0].shape[1]
+    return steps if is_whole(lengths, steps) else 0

@@ -189,6 +189,21 @@ async def test_any_streaming_equals_one_offline_run(model, seed, served, request
         assert (np.concatenate(walk.got) == offline).all()
 
 
+async def test_several_runs_at_once_change_no_bit(serve, lstm_file, monkeypatch) -> None:
+    # However small a run is: in a thread, and in parts.
+    monkeypatch.setattr("sluice_service.engine.Engine.estimate", lambda *_: 1.0)
+    served = await serve({"lstm": lstm_file.path}, runs_at_once_max=3)
+    generator = np.random.default_rng(5)
+    walks = [
+        Walk(f"at-once-{n}", generator.standard_normal((80, 8)).astype(np.float32))
+        for n in range(9)
+    ]
+    await asyncio.gather(*(_stream(served, "lstm", walks[n : n + 3], n) for n in (0, 3, 6)))
+    for walk in walks:
+        (offline,) = run_offline(lstm_file.path, {"x": walk.x})
+        assert (np.concatenate(walk.got) == offline).all()
+
+
 @pytest.mark.parametrize("seed", range(3))
 async def test_faults_among_good_steps_change_nothing(served, lstm_file, seed) -> None:
     generator = np.random.default_rng(seed)

@@ -8,7 +8,7 @@ import pytest
 from grpc import StatusCode
 
 from sluice_protos.sequences_pb2 import RESUME, TAKEOVER, Closed, Fault, OpenSequence, Tensor
-from tests.service.wire import SECONDS, Served, eventually, floats
+from tests.service.wire import SECONDS, Served, Wire, eventually, floats
 
 MINE = {"writer": b"mine"}
 
@@ -252,3 +252,59 @@ async def test_a_defect_in_a_run_becomes_a_fault_that_tells_nothing(
     await wire.push(0, floats([5]), first=0)
     await gate.let_through()
     assert (await wire.rows(0, 1)) == 5
+
+
+async def _streams(served: Served, count: int) -> list[Wire]:
+    """So many streams, each with a sequence on lane 0."""
+    wires = [served.wire("accumulator") for _ in range(count)]
+    for wire in wires:
+        await wire.open(0)
+    return wires
+
+
+async def test_runs_in_flight_at_once_may_end_in_another_order_than_they_began(gate, sums) -> None:
+    first, second, third = await _streams(await sums(runs_at_once_max=2), 3)
+    await first.push(0, floats([5]))
+    await gate.reached()
+    await second.push(0, floats([7]))
+    await eventually(lambda: len(gate.held) == 2)
+    # A third has to wait, as have the next steps of what runs.
+    await third.push(0, floats([9]))
+    await first.push(0, floats([1]))
+    await _stays(lambda: len(gate.held) == 2)
+    gate.held.rotate(-1)
+    await gate.let_through()
+    assert (await second.rows(0, 1)).ravel().tolist() == [7]
+    await eventually(lambda: len(gate.held) == 2)
+    gate.held.rotate(-1)
+    await gate.let_through()
+    assert (await third.rows(0, 1)).ravel().tolist() == [9]
+    for _ in range(2):
+        await gate.let_through()
+    assert (await first.rows(0, 2)).ravel().tolist() == [5, 6]
+
+
+async def test_a_long_run_is_done_in_parts_where_several_may_be_in_flight(gate, sums) -> None:
+    wire = (await sums(runs_at_once_max=3)).wire("accumulator")
+    for lane in range(4):
+        await wire.open(lane)
+    await wire.send(lane=range(4), inputs=[Tensor(data=floats([1, 2, 3, 4]).tobytes())])
+    await eventually(lambda: len(gate.held) == 3)
+    for _ in range(3):
+        await gate.let_through()
+    assert [(await wire.rows(lane, 1)).item() for lane in range(4)] == [1, 2, 3, 4]
+
+
+async def test_nothing_new_runs_while_somebody_waits_for_all_runs_to_end(gate, sums) -> None:
+    served = await sums(runs_at_once_max=2)
+    first, second = await _streams(served, 2)
+    await first.push(0, floats([5]))
+    await gate.reached()
+    await second.send(open=[OpenSequence(lane=1)])
+    await first.push(0, floats([6]))
+    await eventually(lambda: served.metric("sluice_chunks_total", model="accumulator") == 2)
+    await _stays(lambda: len(gate.held) == 1 and 1 not in second.opened)
+    await gate.let_through()
+    await second.next_opened(1)
+    await gate.let_through()
+    assert (await first.rows(0, 2)).ravel().tolist() == [5, 11]

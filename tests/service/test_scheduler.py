@@ -278,11 +278,15 @@ class SchedulerMachine(RuleBasedStateMachine):
     # What the run loop does.
 
     @precondition(lambda self: len(self.runs) < RUNS_AT_ONCE_MAX)
-    @rule()
-    def start_run(self) -> None:
+    @rule(parts=st.integers(1, 3))
+    def start_run(self, parts) -> None:
         if (run := self._next_run()) is not None:
-            self.scheduler.set_apart(run)
-            self.runs.append(run)
+            pieces = run.split(min(parts, len(run.slots))) if parts > 1 else [run]
+            assert sum(sum(piece.weights) for piece in pieces) == sum(run.weights)
+            for piece in pieces:
+                self._check(piece)
+                self.scheduler.set_apart(piece)
+                self.runs.append(piece)
 
     def _next_run(self) -> Run | None:
         run = self.scheduler.next_run()
@@ -304,7 +308,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         if run is None:
             assert not self.scheduler.has_ready
             return None
-        assert len(set(rows)) == len(rows) > 0
+        assert len(set(rows)) == len(rows) == sum(run.weights) > 0
         assert not set(rows) & {slot for other in self.runs for slot in other.slots.tolist()}
         self._check(run)
         return run
@@ -342,12 +346,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         """Every row is the next steps of its sequence, and no longer than allowed."""
         (inputs,) = run.inputs
         batch, steps = inputs.shape[:2]
-        assert batch == len(run.slots) == len(run.lengths) == len(run.first) == sum(run.weights)
+        assert batch == len(run.slots) == len(run.lengths) == len(run.first)
         assert steps <= RUN_STEPS_MAX
         assert steps == 1 or batch * steps <= RUN_CELLS_MAX
         named = list(zip(_streams_of(run), run.lanes.tolist(), strict=True))
         lengths = run.lengths.tolist()
-        assert run.steps_each == (lengths[0] if len(set(lengths)) == 1 else 0)
+        assert run.steps_each == (steps if set(lengths) == {steps} else 0)
         for index, slot in enumerate(run.slots.tolist()):
             lane, length = self.lanes[slot], int(run.lengths[index])
             chunk = lane.queue[0]
@@ -357,7 +361,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert inputs[index, :length, 0].tolist() == chunk.values[:length]
 
     @precondition(lambda self: self.runs)
-    @rule(which=st.integers(0, RUNS_AT_ONCE_MAX - 1), refused=st.sets(st.integers(0, 3)))
+    @rule(which=st.integers(0, 5), refused=st.sets(st.integers(0, 3)))
     def land_run(self, which, refused) -> None:
         """Runs may end in another order than they began."""
         self._land(self.runs.pop(which % len(self.runs)), refused)

@@ -353,24 +353,24 @@ class Host:
         )
         self._runs.wake(is_alone=len(self._lanes) == 1)
 
-    def submit_single(
-        self, stream: Stream, lane: int, steps: int, first: int, data: Buffers
+    def submit_singles(
+        self, stream: Stream, chunks: Iterable[tuple[int, int, int, Buffers]]
     ) -> None:
-        """Queue one chunk of `steps` steps, its rows for each input in `data`, checked.
-
-        `first` is the steps before it, or NONE.
+        """Queue chunks that came one by one: of each its lane, its steps, the steps before it
+        (or NONE), and its rows for each input, checked.
         """
-        self._metrics.chunks.add()
-        slot = stream.slot(lane)
-        if slot >= 0:
-            stream.queued_steps += steps
-            arrived = time.monotonic()
-            self._scheduler.push_single(
-                Single(stream.number, lane, slot, steps, first, data, arrived)
-            )
-            self._runs.wake(is_alone=len(self._lanes) == 1)
-        elif stream.is_unknown(lane):
-            self._lanes.tell_unknown(stream, lane)
+        arrived = time.monotonic()
+        for lane, steps, first, data in chunks:
+            self._metrics.chunks.value += 1
+            slot = stream.slot(lane)
+            if slot >= 0:
+                stream.queued_steps += steps
+                self._scheduler.push_single(
+                    Single(stream.number, lane, slot, steps, first, data, arrived)
+                )
+            elif stream.is_unknown(lane):
+                self._lanes.tell_unknown(stream, lane)
+        self._runs.wake(is_alone=len(self._lanes) == 1)
 
     def end_after(self, stream: Stream, lanes: Iterable[int], kind: Kind) -> None:
         """Close or park lanes behind the chunks they have sent."""

@@ -3,7 +3,7 @@
 import hashlib
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from sluice_service.errors import (
     ServiceError,
     StoppingError,
 )
-from sluice_service.ragged import Array, Integers, ones
+from sluice_service.ragged import Array
 from sluice_service.rpc.open_inference_requests import Request
 
 NONE = -1
@@ -202,23 +202,12 @@ def _name(request: Request) -> str:
     return f"sequence {request.sequence}" if request.key else "a request without a sequence"
 
 
-def as_frame(lanes: Sequence[Lane]) -> tuple[Integers, Integers, Integers, list[Array]]:
-    """What is to be run of `lanes`: lanes, steps and first steps [chunks], inputs [rows, …]."""
-    count = len(lanes)
-    requests = [lane.current for lane in lanes if lane.current is not None]
-    steps = np.fromiter((lane.missing for lane in lanes), np.int64, count)
-    inputs = []
-    for index in range(len(requests[0].inputs)):
-        parts = [
-            request.inputs[index]
-            if request.batch == 1 and lane.missing == request.steps
-            else request.inputs[index][lane.row * request.steps :][: request.steps][-lane.missing :]
-            for lane, request in zip(lanes, requests, strict=True)
-        ]
-        inputs.append(parts[0] if count == 1 else np.concatenate(parts))
-    return (
-        np.fromiter((lane.number for lane in lanes), np.int64, count),
-        ones(count) if int(steps.max()) == 1 else steps,
-        np.fromiter((lane.step for lane in lanes), np.int64, count),
-        inputs,
-    )
+def as_chunk(lane: Lane) -> tuple[int, int, int, list[Array]]:
+    """What is to be run of a lane's request: lane, steps, steps before it, rows of each input."""
+    request = lane.current
+    assert request is not None
+    inputs = request.inputs
+    if request.batch > 1 or lane.missing < request.steps:
+        end = (lane.row + 1) * request.steps
+        inputs = [array[end - lane.missing : end] for array in inputs]
+    return lane.number, lane.missing, lane.step, inputs

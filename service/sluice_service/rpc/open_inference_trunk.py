@@ -1,7 +1,7 @@
 """The one stream of a host that carries the lanes of all requests: their opens, chunks and ends.
 
-What is asked for in one turn of the event loop goes to the host as one frame, and in one
-batch of opens. Lanes have numbers there only while they are open.
+What is asked for in one turn of the event loop goes to the host at once, and in one batch of
+opens. Lanes have numbers there only while they are open.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ from sluice_protos.sequences_pb2 import (
 )
 from sluice_service.errors import ServiceError
 from sluice_service.host import Host
-from sluice_service.rpc.open_inference_lanes import ERRORS, NONE, Lane, as_frame, ended
+from sluice_service.rpc.open_inference_lanes import ERRORS, NONE, Lane, as_chunk, ended
 from sluice_service.settings import Settings
 from sluice_service.streams import Delivery, Stream
 
@@ -156,7 +156,7 @@ class Trunk:
         return OpenSequence(lane=lane.number, sequence_id=lane.key, mode=mode, received=received)
 
     def _send(self) -> None:
-        """Everything that can run, as one frame."""
+        """Everything that can run, at once."""
         lanes, self._chunks = [lane for lane in self._chunks if lane.is_open], []
         if not lanes or self._stream is None:
             return
@@ -168,7 +168,7 @@ class Trunk:
             numbers = np.array([lane.number for lane in counted])
             received = np.array([lane.first for lane in counted])
             self._host.acknowledge(self._stream, numbers, received)
-        self._host.submit(self._stream, *as_frame(lanes))
+        self._host.submit_singles(self._stream, map(as_chunk, lanes))
 
     # From the host.
 

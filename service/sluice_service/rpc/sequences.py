@@ -161,7 +161,7 @@ class _Session:
         repeat = self._repeat
         while True:
             if (rows := repeat.rows(data)) is not None:
-                host.submit_single(stream, repeat.lane, repeat.steps, NONE, [rows])
+                host.submit_singles(stream, [(repeat.lane, repeat.steps, NONE, [rows])])
             else:
                 request = parse(data)
                 self._begin(request)
@@ -198,9 +198,9 @@ class _Session:
         if request.lane:
             single = read_single(request, host.inputs)
             if single is not None:
-                lane, steps, first, rows = single
-                host.submit_single(stream, lane, steps, first, rows)
+                host.submit_singles(stream, [single])
                 if is_bare(request):
+                    lane, steps, _, rows = single
                     self._repeat.learn(data, lane, steps, rows[0])
             else:
                 chunks = Chunks(request, host.inputs)

@@ -61,6 +61,11 @@ class Asked:
         answer: dict[str, Any] = json.loads(self._process.stdout.readline())
         return answer
 
+    def kill(self) -> None:
+        """End it at once: its connections break off."""
+        self._process.kill()
+        self._process.wait()
+
 
 @contextmanager
 def asked(module: str, *arguments: object) -> Iterator[Asked]:

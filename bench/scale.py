@@ -1,8 +1,9 @@
 """From a thousand to a hundred thousand live sequences, all active: `python -m bench.scale`."""
 
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass, replace
 
 from bench.frames import Order
@@ -14,10 +15,9 @@ from bench.table import Effort, Figures, bar, print_table, read_effort
 HIDDEN = 128
 COUNTS = (1_000, 10_000, 100_000)
 IN_FLIGHT = 256
-# Long enough that nothing expires while it is still to be measured.
 SEQUENCES_MAX = COUNTS[-1] + 10
-IDLE_SECONDS = 8
-WATCH_SECONDS = 2.0
+# Until the one more sequence has its connection and its pace.
+STARTING_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,16 @@ class Round:
     steps_per_second: float
     cpu_us: float
     resident_bytes: int
-    worst_quiet_ms: float = 0.0
-    worst_expiring_ms: float = 0.0
+
+
+@dataclass(frozen=True)
+class Worst:
+    """The worst step, in ms, of one more sequence while many others live quietly and do not."""
+
+    quiet: float
+    expire: float
+    opened: float
+    break_off: float
 
 
 def idle_seconds(effort: Effort) -> float:
@@ -37,52 +45,73 @@ def idle_seconds(effort: Effort) -> float:
     return 3 if effort.is_quick else 8
 
 
-def measure_count(count: int, effort: Effort, *, expires: bool) -> Round:
-    """Open, stream through all of them in turns, and perhaps let them expire."""
-    flags = ["--sequences-max", str(SEQUENCES_MAX)]
-    if expires:
-        flags += ["--sequence-idle-seconds-max", str(idle_seconds(effort))]
+def measure_count(count: int, effort: Effort) -> Round:
+    """Open, and stream through all of them in turns."""
     with ExitStack() as stack:
-        server = stack.enter_context(sluice({"m": export_model(HIDDEN)}, *flags))
-        arguments = (server.address, server.pid, "m", INPUTS)
-        client = stack.enter_context(asked("bench.frames", *arguments))
+        server = stack.enter_context(
+            sluice({"m": export_model(HIDDEN)}, "--sequences-max", str(SEQUENCES_MAX))
+        )
+        client = stack.enter_context(_client(server))
         opened = client.ask(asdict(Order(opens=count)))
-        # Once through all of them first, so that each has its state in memory.
-        passing = count / 40_000
-        order = Order(in_flight=min(IN_FLIGHT, count), seconds=passing + effort.seconds)
-        streamed = client.ask(asdict(order))
-        quiet = expiring = 0.0
-        if expires:
-            quiet, expiring = watch_expiry(client, server, count, effort)
+        streamed = client.ask(asdict(_stream(count, effort)))
         return Round(
             opened["seconds"],
             streamed["steps_per_second"],
             streamed["cpu_us"],
             int(streamed["resident_bytes"]),
-            quiet,
-            expiring,
         )
 
 
-def watch_expiry(client: Asked, server: Server, count: int, effort: Effort) -> tuple[float, float]:
-    """The worst latency of a step, in ms, in a quiet time and while `count` sequences expire."""
-    now = time.monotonic()
+def _client(server: Server) -> AbstractContextManager[Asked]:
+    return asked("bench.frames", server.address, server.pid, "m", INPUTS)
+
+
+def _stream(count: int, effort: Effort) -> Order:
+    """Once through all of them first, so that each has been run."""
+    passing = count / 40_000
+    return Order(in_flight=min(IN_FLIGHT, count), seconds=passing + effort.seconds)
+
+
+class Watch:
+    """One more sequence, which goes on step by step and tells how long the worst one took."""
+
+    def __init__(self, server: Server, stack: ExitStack) -> None:
+        self._pinger = stack.enter_context(asked("bench.pingpong"))
+        self._threads = stack.enter_context(ThreadPoolExecutor())
+        self._question = ask_sluice(server, "m", make_step(INPUTS))
+
+    def during(self, work: Callable[[], object], seconds: float) -> float:
+        """In ms, while `work` is done, which takes less than so many seconds."""
+        question = asdict(replace(self._question, seconds=seconds))
+        answer = self._threads.submit(self._pinger.ask, question)
+        time.sleep(STARTING_SECONDS)
+        work()
+        worst: float = answer.result()["max"]
+        return worst / 1000
+
+
+def watch_lives(count: int, effort: Effort) -> Worst:
+    """What `count` sequences that come and go together do to another one."""
+    idle, model = idle_seconds(effort), {"m": export_model(HIDDEN)}
+    seconds = 2.0 if effort.is_quick else 12.0
+    flags = ("--sequences-max", str(SEQUENCES_MAX))
     with ExitStack() as stack:
-        threads = stack.enter_context(ThreadPoolExecutor())
-        pinger = stack.enter_context(asked("bench.pingpong"))
-        expiry = threads.submit(client.ask, asdict(Order(expiries=count)))
-        question = ask_sluice(server, "m", make_step(INPUTS))
-        quiet = pinger.ask(
-            asdict(replace(question, seconds=min(WATCH_SECONDS, 3 * effort.seconds)))
-        )["max"]
-        time.sleep(max(0.0, now + idle_seconds(effort) - 2 - time.monotonic()))
-        expiring = 0.0
-        while not expiry.done():
-            answer = pinger.ask(
-                asdict(replace(question, seconds=min(WATCH_SECONDS, 3 * effort.seconds)))
-            )
-            expiring = max(expiring, answer["max"])
-    return quiet / 1000, expiring / 1000
+        server = stack.enter_context(
+            sluice(model, *flags, "--sequence-idle-seconds-max", str(idle))
+        )
+        watch, client = Watch(server, stack), stack.enter_context(_client(server))
+        client.ask(asdict(Order(opens=count)))
+        client.ask(asdict(_stream(count, effort)))
+        since = time.monotonic()
+        quiet = watch.during(lambda: None, seconds / 4)
+        time.sleep(max(0.0, since + idle - 2 - time.monotonic()))
+        expire = watch.during(lambda: client.ask(asdict(Order(expiries=count))), seconds + 2)
+    with ExitStack() as stack:
+        server = stack.enter_context(sluice(model, *flags))
+        watch, client = Watch(server, stack), stack.enter_context(_client(server))
+        opened = watch.during(lambda: client.ask(asdict(Order(opens=count))), seconds)
+        break_off = watch.during(client.kill, seconds / 4)
+    return Worst(quiet, expire, opened, break_off)
 
 
 def main() -> None:
@@ -91,11 +120,12 @@ def main() -> None:
     counts = (1_000, 3_000) if effort.is_quick else COUNTS
     figures = Figures()
     with bar() as progress:
-        rounds = [count for _ in range(effort.rounds) for count in counts]
-        for count in progress.track(rounds, description="scale"):
-            found = asdict(measure_count(count, effort, expires=count == counts[-1]))
-            for name, value in found.items():
-                figures.add(f"{name} {count}", value)
+        for _ in progress.track(range(effort.rounds), description="scale"):
+            for count in counts:
+                for name, value in asdict(measure_count(count, effort)).items():
+                    figures.add(f"{name} {count}", value)
+            for name, value in asdict(watch_lives(counts[-1], effort)).items():
+                figures.add(name, value)
     print_rates(figures, counts)
     print_lives(figures, counts)
 
@@ -137,16 +167,15 @@ def print_lives(figures: Figures, counts: tuple[int, ...]) -> None:
     rows = [
         ["bytes of memory a live sequence", f"{slope:,.0f}", f"≤ {state + 1024:,}"],
         ["of these its state", f"{state:,}", ""],
-        [
-            "worst step in a quiet time, ms",
-            f"{figures.median(f'worst_quiet_ms {many}'):.1f}",
-            "",
-        ],
-        [
-            f"worst step while {many:,} expire, ms",
-            f"{figures.median(f'worst_expiring_ms {many}'):.1f}",
-            "≤ 10 more",
-        ],
+        ["worst step in a quiet time, ms", f"{figures.median('quiet'):.1f}", ""],
+        *(
+            [f"worst step while {many:,} {what}, ms", f"{figures.median(name):.1f}", "≤ 10 more"]
+            for name, what in (
+                ("expire", "expire"),
+                ("opened", "are opened"),
+                ("break_off", "lose their stream"),
+            )
+        ),
     ]
     print_table("Lives", ["", "measured", "target"], rows)
 

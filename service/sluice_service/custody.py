@@ -27,6 +27,7 @@ from sluice_service.store import (
     unpack,
 )
 from sluice_service.streams import Stream
+from sluice_service.turns import take_turns
 
 Answer = Granted | LaneError | None
 # The store is asked about so many opens at once.
@@ -80,7 +81,7 @@ class Custody:
     ) -> None:
         """Ask the store about opens of different sequences; `land` each with its answer.
 
-        None is the answer for those that no store has. Lands between runs.
+        None is the answer for those that no store has. Lands between runs, many in turns.
         """
         kept = [one for one in requests if self._openings.durability(one) != OFF]
         async with self.exclusive(one.sequence_id for one in kept):
@@ -89,11 +90,10 @@ class Custody:
                 names = [one.sequence_id for one in kept]
                 answers = dict(zip(names, await self._claim(kept), strict=True))
 
-            def land_all() -> None:
-                for request in requests:
-                    land(request, answers.get(request.sequence_id))
+            def land_one(request: OpenSequence) -> None:
+                land(request, answers.get(request.sequence_id))
 
-            await self._runs.between_runs(land_all)
+            await take_turns(map(land_one, requests), instant=self._runs.between_runs)
 
     async def _claim(self, opens: Sequence[OpenSequence]) -> Sequence[Granted | LaneError]:
         try:

@@ -6,9 +6,12 @@ thread, and what could disturb it waits until it has been applied.
 
 import asyncio
 import contextlib
+import itertools
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator
 from concurrent.futures import Executor
+from functools import partial
+from typing import Any
 
 import numpy as np
 import structlog
@@ -42,13 +45,12 @@ from sluice_service.settings import Settings
 from sluice_service.snapshots import Snapshots
 from sluice_service.store import Store, StoreError
 from sluice_service.streams import Stream
+from sluice_service.turns import rest, take_turn, take_turns
 from sluice_service.versions import Version, Versions
 
 log = structlog.get_logger()
 
 _TICK_SECONDS = 1.0
-# Between so many expired sequences the event loop gets its turn.
-_EXPIRED_AT_ONCE_MAX = 100
 
 
 class Host:
@@ -133,7 +135,8 @@ class Host:
             self._keeper.custody if self._keeper is not None else None,
             self._clock,
         )
-        self._opening: set[asyncio.Task[None]] = set()
+        # What goes on even where its stream has ended.
+        self._tasks: set[asyncio.Task[None]] = set()
         self._follow()
 
     def _keep(self, store: Store) -> Keeper:
@@ -264,9 +267,22 @@ class Host:
         return self._lanes.attach(on_change)
 
     def detach(self, stream: Stream) -> None:
-        """Park every lane of a stream that has ended."""
-        self._lanes.detach(stream)
+        """Park every lane of a stream that has ended; of very many, some a little later."""
+        parking = self._lanes.detach(stream)
+        if not take_turn(parking):
+            self._start(self._go_on_parking(parking))
         self._runs.settle()
+
+    async def _go_on_parking(self, parking: Iterator[None]) -> None:
+        await rest()
+        await take_turns(parking)
+        self._runs.settle()
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
     async def open(
         self, stream: Stream, requests: Iterable[OpenSequence], *, closing: Collection[int] = ()
@@ -276,27 +292,23 @@ class Host:
         Before that, drop the sequences of the lanes `closing`, on which nothing is queued.
         """
 
-        def end_lanes() -> None:
-            for lane in closing:
-                if (slot := stream.slot(lane)) >= 0:
-                    self._lanes.end(self._sequences.at(slot), Closed.CLIENT, "its client ended it")
-
-        def open_here() -> None:
-            end_lanes()
-            self._openings.open_all(stream, requests)
-
-        # One instant, not two: each may have to wait for a run to end.
+        between_runs = self._runs.between_runs
+        ending = map(partial(self._end_lane, stream), closing)
         if self._keeper is None:
-            await self._runs.between_runs(open_here)
+            opening = map(partial(self._openings.open_here, stream), requests)
+            # Few of both are one turn, not two: each may have to wait for a run to end.
+            await take_turns(itertools.chain(ending, opening), instant=between_runs)
         else:
             if closing:
-                await self._runs.between_runs(end_lanes)
+                await take_turns(ending, instant=between_runs)
             # Where the stream ends meanwhile: what the store was asked is brought to its end.
-            opening = asyncio.ensure_future(self._open_in_store(self._keeper, stream, requests))
-            self._opening.add(opening)
-            opening.add_done_callback(self._opening.discard)
-            await asyncio.shield(opening)
+            work = self._open_in_store(self._keeper, stream, requests)
+            await asyncio.shield(self._start(work))
         self._runs.settle()
+
+    def _end_lane(self, stream: Stream, lane: int) -> None:
+        if (slot := stream.slot(lane)) >= 0:
+            self._lanes.end(self._sequences.at(slot), Closed.CLIENT, "its client ended it")
 
     async def _open_in_store(
         self, keeper: Keeper, stream: Stream, requests: Iterable[OpenSequence]
@@ -509,16 +521,18 @@ class Host:
     async def expire(self) -> None:
         """Close the sequences that were idle for too long and tell their clients."""
         now = self._clock.now()
-        self._sequences.forget_tombstones(now)
+        while self._sequences.forget_tombstones(now):
+            await rest()
         idle_max = self._settings.sequence_idle_seconds_max
+        ending = f"it had no step for {idle_max:g} seconds"
         expired = 0
-        for sequence in self._sequences.idle(before=now - idle_max):
-            ending = f"it had no step for {idle_max:g} seconds"
-            self._lanes.end(sequence, Closed.IDLE, ending)
+
+        def end(sequence: Sequence) -> None:
+            nonlocal expired
             expired += 1
-            if expired % _EXPIRED_AT_ONCE_MAX == 0:
-                self._runs.settle()
-                await asyncio.sleep(0)
+            self._lanes.end(sequence, Closed.IDLE, ending)
+
+        await take_turns(map(end, self._sequences.idle(before=now - idle_max)))
         self._runs.settle()
         if expired:
             log.info("sequences_expired", model=self.name, sequences=expired)

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from concurrent.futures import Executor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import structlog
@@ -23,17 +23,16 @@ class Hosts(Mapping[str, Host]):
         self,
         settings: Settings,
         metrics: Metrics,
-        executor: Executor,
         store: Store | None,
         on_change: Callable[[str], Awaitable[None]],
     ) -> None:
         """`on_change(name)` is called when a model has come, has another version, or has gone."""
         self._settings = settings
         self._metrics = metrics
-        self._executor = executor
         self._store = store
         self._on_change = on_change
         self._hosts: dict[str, Host] = {}
+        self._threads: dict[str, ThreadPoolExecutor] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._is_started = False
 
@@ -58,9 +57,13 @@ class Hosts(Mapping[str, Host]):
     def add(self, name: str, version: Version) -> None:
         """Serve a model that was not served before."""
         metrics = self._metrics.model(name)
-        self._hosts[name] = Host(
-            name, version, self._settings, metrics, self._executor, self._store
+        # As many threads as runs at once, and no more: each keeps memory of its own, and a pool
+        # that may grow does so whenever a run is given to it before the last one's thread rests.
+        threads = ThreadPoolExecutor(
+            self._settings.runs_at_once_max, thread_name_prefix=f"run-{name}"
         )
+        self._threads[name] = threads
+        self._hosts[name] = Host(name, version, self._settings, metrics, threads, self._store)
         self._tell(name, version)
         if self._is_started:
             self._tasks[name] = asyncio.create_task(self._hosts[name].live())
@@ -91,6 +94,7 @@ class Hosts(Mapping[str, Host]):
                 await host.drain()
                 if task is not None:
                     task.cancel()
+                self._threads.pop(name).shutdown(wait=False)
                 self._metrics.forget(name)
                 log.info("model_unloaded", model=name)
                 await self._on_change(name)
@@ -109,6 +113,8 @@ class Hosts(Mapping[str, Host]):
         """Nobody lives on."""
         for task in self._tasks.values():
             task.cancel()
+        for threads in self._threads.values():
+            threads.shutdown(wait=False)
 
     def _tell(self, name: str, version: Version) -> None:
         self._metrics.load_seconds.labels(name).set(version.seconds)

@@ -56,6 +56,8 @@ class Lanes:
         self._clock = clock
         self._metrics = metrics
         self._streams: dict[int, Stream] = {}
+        # Those that have ended, while their lanes are being parked.
+        self._ended: dict[int, Stream] = {}
         self._stream_number = 0
         # Durable sequences that leave; and the sign that the store has something to do.
         self.parks: list[Parting] = []
@@ -84,15 +86,29 @@ class Lanes:
         stream.send(self._limits)
         return stream
 
-    def detach(self, stream: Stream) -> None:
-        """Park every lane of a stream that ends: what runs finishes, what is queued is dropped."""
-        if self._streams.pop(stream.number, None) is None:
+    def detach(self, stream: Stream) -> Iterator[None]:
+        """Park every lane of a stream that ends, one after another as the iterator is drawn from.
+
+        What runs finishes, what is queued is dropped.
+        """
+        number = stream.number
+        if self._streams.pop(number, None) is None:
             return
-        for slot in stream.live_slots().tolist():
-            self._scheduler.drop(slot)
-            self._sequences.detach(self._sequences.at(slot))
-        for delivery in stream.deliveries():
-            self._hold(delivery)
+        self._ended[number] = stream
+        slots = stream.live_slots().tolist()
+        while True:
+            # A lane is parked when nothing that was delivered before is left to be held.
+            if (delivery := stream.take_back()) is not None:
+                self._hold(delivery)
+            elif slots:
+                slot = slots.pop()
+                if self._sequences.stream[slot] == number:
+                    self._scheduler.drop(slot)
+                    self._sequences.detach(self._sequences.at(slot))
+            else:
+                break
+            yield
+        del self._ended[number]
 
     def stop_reading(self) -> None:
         """Open nothing new, and read no further from any stream."""
@@ -187,7 +203,8 @@ class Lanes:
         return stream
 
     def _stream_of(self, sequence: Sequence) -> Stream:
-        return self._streams[int(self._sequences.stream[sequence.slot])]
+        number = int(self._sequences.stream[sequence.slot])
+        return self._streams.get(number) or self._ended[number]
 
     def _leave(self, sequence: Sequence, stream: Stream, reason: "Reason.ValueType | None") -> None:
         """Empty a sequence's queue and tell its lane why it ends; None: somebody else will."""
@@ -247,7 +264,7 @@ class Lanes:
         """Hand outputs to a stream, or keep them where it went away while they were computed."""
         stream = self._streams.get(number)
         if stream is None:
-            self._hold(delivery)
+            self._keep(delivery, number)
             return
         is_gated = self._is_gated(delivery)
         if is_gated is not None:
@@ -255,6 +272,13 @@ class Lanes:
             delivery = delivery.only(~is_gated)
         if delivery.rows:
             stream.send(delivery)
+
+    def _keep(self, delivery: Delivery, number: int) -> None:
+        """Keep what nobody waits for any more, behind what its stream still has."""
+        if (ended := self._ended.get(number)) is not None:
+            ended.gated.append(delivery)
+        else:
+            self._hold(delivery)
 
     def release(self) -> None:
         """Let go out what has become durable."""
@@ -306,7 +330,7 @@ class Lanes:
     def due(self, streams: Integers) -> Iterator[Delivery]:
         """What may still be asked for of the outputs of these streams, oldest first in each."""
         for number in np.unique(streams).tolist():
-            stream = self._streams.get(number)
+            stream = self._streams.get(number) or self._ended.get(number)
             for delivery in stream.deliveries() if stream is not None else ():
                 due = self._due(delivery)
                 if due.all():

@@ -1,7 +1,6 @@
 """Gives each open its lane and its sequence, as the table of claims or the store has decided."""
 
 import uuid
-from collections.abc import Iterable
 
 import numpy as np
 
@@ -69,11 +68,10 @@ class Openings:
         self._metrics = metrics
         self._durability = DURABILITIES[durability]
 
-    def open_all(self, stream: Stream, requests: Iterable[OpenSequence]) -> None:
-        """Open sequences that no store has; between runs only."""
-        for request in requests:
-            if self.admits(stream, request):
-                self.open(stream, request, None)
+    def open_here(self, stream: Stream, request: OpenSequence) -> None:
+        """Open a sequence that no store has; between runs only."""
+        if self.admits(stream, request):
+            self.open(stream, request, None)
 
     def admits(self, stream: Stream, request: OpenSequence) -> bool:
         """True if there is no reason against an open yet; where there is, its client is told."""

@@ -3,7 +3,7 @@
 No I/O and no clock: `now` is an argument, in seconds of the time this process was awake.
 """
 
-from collections import OrderedDict
+from collections import deque
 from collections.abc import Callable, Iterator
 from enum import Enum, auto
 
@@ -18,6 +18,8 @@ NONE = -1
 # What a client without a writer has received: it never asks again, so nothing is
 # held. And how far a sequence that is in no store is durable: nothing waits for it.
 ALL = 1 << 62
+# They take less than a millisecond.
+_FORGOTTEN_AT_ONCE_MAX = 1000
 
 
 class Phase(Enum):
@@ -120,8 +122,11 @@ class Sequences:
         undurable_steps_max: int,
     ) -> None:
         self._by_id: dict[str, Sequence] = {}
-        self._by_slot: dict[int, Sequence] = {}
-        self._tombstones: OrderedDict[str, tuple[float, Record]] = OrderedDict()
+        self._by_slot: list[Sequence | None] = [None] * slots
+        # What is known of ended sequences, and until when; and the same in their order. An id
+        # that lives again leaves its place in the order.
+        self._tombstones: dict[str, tuple[float, Record]] = {}
+        self._burials: deque[tuple[float, str]] = deque()
         self._tombstones_max = tombstones_max
         self._tombstone_seconds = tombstone_seconds
         self._unacknowledged_steps_max = unacknowledged_steps_max
@@ -164,7 +169,9 @@ class Sequences:
 
     def at(self, slot: int) -> Sequence:
         """The live sequence in that slot."""
-        return self._by_slot[slot]
+        sequence = self._by_slot[slot]
+        assert sequence is not None
+        return sequence
 
     def record(self, sequence_id: str) -> Record | None:
         """What is known of the owner of that id, alive or closed."""
@@ -249,6 +256,8 @@ class Sequences:
         """Park a sequence: alive, on no stream."""
         sequence.move(Event.DETACH)
         self.stream[sequence.slot] = NONE
+        # What it has taken back from its stream is not the stream's any more.
+        self.generation[sequence.slot] += 1
 
     def end(self, sequence: Sequence, ending: str, now: float) -> None:
         """Take a sequence out; `ending` says why, and a tombstone keeps it."""
@@ -256,15 +265,20 @@ class Sequences:
         record = sequence.record
         record.is_alive = False
         record.ending = ending
-        self._tombstones[sequence.sequence_id] = (now + self._tombstone_seconds, record)
-        if len(self._tombstones) > self._tombstones_max:
-            self._tombstones.popitem(last=False)
+        until = now + self._tombstone_seconds
+        self._tombstones[sequence.sequence_id] = (until, record)
+        self._burials.append((until, sequence.sequence_id))
+        while (
+            len(self._tombstones) > self._tombstones_max
+            or len(self._burials) > 2 * self._tombstones_max
+        ):
+            self._forget_oldest()
 
     def forget(self, sequence: Sequence) -> None:
         """Take a sequence out without a trace: what is to be known of it, the store knows."""
         sequence.move(Event.END)
         del self._by_id[sequence.sequence_id]
-        del self._by_slot[sequence.slot]
+        self._by_slot[sequence.slot] = None
         self.is_alive[sequence.slot] = False
         self.durable[sequence.slot] = ALL
         self.is_strict[sequence.slot] = False
@@ -285,12 +299,21 @@ class Sequences:
 
         for slot in np.flatnonzero(is_idle(slice(None))).tolist():
             if is_idle(slot):
-                yield self._by_slot[slot]
+                yield self.at(slot)
 
-    def forget_tombstones(self, now: float) -> None:
-        """Drop the tombstones whose time is over."""
-        while self._tombstones and next(iter(self._tombstones.values()))[0] <= now:
-            self._tombstones.popitem(last=False)
+    def forget_tombstones(self, now: float) -> bool:
+        """Drop tombstones whose time is over; True when there may be more of them."""
+        for _ in range(_FORGOTTEN_AT_ONCE_MAX):
+            if not self._burials or self._burials[0][0] > now:
+                return False
+            self._forget_oldest()
+        return True
+
+    def _forget_oldest(self) -> None:
+        until, sequence_id = self._burials.popleft()
+        entry = self._tombstones.get(sequence_id)
+        if entry is not None and entry[0] == until:
+            del self._tombstones[sequence_id]
 
     def is_same(self, slots: Slots, generations: NDArray[np.int64]) -> NDArray[np.bool_]:
         """[n] whether each slot is still in the hands it was in at that generation."""

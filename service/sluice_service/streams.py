@@ -212,6 +212,18 @@ class Stream:
         """The slots of all open lanes."""
         return self._slots[self._slots >= 0]
 
+    def take_back(self) -> Delivery | None:
+        """The oldest of what was delivered and not acknowledged, taken out; None: nothing is left.
+
+        For a stream that has ended: notices that wait are dropped on the way.
+        """
+        for waiting in (self.unacknowledged, self.outbox, self.gated):
+            while waiting:
+                item = waiting.popleft()
+                if isinstance(item, Delivery):
+                    return item
+        return None
+
     def deliveries(self) -> Iterator[Delivery]:
         """Everything delivered and not acknowledged, oldest first."""
         yield from self.unacknowledged

@@ -65,7 +65,7 @@ def hands(monkeypatch) -> Hands:
 def gate(monkeypatch) -> Gate:
     """Every server that is made hereafter takes all its runs through this gate."""
     gate = Gate()
-    monkeypatch.setattr("sluice_service.server.ThreadPoolExecutor", lambda **_: gate)
+    monkeypatch.setattr("sluice_service.hosts.ThreadPoolExecutor", lambda **_: gate)
     # Runs that are expected to take long are never executed on the event loop.
     monkeypatch.setattr("sluice_service.engine.Engine.estimate", lambda *_: float("inf"))
     monkeypatch.setattr("sluice_service.runs._INLINE_ALONE_SECONDS_MAX", -1.0)

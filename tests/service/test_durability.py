@@ -25,6 +25,7 @@ from sluice_protos.sequences_pb2 import (
     Fault,
     ForkRequest,
     OpenSequence,
+    Tensor,
 )
 from sluice_service.store import StoreError
 from tests.service.wire import Served, eventually, floats
@@ -93,6 +94,32 @@ async def test_strict_what_was_not_acknowledged_is_sent_again_by_the_next_server
     assert (opened.applied, opened.held_from) == (3, 1)
     assert (await wire.rows(0, 2)).ravel().tolist() == [3, 6]
     assert await sums(wire, 0, 3, [4]) == [10]
+
+
+async def test_a_parked_lane_is_stored_with_its_outputs_once_while_its_stream_goes_on(
+    replica,
+) -> None:
+    first = await replica()
+    wire = first.wire(MODEL)
+    await wire.open(0, "parked", writer=ME, attempt=1)
+    await wire.open(1, "goes on", writer=ME, attempt=1)
+    # The outputs of both lanes go out as one, and nobody acknowledges them.
+    both = Tensor(data=floats([1, 10]).tobytes())
+    await wire.send(lane=[0, 1], inputs=[both])
+    await wire.rows(1, 1)
+    await wire.send(park=[0])
+    await wire.next_closed(0)
+    # Both are stored once more, in one go.
+    host = first.server._hosts[MODEL]
+    await host._keeper.flush()
+    await crash(first)
+
+    wire = (await replica()).wire(MODEL)
+    for lane, name, value in ((0, "parked", 1), (1, "goes on", 10)):
+        await wire.open(lane, name, mode=RESUME, writer=ME, attempt=2, received=0)
+        await wire.settle()
+        assert (await wire.rows(lane, 1)).ravel().tolist() == [value]
+        assert await sums(wire, lane, 1, [1]) == [value + 1]
 
 
 async def test_strict_nothing_leaves_while_the_store_does_not_answer(replica, monkeypatch) -> None:

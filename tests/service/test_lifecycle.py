@@ -132,6 +132,23 @@ async def test_a_defect_in_looking_for_idle_sequences_does_not_end_the_looking(
     assert len(looks) >= 3
 
 
+async def test_what_a_parked_lane_has_not_acknowledged_is_held_once_when_its_stream_ends(
+    sums,
+) -> None:
+    served = await sums()
+    wire, again = served.wire("accumulator"), served.wire("accumulator")
+    await wire.open(0, "parked", attempt=1, **MINE)
+    await wire.push(0, floats([1, 2, 3]))
+    await wire.rows(0, 3)
+    await wire.send(park=[0])
+    await wire.next_closed(0)
+    await wire.end()
+    await again.open(0, "parked", mode=RESUME, attempt=2, received=0, **MINE)
+    await again.settle()
+    assert (await again.rows(0, 3)).ravel().tolist() == [1, 3, 6]
+    assert not again.pieces[0]
+
+
 async def test_at_the_limit_new_sequences_are_refused_and_none_is_evicted(sums) -> None:
     served = await sums(sequences_max=3)
     wire = served.wire("accumulator")

@@ -1,0 +1,84 @@
+"""What has ended is gone: no object of it is left, however often everything has lived and died."""
+
+import gc
+from collections import Counter
+
+from grpc import StatusCode
+
+from sluice_protos.sequences_pb2 import RESUME, Closed, OpenSequence, Tensor
+from sluice_service.claims import Record
+from sluice_service.lanes import Parting
+from sluice_service.queues import Frame
+from sluice_service.rpc.sequences import _Session
+from sluice_service.sequences import Held, Sequence
+from sluice_service.streams import Delivery, Stream
+from tests.service.wire import Served, eventually, floats
+
+MODEL = "accumulator"
+KINDS = (Sequence, Record, Held, Parting, Delivery, Frame, Stream, _Session)
+ROUNDS = 10
+
+
+def _count() -> Counter[str]:
+    gc.collect()
+    return Counter(type(one).__name__ for one in gc.get_objects() if isinstance(one, KINDS))
+
+
+async def _live(served: Served, name: str) -> None:
+    """Close, park and come back, be closed from outside, break off, send nonsense, fall asleep."""
+    wire, broken, gone = (served.wire(MODEL) for _ in range(3))
+    mine = {"writer": name.encode()}
+    for lane in range(4):
+        await wire.open(lane, f"{name}-{lane}", attempt=1, **mine)
+        await wire.push(lane, floats([1] * 100))
+        await wire.rows(lane, 100)
+    await wire.send(close=[0], park=[1])
+    assert await wire.next_closed(0) == Closed.CLIENT
+    assert await wire.next_closed(1) == Closed.PARKED
+    await wire.open(1, f"{name}-1", mode=RESUME, attempt=2, received=0, **mine)
+    await wire.rows(1, 100)
+    await served.close(MODEL, f"{name}-2")
+    assert await wire.next_closed(2) == Closed.CLIENT
+    await wire.send(lane=[3], inputs=[Tensor(data=b"nonsense!")])
+    await wire.next_fault(3)
+
+    await broken.open(0, f"{name}-broken", **mine)
+    await broken.push(0, floats([1] * 10_000))
+    await broken.read()
+    broken.cut()
+    await gone.send(open=[OpenSequence(lane=0)])
+    assert await gone.end() == StatusCode.OK
+    bad = served.wire("nobody")
+    await bad.send()
+    assert await bad.status() == StatusCode.NOT_FOUND
+    # What is left on this stream falls asleep there, what was on the others in the dark.
+    await eventually(lambda: served.metric("sluice_streams_open", model=MODEL) == 1)
+    await served.expire()
+    assert await wire.next_closed(1) == Closed.IDLE
+    assert await wire.next_closed(3) == Closed.IDLE
+    await wire.end()
+
+
+async def test_what_has_ended_leaves_nothing_behind(sums, hands) -> None:
+    served = await sums(sequence_idle_seconds_max=60, tombstone_seconds=100)
+    (host,) = served.server._hosts.values()
+
+    async def expire() -> None:
+        hands.go(host._clock, 61)
+        await host.expire()
+
+    served.expire = expire
+    await _live(served, "warm")
+    hands.go(host._clock, 101)
+    await host.expire()
+    await eventually(lambda: not len(host._lanes))
+    before = _count()
+    for number in range(ROUNDS):
+        await _live(served, f"round{number}")
+    hands.go(host._clock, 101)
+    await host.expire()
+    assert not host._arena.live
+    assert not host._scheduler._queues.frames
+    assert not host._lanes._ended
+    # A task that has ended may hold something for one more turn.
+    await eventually(lambda: _count() <= before)

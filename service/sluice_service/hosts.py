@@ -60,7 +60,7 @@ class Hosts(Mapping[str, Host]):
         # As many threads as runs at once, and no more: each keeps memory of its own, and a pool
         # that may grow does so whenever a run is given to it before the last one's thread rests.
         threads = ThreadPoolExecutor(
-            self._settings.runs_at_once_max, thread_name_prefix=f"run-{name}"
+            max_workers=self._settings.runs_at_once_max, thread_name_prefix=f"run-{name}"
         )
         self._threads[name] = threads
         self._hosts[name] = Host(name, version, self._settings, metrics, threads, self._store)

@@ -169,8 +169,6 @@ class Lanes:
         """Take a sequence from its lane with a fault; its client may open it again."""
         if sequence.phase is Phase.ATTACHED:
             stream = self._take_back(sequence)
-            # What it holds now is sent on its next lane, and not on this one as well.
-            self._sequences.generation[sequence.slot] += 1
             self._leave(sequence, stream, None)
             self.tell(stream, int(self._sequences.lane[sequence.slot]), error)
 
@@ -264,7 +262,7 @@ class Lanes:
         """Hand outputs to a stream, or keep them where it went away while they were computed."""
         stream = self._streams.get(number)
         if stream is None:
-            self._keep(delivery, number)
+            self._keep_late(delivery, number)
             return
         is_gated = self._is_gated(delivery)
         if is_gated is not None:
@@ -273,7 +271,7 @@ class Lanes:
         if delivery.rows:
             stream.send(delivery)
 
-    def _keep(self, delivery: Delivery, number: int) -> None:
+    def _keep_late(self, delivery: Delivery, number: int) -> None:
         """Keep what nobody waits for any more, behind what its stream still has."""
         if (ended := self._ended.get(number)) is not None:
             ended.gated.append(delivery)

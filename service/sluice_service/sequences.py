@@ -256,7 +256,7 @@ class Sequences:
         """Park a sequence: alive, on no stream."""
         sequence.move(Event.DETACH)
         self.stream[sequence.slot] = NONE
-        # What it has taken back from its stream is not the stream's any more.
+        # What it has taken back is sent on its next lane, and not on this one as well.
         self.generation[sequence.slot] += 1
 
     def end(self, sequence: Sequence, ending: str, now: float) -> None:

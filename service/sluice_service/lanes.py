@@ -95,6 +95,7 @@ class Lanes:
         if self._streams.pop(number, None) is None:
             return
         self._ended[number] = stream
+        stream.fall_silent()
         slots = stream.live_slots().tolist()
         while True:
             # A lane is parked when nothing that was delivered before is left to be held.

@@ -83,6 +83,10 @@ class Delivery:
             )
 
 
+def _wake_nobody() -> None:
+    pass
+
+
 def cut(output: bytes, rows: int, start: int, stop: int) -> bytes:
     """Rows `start` to `stop` of an output that has `rows` rows."""
     row_bytes = len(output) // rows
@@ -145,6 +149,10 @@ class Stream:
     def wake(self) -> None:
         """Have whoever serves this stream look at it."""
         self._on_change()
+
+    def fall_silent(self) -> None:
+        """Wake nobody any more: whoever served this stream may be forgotten."""
+        self._on_change = _wake_nobody
 
     def send(self, item: Notice | Delivery) -> None:
         """Put something into the outbox."""

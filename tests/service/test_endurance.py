@@ -2,7 +2,9 @@
 
 import gc
 from collections import Counter
+from collections.abc import Iterator
 
+import pytest
 from grpc import StatusCode
 
 from sluice_protos.sequences_pb2 import RESUME, Closed, OpenSequence, Tensor
@@ -19,9 +21,13 @@ KINDS = (Sequence, Record, Held, Parting, Delivery, Frame, Stream, _Session)
 ROUNDS = 10
 
 
-def _count() -> Counter[str]:
+def _count(kinds: tuple[type, ...] = KINDS) -> Counter[str]:
+    return Counter(type(one).__name__ for one in gc.get_objects() if isinstance(one, kinds))
+
+
+def _count_collected() -> Counter[str]:
     gc.collect()
-    return Counter(type(one).__name__ for one in gc.get_objects() if isinstance(one, KINDS))
+    return _count()
 
 
 async def _live(served: Served, name: str) -> None:
@@ -72,7 +78,7 @@ async def test_what_has_ended_leaves_nothing_behind(sums, hands) -> None:
     hands.go(host._clock, 101)
     await host.expire()
     await eventually(lambda: not len(host._lanes))
-    before = _count()
+    before = _count_collected()
     for number in range(ROUNDS):
         await _live(served, f"round{number}")
     hands.go(host._clock, 101)
@@ -81,4 +87,33 @@ async def test_what_has_ended_leaves_nothing_behind(sums, hands) -> None:
     assert not host._scheduler._queues.frames
     assert not host._lanes._ended
     # A task that has ended may hold something for one more turn.
-    await eventually(lambda: _count() <= before)
+    await eventually(lambda: _count_collected() <= before)
+
+
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+async def test_a_stream_that_has_ended_leaves_nothing_to_the_collector(sums, no_collector) -> None:
+    served = await sums()
+    kinds = (Delivery, Frame, Stream, _Session)
+    before = _count(kinds)
+    for is_cut in (False, True):
+        wire = served.wire(MODEL)
+        await wire.open(0, writer=b"mine")
+        await wire.push(0, floats([1, 2, 3]))
+        await wire.rows(0, 3)
+        await wire.send(lane=[0], inputs=[Tensor(data=b"nonsense!")])
+        await wire.next_fault(0)
+        await wire.push(0, floats([4]), first=3)
+        await wire.rows(0, 1)
+        if is_cut:
+            wire.cut()
+        else:
+            await wire.end()
+    await eventually(lambda: not served.metric("sluice_streams_open", model=MODEL))
+    await eventually(lambda: _count(kinds) <= before)

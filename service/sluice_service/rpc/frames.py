@@ -61,7 +61,8 @@ class Chunks:
             rows = int(self.steps.sum()) if request.steps else count
             self.inputs = rules.as_rows(rules.check(request.inputs, rows))
         except InvalidInputError as error:
-            self.inputs = error
+            # Without its traceback, which would keep all of the message.
+            self.inputs = error.with_traceback(None)
 
 
 def read_single(

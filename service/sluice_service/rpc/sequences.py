@@ -81,14 +81,20 @@ class SequencesService:
     async def infer(self, _: AsyncIterator[bytes], context: Context) -> None:
         """Serve one stream until either side ends it."""
         async with as_status(context):
-            # Read from the context, which costs less than the iterator around it.
-            if not isinstance(data := await context.read(), bytes):
-                return
-            first = parse(data)
-            if not first.model:
-                raise RequestError("the first message of a stream names its model")
-            host = find_host(self._hosts, first.model)
-            await _Session(host, context, first.response_bytes_max).serve(data)
+            session = await self._begin(context)
+            if session is not None:
+                await session.serve()
+
+    async def _begin(self, context: Context) -> "_Session | None":
+        """What serves a stream, once its first message is here; None where none comes."""
+        # Read from the context, which costs less than the iterator around it.
+        if not isinstance(data := await context.read(), bytes):
+            return None
+        first = parse(data)
+        if not first.model:
+            raise RequestError("the first message of a stream names its model")
+        host = find_host(self._hosts, first.model)
+        return _Session(host, context, data, response_bytes_max=first.response_bytes_max)
 
     async def get_state(self, request: GetStateRequest, context: Context) -> SequenceState:
         """The state of a live sequence."""
@@ -125,9 +131,12 @@ class SequencesService:
 class _Session:
     """One Infer stream: a reader that feeds the host, a writer that empties the outbox."""
 
-    def __init__(self, host: Host, context: Context, response_bytes_max: int) -> None:
+    def __init__(
+        self, host: Host, context: Context, first: bytes, *, response_bytes_max: int
+    ) -> None:
         self._host = host
         self._context = context
+        self._first = first
         self._changed = asyncio.Event()
         self._may_read = asyncio.Event()
         self._stream = host.attach(self._notice)
@@ -135,9 +144,9 @@ class _Session:
         self._repeat = Repeat()
         self._responses = 0
 
-    async def serve(self, first: bytes) -> None:
+    async def serve(self) -> None:
         """Until the client sends no more and has all its outputs, or the server drains."""
-        reader = asyncio.ensure_future(self._read(first))
+        reader = asyncio.ensure_future(self._read())
         writer = asyncio.ensure_future(self._write())
         try:
             await asyncio.wait((reader, writer), return_when=asyncio.FIRST_COMPLETED)
@@ -155,19 +164,13 @@ class _Session:
         self._changed.set()
         self._may_read.set()
 
-    async def _read(self, data: bytes) -> None:
-        """Take what the client sends, beginning with `data`, until it ends."""
-        host, stream, context = self._host, self._stream, self._context
-        repeat = self._repeat
+    async def _read(self) -> None:
+        """Take what the client sends until it ends."""
+        stream, context = self._stream, self._context
+        data, self._first = self._first, b""
         while True:
-            if (rows := repeat.rows(data)) is not None:
-                host.submit_singles(stream, [(repeat.lane, repeat.steps, NONE, [rows])])
-            else:
-                request = parse(data)
-                self._begin(request)
-                if request.open:
-                    await host.open(stream, request.open)
-                self._submit(request, data)
+            await self._take(data)
+            del data  # a client that is silent costs nothing
             if stream.outbox:
                 await asyncio.sleep(0)  # what came of it goes out before more is asked for
             while stream.is_ahead:
@@ -177,6 +180,18 @@ class _Session:
                 break
         stream.is_half_closed = True
         self._changed.set()
+
+    async def _take(self, data: bytes) -> None:
+        """Apply one message."""
+        host, stream, repeat = self._host, self._stream, self._repeat
+        if (rows := repeat.rows(data)) is not None:
+            host.submit_singles(stream, [(repeat.lane, repeat.steps, NONE, [rows])])
+            return
+        request = parse(data)
+        self._begin(request)
+        if request.open:
+            await host.open(stream, request.open)
+        self._submit(request, data)
 
     def _begin(self, request: InferRequest) -> None:
         """Apply what comes before a request's opens: acknowledgements."""

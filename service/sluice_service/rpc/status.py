@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from traceback import clear_frames
 from typing import Any
 
 import grpc
@@ -23,6 +24,8 @@ async def as_status(context: "grpc.aio.ServicerContext[Any, Any]") -> AsyncItera
     try:
         yield
     except ServiceError as error:
+        # A traceback keeps the messages that its frames were at, until the collector comes.
+        clear_frames(error.__traceback__)
         await context.abort(error.status, str(error))
     except ModelError as error:
         await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))

@@ -142,13 +142,13 @@ class OpenInferenceService:
             return served.format.answer(request)
         raise AssertionError
 
-    async def model_stream_infer(self, messages: AsyncIterator[bytes], context: Context) -> None:
+    async def model_stream_infer(self, _: AsyncIterator[bytes], context: Context) -> None:
         """Run the requests of one stream, and answer them in their order."""
         async with as_status(context):
             conversation = _Conversation(self, context)
             self._conversations.add(conversation)
             try:
-                await conversation.serve(messages)
+                await conversation.serve()
             finally:
                 self._conversations.discard(conversation)
 
@@ -291,9 +291,9 @@ class _Conversation:
         self._is_stopping = True
         self._changed.set()
 
-    async def serve(self, messages: AsyncIterator[bytes]) -> None:
+    async def serve(self) -> None:
         """Until the client sends no more and has all its answers, or the server stops."""
-        reader = asyncio.ensure_future(self._read(messages))
+        reader = asyncio.ensure_future(self._read())
         reader.add_done_callback(lambda _: self._changed.set())
         try:
             while True:
@@ -312,8 +312,9 @@ class _Conversation:
                 if served is not None:
                     served.exchange.cancel(request)
 
-    async def _read(self, messages: AsyncIterator[bytes]) -> None:
-        async for data in messages:
+    async def _read(self) -> None:
+        # From the context, which costs less than the iterator around it.
+        while isinstance(data := await self._context.read(), bytes):
             message = parse(data)
             request = Request(self._changed.set)
             served = self._service.submit(message, request)

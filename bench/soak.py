@@ -1,6 +1,6 @@
 """Ten minutes at full load, of all that lives and dies in real use: `python -m bench.soak`.
 
-`--minutes 2` for a shorter one; it can still tell a leak of a megabyte a minute.
+Before it and after it the server comes to rest: nobody is there, and all has expired.
 """
 
 import argparse
@@ -27,10 +27,12 @@ FLAGS = ("--sequence-idle-seconds-max", "5", "--tombstone-seconds", "10")
 # What a run in progress takes comes and goes. What stays is the least of so many samples.
 SAMPLE_SECONDS = 0.1
 FLOOR_SAMPLES = 50
-# Of a whole run: what is filled on the way (caches, tables that double) is no leak.
+# Of a whole run: what is filled on the way (free lists, tables that double) is no leak.
 WARMUP = 0.2
-# What may be noise: a tenth of a percent of the server's memory.
-FLAT_KIB_A_MINUTE = 128.0
+# Until all has expired, is forgotten, and what is free has been given back.
+REST_SECONDS = 45.0
+# What may be noise.
+GROWN_MAX = 0.02
 
 
 @dataclass(frozen=True)
@@ -77,39 +79,78 @@ class Sampler:
                 read.clear()
 
 
-def soak(seconds: float, parts: int) -> tuple[list[Sample], list[Part]]:
-    """Run all clients for so long, in so many parts."""
-    each = seconds / parts
-    found: list[Part] = []
+@dataclass(frozen=True)
+class Plan:
+    """How long to run before the first rest, and between it and the last one, in seconds."""
+
+    warmup: float
+    parts: int
+    part: float
+    rest: float
+
+
+@dataclass(frozen=True)
+class Found:
+    """What came of it: memory under load, minute by minute, and at rest before and after."""
+
+    samples: list[Sample]
+    parts: list[Part]
+    rested: tuple[int, int]
+
+
+def soak(plan: Plan) -> Found:
+    """Run all clients, for a while, then for long; each time let everything come to rest."""
     with ExitStack() as stack:
         server = stack.enter_context(sluice({"m": export_model(HIDDEN)}, *FLAGS))
-        arguments = (server.address, server.pid, "m", INPUTS)
-        framer = stack.enter_context(asked("bench.frames", *arguments))
-        pinger = stack.enter_context(asked("bench.pingpong"))
-        liver = stack.enter_context(asked("bench.lives", server.address, "m", INPUTS))
-        framer.ask(asdict(frames.Order(opens=SEQUENCES)))
-        threads = stack.enter_context(ThreadPoolExecutor())
-        load = asdict(frames.Order(in_flight=SEQUENCES, sizes=SIZES, seconds=each))
-        single = asdict(replace(ask_sluice(server, "m", make_step(INPUTS)), seconds=each))
-        living = asdict(lives.Order(each))
         progress = stack.enter_context(bar())
-        sampler = stack.enter_context(Sampler(server))
-        for _ in progress.track(range(parts), description="soak"):
-            asking = [
-                threads.submit(client.ask, order)
-                for client, order in ((framer, load), (pinger, single), (liver, living))
-            ]
-            found.append(Part(*(answer.result() for answer in asking)))
-    return sampler.samples, found
+        with _Clients(server) as clients:
+            clients.load(plan.warmup)
+        before = rest(server, plan.rest)
+        parts = list[Part]()
+        with _Clients(server) as clients, Sampler(server) as sampler:
+            for _ in progress.track(range(plan.parts), description="soak"):
+                parts.append(clients.load(plan.part))
+        return Found(sampler.samples, parts, (before, rest(server, plan.rest)))
+
+
+def rest(server: Server, seconds: float) -> int:
+    """The server's memory after so long without a client."""
+    time.sleep(seconds)
+    return server.usage().resident_bytes
+
+
+class _Clients(ExitStack):
+    """Everybody who loads the server; they go, without a word, with the block."""
+
+    def __init__(self, server: Server) -> None:
+        super().__init__()
+        arguments = (server.address, server.pid, "m", INPUTS)
+        self._framer = self.enter_context(asked("bench.frames", *arguments))
+        self._pinger = self.enter_context(asked("bench.pingpong"))
+        self._liver = self.enter_context(asked("bench.lives", server.address, "m", INPUTS))
+        self._threads = self.enter_context(ThreadPoolExecutor())
+        self._step = ask_sluice(server, "m", make_step(INPUTS))
+        self._framer.ask(asdict(frames.Order(opens=SEQUENCES)))
+
+    def load(self, seconds: float) -> Part:
+        """All of them, for so long."""
+        load = frames.Order(in_flight=SEQUENCES, sizes=SIZES, seconds=seconds)
+        orders = (
+            (self._framer, asdict(load)),
+            (self._pinger, asdict(replace(self._step, seconds=seconds))),
+            (self._liver, asdict(lives.Order(seconds))),
+        )
+        asking = [self._threads.submit(client.ask, order) for client, order in orders]
+        return Part(*(answer.result() for answer in asking))
 
 
 def fit(samples: list[Sample], after: float) -> float:
     """Bytes a second: the least squares of the samples `after` so many seconds."""
     late = [sample for sample in samples if sample.seconds >= after]
-    slope, _ = np.polyfit(
-        [sample.seconds for sample in late], [sample.resident_bytes for sample in late], 1
-    )
-    return float(slope)
+    seconds = np.array([sample.seconds for sample in late])
+    seconds -= seconds.mean()
+    resident = np.array([sample.resident_bytes for sample in late])
+    return float(seconds @ resident / max(seconds @ seconds, 1e-9))
 
 
 def mean_between(samples: list[Sample], begin: float, end: float) -> float:
@@ -122,13 +163,13 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="seconds, to see it work")
-    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--minutes", type=int, default=10)
     given = parser.parse_args()
-    parts = 2 if given.quick else max(5, round(given.minutes))
-    samples, found = soak(8.0 if given.quick else 60 * given.minutes, parts)
-    print_parts(samples, found)
-    print_memory(samples)
-    print_lives(found)
+    plan = Plan(60.0, given.minutes, 60.0, REST_SECONDS)
+    found = soak(Plan(1.0, 2, 3.0, 1.0) if given.quick else plan)
+    print_parts(found.samples, found.parts)
+    print_memory(found)
+    print_lives(found.parts)
 
 
 def print_parts(samples: list[Sample], parts: list[Part]) -> None:
@@ -161,23 +202,21 @@ def print_parts(samples: list[Sample], parts: list[Part]) -> None:
     )
 
 
-def print_memory(samples: list[Sample]) -> None:
+def print_memory(found: Found) -> None:
     """Whether memory grows."""
+    samples = found.samples
+    before, after = (resident / 1e6 for resident in found.rested)
     warm = WARMUP * samples[-1].seconds
-    slope = 60 * fit(samples, warm) / 1024
     late = [sample.resident_bytes / 1e6 for sample in samples if sample.seconds >= warm]
     rows = [
-        [f"MB after {warm / 60:.1f} minutes", f"{late[0]:.1f}", ""],
-        [f"MB after {samples[-1].seconds / 60:.1f} minutes", f"{late[-1]:.1f}", ""],
-        ["least and most MB between them", f"{min(late):.1f} to {max(late):.1f}", ""],
-        [
-            "slope, KiB a minute",
-            f"{slope:+,.0f}",
-            f"≤ {FLAT_KIB_A_MINUTE:.0f}",
-        ],
-        ["verdict", "flat" if slope <= FLAT_KIB_A_MINUTE else "it grows", "flat"],
+        ["at rest, before", f"{before:.1f}", ""],
+        ["at rest, after", f"{after:.1f}", ""],
+        ["grown", f"{after - before:+.1f}", f"≤ {GROWN_MAX * before:.1f}"],
+        [f"under load, {warm / 60:.0f} minutes on: least", f"{min(late):.1f}", ""],
+        ["under load: most", f"{max(late):.1f}", ""],
+        ["under load: slope, a minute", f"{60 * fit(samples, warm) / 1e6:+.2f}", ""],
     ]
-    print_table("Memory", ["", "measured", "target"], rows)
+    print_table("Resident memory, in MB", ["", "measured", "target"], rows)
 
 
 def print_lives(parts: list[Part]) -> None:

@@ -203,6 +203,11 @@ class Host:
         )
 
     @property
+    def activity(self) -> tuple[float, int]:
+        """The runs so far, and the live sequences."""
+        return self._metrics.runs.value, len(self._sequences)
+
+    @property
     def is_welcoming(self) -> bool:
         """True until the model is unloaded or the server stops: new sequences may be opened."""
         return not self._lanes.is_unloading and not self._lanes.is_draining

@@ -99,6 +99,10 @@ class Hosts(Mapping[str, Host]):
                 log.info("model_unloaded", model=name)
                 await self._on_change(name)
 
+    def activity(self) -> dict[str, tuple[float, int]]:
+        """Of each model its runs so far and its live sequences: the same while nothing happens."""
+        return {name: host.activity for name, host in self.items()}
+
     def start(self) -> None:
         """Let all hosts live."""
         self._is_started = True

@@ -1,7 +1,6 @@
 """Assembles a server, serves, and stops in good order."""
 
 import asyncio
-import gc
 import socket
 from importlib.metadata import version
 
@@ -12,6 +11,7 @@ from grpc_reflection.v1alpha import reflection
 
 from sluice_protos import open_inference_pb2, sequences_pb2
 from sluice_protos.sequences_pb2_grpc import add_ModelsServicer_to_server
+from sluice_service import memory
 from sluice_service.hosts import Hosts
 from sluice_service.metrics import Metrics, as_info
 from sluice_service.pages import make_app
@@ -29,12 +29,6 @@ log = structlog.get_logger()
 GRACE_SECONDS = 2.0
 _KEEPALIVE_SECONDS = 30
 _PING_SECONDS_MIN = 10
-# What the collector of cycles waits for: so many more objects than before; so many of its small
-# rounds; so many of its middle ones. It finds next to nothing here, for what ends is let go of
-# without it. By Python's own measure (700, 10, 10) it took 2 to 5 % of the CPU that 64 to 256
-# separate streams need, and now none; and opening 100,000 sequences met rounds over all of
-# them, of up to 58 ms each, where the longest one now takes 5.
-_COLLECTOR_THRESHOLDS = (5_000, 5, 10)
 
 
 class Server:
@@ -66,6 +60,7 @@ class Server:
             self._hosts, self._repository, settings, self.metrics, lambda: self._is_ready
         )
         self._following: asyncio.Task[None] | None = None
+        self._resting: asyncio.Task[None] | None = None
         packages = ("sluice-serving", "onnxruntime", "grpcio", "numpy")
         self.metrics.build.info(as_info({package: version(package) for package in packages}))
 
@@ -117,10 +112,8 @@ class Server:
         self._hosts.start()
         if self._repository is not None:
             self._following = asyncio.create_task(self._repository.live())
-        # What is alive now stays: the collector need not look at it again and again.
-        gc.collect()
-        gc.freeze()
-        gc.set_threshold(*_COLLECTOR_THRESHOLDS)
+        memory.settle()
+        self._resting = asyncio.create_task(memory.give_back_when_quiet(self._hosts.activity))
         await self._say(is_ready=True)
         log.info(
             "ready",
@@ -133,8 +126,9 @@ class Server:
         """Not ready → open nothing new → finish what is queued → tell every lane → close."""
         await self._say(is_ready=False)
         log.info("draining")
-        if self._following is not None:
-            self._following.cancel()
+        for task in (self._following, self._resting):
+            if task is not None:
+                task.cancel()
         self._open_inference.drain()
         try:
             await asyncio.wait_for(self._hosts.drain(), self.settings.drain_seconds_max)

@@ -25,7 +25,7 @@ MAY_IMPORT = {
 
 # Inside the service a module imports only from the lines above its own.
 SERVICE_LAYERS = (
-    ("errors", "settings", "ragged", "clock", "metrics", "turns"),
+    ("errors", "settings", "ragged", "clock", "memory", "metrics", "turns"),
     ("arena", "arrivals", "claims", "inputs", "logs"),
     ("store",),
     ("sequences", "streams"),

@@ -49,11 +49,12 @@ class Serving:
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
         """Send a signal; the exit code. What was logged is in `lines` then."""
+        assert self.process.stdout is not None and self.process.stderr is not None
         self.process.send_signal(number)
-        out, rest = self.process.communicate(timeout=SECONDS)
-        assert out == ""
-        self.lines += rest.splitlines(keepends=True)
-        return self.process.returncode
+        # `communicate` would pass by what the reader of the pipe holds already.
+        self.lines += self.process.stderr.readlines()
+        assert self.process.stdout.read() == ""
+        return self.process.wait(SECONDS)
 
     def page(self, path: str) -> str:
         with urllib.request.urlopen(f"http://{self.ready['http']}{path}", timeout=SECONDS) as page:

@@ -1,4 +1,4 @@
-"""Freed memory goes back to the system, once nothing happens any more."""
+"""Freed memory is used again, and goes back to the system once nothing happens any more."""
 
 import asyncio
 import subprocess
@@ -24,12 +24,34 @@ give_back()
 print(before, after, resident())
 """
 
+# Pages that are touched for the first time while a message of ten megabytes comes and goes.
+BIG_MESSAGES = """
+import resource
+from sluice_service.memory import settle
+
+def pages_touched():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    b"".join([b"x" * 10_000_000, b"y"])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+settle()
+print(*[pages_touched() for _ in range(5)])
+"""
+
 
 def test_what_a_burst_has_freed_goes_back() -> None:
     shown = subprocess.run([sys.executable, "-c", BURST], capture_output=True, check=True).stdout
     before, after, given = map(int, shown.split())
     assert after - before > 50e6  # the C library keeps it
     assert given - before < 30e6
+
+
+def test_memory_of_a_big_message_is_used_again_by_the_next_one() -> None:
+    command = [sys.executable, "-c", BIG_MESSAGES]
+    shown = subprocess.run(command, capture_output=True, check=True).stdout
+    first, *later = map(int, shown.split())
+    assert first > 2000  # twice 10 MB are 4,900 pages of 4 KiB
+    assert max(later) < 100
 
 
 async def test_memory_is_given_back_once_after_each_time_of_activity(monkeypatch) -> None:

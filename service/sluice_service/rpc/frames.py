@@ -146,9 +146,4 @@ class Encoder:
 
 
 def _encode(delivery: Delivery) -> bytes:
-    return encode_outputs(
-        delivery.lanes.tolist(),
-        delivery.lengths.tolist(),
-        delivery.first.tolist(),
-        delivery.outputs,
-    )
+    return encode_outputs(delivery.lanes, delivery.lengths, delivery.first, delivery.outputs)

@@ -56,10 +56,8 @@ def encode_outputs(
 
 def _packed(tag: bytes, values: Integers) -> bytes:
     """A packed field of integers [n], none negative."""
-    if len(values) < _MANY:
-        body = b"".join(map(_varint, values.tolist()))
-    else:
-        body = _as_varints(values)
+    is_many = len(values) >= _MANY
+    body = _as_varints(values) if is_many else b"".join(map(_varint, values.tolist()))
     return tag + _varint(len(body)) + body
 
 

@@ -8,7 +8,7 @@ import grpc
 import numpy as np
 import pytest
 
-from sluice_protos.sequences_pb2 import Fault
+from sluice_protos.sequences_pb2 import Fault, OpenSequence
 from sluice_service.rpc.open_inference_backlog import Backlog
 from sluice_service.rpc.open_inference_lanes import Lane
 from sluice_service.rpc.open_inference_requests import Request
@@ -228,6 +228,34 @@ async def test_a_place_that_is_about_to_be_free_is_as_good(full) -> None:
     ask(1, sequence_end=True)
     await eventually(lambda: len(requests) == 20 and requests[-1].is_done)
     assert [one.error for one in requests] == [None] * 20
+
+
+async def test_a_place_that_the_first_in_line_did_not_take_is_the_next_ones(full) -> None:
+    served, caller = await full()
+    refusable = asked(caller, 5, "x" * 600)
+    await waiting(served, 1)
+    task = asked(caller, 6, 2)
+    await waiting(served, 2)
+    await caller.infer(1, sequence_id=1, sequence_end=True)
+    assert await refused(refusable) == (
+        Code.INVALID_ARGUMENT,
+        "sequence_id has 607 bytes; 512 are allowed",
+    )
+    assert await task == [6]
+
+
+async def test_a_place_that_the_first_in_line_did_not_need_is_the_next_ones(sums) -> None:
+    served = await sums(sequences_max=2)
+    caller, (host,) = Caller(served.channel), served.server._hosts.values()
+    stream = host.attach(lambda: None)
+    await host.open(stream, [OpenSequence(lane=lane) for lane in (0, 1)])
+    tasks = [asked(caller, 5, 2)]
+    await waiting(served, 1)
+    tasks.append(asked(caller, 6, 3))
+    await waiting(served, 2)
+    # In one turn two places become free, and the first sequence in line begins to live.
+    await host.open(stream, [OpenSequence(lane=2, sequence_id="int64:2")], closing=[0, 1])
+    assert [await task for task in tasks] == [[5], [6]]
 
 
 async def test_a_close_from_outside_makes_room(full) -> None:
@@ -588,4 +616,30 @@ async def test_a_sequence_of_another_server_waits_for_a_place_here(replica) -> N
     assert code is Code.INVALID_ARGUMENT
     assert "must specify the START flag" in text
     await caller.infer(1, sequence_id=1, sequence_end=True)
+    assert await task == [3]
+
+
+async def test_a_place_that_became_free_while_a_sequence_was_refused_one_is_taken(
+    replica, monkeypatch
+) -> None:
+    first = await replica()
+    await Caller(first.channel).infer(1, sequence_id="moves", sequence_start=True)
+    await crash(first)
+    served = await replica()
+    caller, store = Caller(served.channel), served.server._store
+    await caller.infer(1, sequence_id=1, sequence_start=True)
+    asking, answering = asyncio.Event(), asyncio.Event()
+    claim = store.claim
+
+    async def claim_later(requests: Any) -> Any:
+        asking.set()
+        await answering.wait()
+        return await claim(requests)
+
+    monkeypatch.setattr(store, "claim", claim_later)
+    task = asyncio.ensure_future(caller.infer(2, sequence_id="moves"))
+    # There was no place for it, and it will be told so.
+    await eventually(asking.is_set)
+    await caller.infer(1, sequence_id=1, sequence_end=True)
+    answering.set()
     assert await task == [3]

@@ -176,7 +176,7 @@ class Exchange:
         assert request is not None
         self._waiting_steps -= request.steps
         if error is not None:
-            self._backlog.settle(lane)
+            self._settle(lane)
             request.fail(error)
         elif lane.key:
             self._remember(lane, request)
@@ -228,6 +228,11 @@ class Exchange:
         """Let go of the places that only wait for requests without a sequence."""
         while self._spare:
             self._trunk.close(self._spare.pop())
+
+    def _settle(self, lane: Lane) -> None:
+        """A lane has its sequence, or will have none: a place it did not take is the next one's."""
+        self._backlog.settle(lane)
+        self._review()
 
     def _review(self) -> None:
         """Look at those who wait, if there are any, once this turn of the event loop is over."""
@@ -290,7 +295,7 @@ class Exchange:
 
     def opened(self, lane: Lane, opened: Opened) -> bool:
         """A lane has its sequence; True where its current request is to be run."""
-        self._backlog.settle(lane)
+        self._settle(lane)
         request = lane.current
         assert request is not None
         if request.is_start:
@@ -318,6 +323,7 @@ class Exchange:
                 error = limit
             else:
                 self._give_up_spare()
+                self._review()
                 return
         if fault.reason in (Fault.NOT_FOUND, Fault.SEQUENCE_CLOSED):
             error = not_started(lane.current, self._host.name, fault)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from sluice_protos.open_inference_pb2 import ModelInferRequest
+from sluice_service.rpc.open_inference_requests import Request
 from sluice_service.store import Key, StoreError, unpack
 from tests.client.server_process import ServerProcess
 from tests.client.test_streaming import run_offline
@@ -360,6 +361,29 @@ async def test_strict_what_the_store_held_up_goes_to_nobody_else(replica, monkey
     await eventually(is_applied)
     monkeypatch.setattr(store, "write", write)
     assert await task == [20]
+
+
+async def test_a_step_waits_for_no_store_that_is_asked_about_a_start_of_the_same_turn(
+    replica, monkeypatch
+) -> None:
+    served = await replica(durability="periodic")
+    await Caller(served.channel).infer(1, sequence_id=1, sequence_start=True)
+    service, store = served.server._open_inference, served.server._store
+    answering, claim = asyncio.Event(), store.claim
+
+    async def claim_later(requests: Any) -> Any:
+        await answering.wait()
+        return await claim(requests)
+
+    monkeypatch.setattr(store, "claim", claim_later)
+    step, start = Request(lambda: None), Request(lambda: None)
+    service.submit(request(2, sequence_id=1), step)
+    service.submit(request(5, sequence_id=2, sequence_start=True), start)
+    await eventually(lambda: step.is_done)
+    assert not start.is_done
+    answering.set()
+    await eventually(lambda: start.is_done)
+    assert [np.frombuffer(one.outputs[0], "<f4") for one in (step, start)] == [3, 5]
 
 
 async def _fail(*_: Any) -> None:

@@ -82,7 +82,7 @@ class Trunk:
         self._schedule()
 
     def close(self, lane: Lane) -> None:
-        """Have a lane's sequence dropped before anything else is sent."""
+        """Have a lane's sequence dropped before others are opened."""
         self._closing.append(lane.number)
         self._parting.add(lane.number)
         self._forget(lane)
@@ -112,7 +112,10 @@ class Trunk:
             task = asyncio.ensure_future(self._open())
             self._tasks.add(task)
             task.add_done_callback(self._opened_all)
-        elif self._chunks:
+            # Where a store is asked, who has a lane does not wait for its answers; where none
+            # is, this comes when all has been opened and sent, in one frame.
+            asyncio.get_running_loop().call_soon(self._send)
+        else:
             self._send()
 
     def _opened_all(self, task: "asyncio.Task[None]") -> None:

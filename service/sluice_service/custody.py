@@ -69,6 +69,12 @@ class Custody:
                 del self._busy[name]
             mine.set_result(None)
 
+    async def settled(self, sequence_ids: Iterable[str]) -> None:
+        """Return once the store is not asked any more what it is asked now about them."""
+        asked = {self._busy[name] for name in sequence_ids if name in self._busy}
+        if asked:
+            await asyncio.wait(asked)
+
     async def open_all(self, stream: Stream, requests: Iterable[OpenSequence]) -> None:
         """Open sequences on a stream; those of one message may name one twice."""
         for batch in _distinct(requests):

@@ -27,6 +27,8 @@ log = structlog.get_logger()
 
 # In one transaction: more would hold the event loop up while they are packed.
 _WRITES_MAX = 256
+# So much of it is kept for periodic sequences: strict ones alone may fill it for ever.
+_PERIODIC_WRITES_MIN = 64
 _RETRY_SECONDS = (0.05, 1.0)
 # So long a strict lane waits for a store that does not answer before it is told.
 _PATIENCE_SECONDS = 2.0
@@ -62,7 +64,8 @@ class Keeper:
         slots = len(sequences.step)
         self._is_due = np.zeros(slots, np.bool_)  # time has come
         self._is_wanted = np.zeros(slots, np.bool_)  # with nothing left to run: park, drain
-        self._last = -1  # the slot that was written last
+        # The slots that were written last.
+        self._last_strict = self._last_periodic = -1
         self._parks: list[Parting] = []
         self._is_draining = False
         self._progress = asyncio.Event()
@@ -143,23 +146,23 @@ class Keeper:
             await self._write(slots)
 
     def _choose(self) -> Slots:
-        """Which sequences to write next: strict ones first, for somebody waits for those."""
+        """Which sequences to write next: most of them strict, for somebody waits for those."""
         table = self._sequences
         behind = np.flatnonzero((table.step > table.durable) | self._is_wanted)
-        # In turns, so that those that are always behind leave room for the others.
-        behind = np.roll(behind, -int(np.searchsorted(behind, self._last, side="right")))
         lag = table.step[behind] - table.durable[behind]
         is_strict = table.is_strict[behind]
-        is_chosen = (
-            is_strict
-            | self._is_due[behind]
-            | self._is_wanted[behind]
-            | (lag >= self._settings.checkpoint_steps)
-        )
-        chosen: Slots = np.r_[behind[is_chosen & is_strict], behind[is_chosen & ~is_strict]]
-        chosen = chosen[:_WRITES_MAX]
-        if len(chosen):
-            self._last = int(chosen[-1])
+        is_due = self._is_due[behind] | self._is_wanted[behind]
+        is_due |= lag >= self._settings.checkpoint_steps
+        # In turns, so that those that are always behind leave room for the others.
+        strict = _from(behind[is_strict], self._last_strict)
+        periodic = _from(behind[is_due & ~is_strict], self._last_periodic)
+        strict = strict[: _WRITES_MAX - min(len(periodic), _PERIODIC_WRITES_MIN)]
+        periodic = periodic[: _WRITES_MAX - len(strict)]
+        if len(strict):
+            self._last_strict = int(strict[-1])
+        if len(periodic):
+            self._last_periodic = int(periodic[-1])
+        chosen: Slots = np.r_[strict, periodic]
         return chosen
 
     async def _write(self, slots: Slots) -> None:
@@ -173,15 +176,28 @@ class Keeper:
             ]
         )
         self._metrics.checkpointed(len(snapshots), time.monotonic() - started)
+        # Only now: where the store did not answer, they are due as before.
+        self._is_due[slots] = False
+        await self._settled([one.sequence for one in snapshots], verdicts)
         await self._runs.between_runs(lambda: self._apply(snapshots, verdicts))
         self._runs.wake()
 
+    async def _settled(
+        self, sequences: Sequence[KeptSequence], verdicts: Sequence[Verdict]
+    ) -> None:
+        """Return once no open or close is on its way that may be why a claim was refused."""
+        await self.custody.settled(
+            one.sequence_id
+            for one, verdict in zip(sequences, verdicts, strict=True)
+            if verdict is Verdict.REFUSED
+        )
+
     def _take(self, slots: Slots) -> list[Snapshot]:
         table = self._sequences
-        self._is_due[slots] = False
-        # Where another open was faster than a park, more is going to run.
+        # Where another open was faster than a park, more is going to run; and a slot that has
+        # changed hands may have a sequence now with which the store has nothing to do.
         overtaken = (table.stream[slots] != NONE) & (not self._is_draining)
-        self._is_wanted[slots[overtaken | ~table.is_alive[slots]]] = False
+        self._is_wanted[slots[overtaken | (table.durable[slots] == ALL)]] = False
         wanted = self._is_wanted[slots]
         return [
             *self._snapshots.take(slots[~wanted]),
@@ -201,7 +217,7 @@ class Keeper:
                 continue
             table.durable[slot] = max(int(table.durable[slot]), snapshot.packed.step)
             written.append(slot)
-            if snapshot.is_clean:
+            if snapshot.is_clean and snapshot.packed.step == table.step[slot]:
                 self._is_wanted[slot] = False
             if sequence.phase is Phase.ATTACHED and not table.is_strict[slot]:
                 self._tell(slot)
@@ -274,6 +290,7 @@ class Keeper:
             verdicts = await self._store.renew(
                 [(Key(self._model, one.sequence_id), claim_id) for one, claim_id in part]
             )
+            await self._settled([one for one, _ in part], verdicts)
             lost = [
                 pair
                 for pair, verdict in zip(part, verdicts, strict=True)
@@ -318,6 +335,12 @@ class Keeper:
                     "that is not durable; open the sequence again, here or at another server"
                 ),
             )
+
+
+def _from(slots: Slots, last: int) -> Slots:
+    """The same `slots` [n], which rise, those beyond `last` first."""
+    rolled: Slots = np.roll(slots, -int(np.searchsorted(slots, last, side="right")))
+    return rolled
 
 
 def _is_under(sequence: KeptSequence, claim_id: bytes) -> bool:

@@ -1,0 +1,200 @@
+"""What the keeper does at the worst moments: a store that answers late, or not, or to others."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sluice_protos.sequences_pb2 import (
+    OFF,
+    PERIODIC,
+    RESUME,
+    STRICT,
+    Closed,
+    OpenSequence,
+)
+from sluice_service.host import Host
+from sluice_service.store import Key, StoreError
+from tests.service.wire import Served, eventually, floats
+
+MODEL = "accumulator"
+ME = b"me"
+# So far away that only what a test does makes a checkpoint.
+NEVER = 1e6
+
+Start = Callable[..., Awaitable[Served]]
+
+
+@pytest.fixture
+async def kept(serve, accumulator_file, tmp_path) -> AsyncIterator[Start]:
+    """`await kept(**settings)`: a server whose sequences are kept in one store with others."""
+
+    async def start(**settings: Any) -> Served:
+        fields = {"durability": "periodic", "checkpoint_seconds": NEVER, **settings}
+        store = f"sqlite:///{tmp_path}/sequences.db"
+        return await serve({MODEL: accumulator_file}, store=store, **fields)
+
+    return start
+
+
+class Late:
+    """A method of a store that does what it is asked, and says so when it is let."""
+
+    def __init__(self, served: Served, method: str, monkeypatch) -> None:
+        self._method = getattr(served.server._store, method)
+        self._may_answer = asyncio.Event()
+        self.done = 0
+        monkeypatch.setattr(served.server._store, method, self)
+
+    async def __call__(self, *arguments: Any) -> Any:
+        answer = await self._method(*arguments)
+        self.done += 1
+        await self._may_answer.wait()
+        return answer
+
+    def answer(self) -> None:
+        self._may_answer.set()
+
+
+class Away:
+    """Methods of a store that does not answer for a while."""
+
+    def __init__(self, served: Served, monkeypatch, *methods: str) -> None:
+        self._patch, self._store = monkeypatch, served.server._store
+        self._methods = {method: getattr(self._store, method) for method in methods}
+        for method in methods:
+            monkeypatch.setattr(self._store, method, _fail)
+
+    def come_back(self) -> None:
+        for name, method in self._methods.items():
+            self._patch.setattr(self._store, name, method)
+
+
+async def _fail(*_: Any) -> Any:
+    raise StoreError("the store is away")
+
+
+def host_of(served: Served) -> Host:
+    return served.server._hosts[MODEL]
+
+
+async def failures(served: Served, count: int) -> None:
+    """Wait until the store has not answered so often."""
+    await eventually(lambda: served.metric("sluice_store_failures_total", model=MODEL) >= count)
+
+
+async def test_a_store_that_is_away_is_asked_again_until_it_answers(kept, monkeypatch) -> None:
+    served = await kept(checkpoint_seconds=0.5)
+    wire = served.wire(MODEL)
+    await wire.open(0, "s", writer=ME, attempt=1)
+    store = Away(served, monkeypatch, "write")
+    await wire.push(0, floats([1]), first=0)
+    await failures(served, 1)
+    keeper = host_of(served)._keeper
+    since = keeper._down_since
+    assert since is not None
+    # It never counts as back only because there was nothing to ask it for a while.
+    await failures(served, 5)
+    assert keeper._down_since == since
+    store.come_back()
+    await eventually(lambda: served.metric("sluice_store_down_seconds", model=MODEL) == 0)
+
+
+async def test_strict_sequences_leave_room_for_the_checkpoints_of_others(kept) -> None:
+    served = await kept(durability="strict")
+    strict, periodic = 300, 100
+    wire = served.wire(MODEL)
+    count = strict + periodic
+    await wire.send(
+        open=[
+            OpenSequence(lane=lane, durability=STRICT if lane % 4 else PERIODIC)
+            for lane in range(count)
+        ]
+    )
+    await wire.until(lambda: len(wire.opened) == count)
+    host = host_of(served)
+    table, keeper = host._sequences, host._keeper
+    written = np.zeros(len(table.step), np.int64)
+    for _ in range(12):
+        # Whoever was written has gone on by the next time.
+        alive = np.flatnonzero(table.is_alive)
+        table.step[alive] = table.durable[alive] + host._settings.checkpoint_steps
+        chosen = keeper._choose()
+        assert len(chosen) == 256
+        assert len(np.unique(chosen)) == len(chosen)
+        written[chosen] += 1
+    table.step[alive] = table.durable[alive]
+    assert written[alive].min() >= 6
+
+
+async def test_a_slot_that_changed_hands_is_not_written_for_its_last_owner(
+    kept, monkeypatch
+) -> None:
+    served = await kept()
+    wire = served.wire(MODEL)
+    await wire.open(0, "s", writer=ME, attempt=1)
+    host = host_of(served)
+    slot = host._sequences.get("s").slot
+    writes = Late(served, "write", monkeypatch)
+    await wire.send(park=[0])
+    await eventually(lambda: writes.done == 1)
+    # Meanwhile it has turned out to live elsewhere, and one that is in no store has its slot.
+    host._lanes.lose(host._sequences.get("s"))
+    wire = served.wire(MODEL)
+    await wire.open(0, "off", durability=OFF)
+    assert host._sequences.get("off").slot == slot
+    wire.cut()
+    await served.parked(MODEL, "off")
+    writes.answer()
+    # Else it would be written for ever, for there is nothing to write.
+    await eventually(lambda: host._keeper.is_safe(slot))
+
+
+async def test_a_write_that_an_open_here_has_overtaken_loses_nothing(kept, monkeypatch) -> None:
+    served = await kept(checkpoint_steps=1)
+    old, new = served.wire(MODEL), served.wire(MODEL)
+    await old.open(0, "s", writer=ME, attempt=1)
+    await old.push(0, floats([1]), first=0)
+    await old.rows(0, 1)
+    host = host_of(served)
+    await eventually(lambda: host._keeper.undurable_steps == 0)
+    claims = Late(served, "claim", monkeypatch)
+    again = OpenSequence(lane=0, sequence_id="s", mode=RESUME, writer=ME, attempt=2, received=1)
+    await new.send(open=[again])
+    await eventually(lambda: claims.done == 1)
+    # The store has given the sequence to the new lane; here it is still on the old one.
+    writes = Late(served, "write", monkeypatch)
+    writes.answer()
+    await old.push(0, floats([2]), first=1)
+    await old.rows(0, 1)
+    await eventually(lambda: writes.done == 1)
+    for _ in range(20):
+        await asyncio.sleep(0)
+    claims.answer()
+    assert (await new.next_opened(0)).applied == 2
+    assert served.metric("sluice_sequences_fenced_total", model=MODEL) == 0
+    await eventually(lambda: host._keeper.undurable_steps == 0)
+
+
+async def test_a_stop_waits_for_what_was_applied_while_the_last_write_was_under_way(
+    kept, monkeypatch
+) -> None:
+    served = await kept(durability="strict")
+    wire = served.wire(MODEL)
+    await wire.open(0, "s", writer=ME, attempt=1)
+    writes = Late(served, "write", monkeypatch)
+    await wire.push(0, floats([1]), first=0)
+    await eventually(lambda: writes.done == 1)
+    await wire.push(0, floats([2]), first=1)
+    await eventually(lambda: served.find(MODEL, "s").step == 2)
+    host = host_of(served)
+    drained = asyncio.ensure_future(host.drain())
+    await eventually(lambda: not host._keeper.is_safe(host._sequences.get("s").slot))
+    writes.answer()
+    await drained
+    stored = await served.server._store.read(Key(MODEL, "s"))
+    assert stored.checkpoint.step == 2
+    assert await wire.next_closed(0) == Closed.DRAINING
+    assert (await wire.rows(0, 2)).ravel().tolist() == [1, 3]

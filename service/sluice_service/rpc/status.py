@@ -24,8 +24,10 @@ async def as_status(context: "grpc.aio.ServicerContext[Any, Any]") -> AsyncItera
     try:
         yield
     except ServiceError as error:
-        # A traceback keeps the messages that its frames were at, until the collector comes.
+        # A traceback keeps the messages that its frames were at, until the collector comes. And
+        # one error may end many calls: it must not bring the frames of one to the others.
         clear_frames(error.__traceback__)
+        error.__traceback__ = None
         await context.abort(error.status, str(error))
     except ModelError as error:
         await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))

@@ -6,7 +6,7 @@ from typing import Any
 import grpc
 
 from sluice_service.errors import StoppingError
-from tests.compat.caller import Caller, request
+from tests.compat.caller import Caller, request, values
 from tests.service.wire import Served, eventually
 
 Code = grpc.StatusCode
@@ -37,3 +37,13 @@ async def test_one_error_that_ends_many_calls_brings_nothing_of_one_to_another(s
     assert answers == [(Code.UNAVAILABLE, "no more today")] * len(calls)
     assert error.__traceback__ is None
     assert not unseen
+
+
+async def test_an_output_that_is_named_again_and_again_comes_once(caller) -> None:
+    message = request([[[1], [2]]])
+    for _ in range(1000):
+        message.outputs.add(name="y")
+    answer = await caller.send(message)
+    assert [tensor.name for tensor in answer.outputs] == ["y"]
+    assert values(answer) == [1, 3]
+    assert len(answer.raw_output_contents) == 1

@@ -196,6 +196,7 @@ class Format:
         )
 
     def _read_outputs(self, message: ModelInferRequest) -> tuple[int, ...]:
+        """The outputs asked for, each once however often it is named."""
         numbers = []
         for tensor in message.outputs:
             number = self._output_numbers.get(tensor.name)
@@ -211,7 +212,7 @@ class Format:
                         "leave it out and read the values from the answer"
                     )
             numbers.append(number)
-        return tuple(numbers)
+        return tuple(dict.fromkeys(numbers))
 
 
 def read_parameters(parameters: Any, request: Request) -> None:

@@ -33,6 +33,8 @@ QUESTION_SECONDS_MAX: Final = 10.0
 
 _BACKOFF_SECONDS_FIRST: Final = 0.02
 _BACKOFF_SECONDS_MAX: Final = 2.0
+# More than lead to the longest pause; after a long outage 2**losses is no float any more.
+_DOUBLINGS_MAX: Final = 16
 
 # A stream that ends so may do better next time.
 _PASSING: Final = {
@@ -107,6 +109,6 @@ class Patience:
                 reason=loss.code.name,
             )
         # Longer only when every server has been asked once more.
-        rounds = self._losses // self._servers
+        rounds = min(self._losses // self._servers, _DOUBLINGS_MAX)
         self._losses += 1
         return random.uniform(0, min(_BACKOFF_SECONDS_MAX, _BACKOFF_SECONDS_FIRST * 2**rounds))

@@ -27,19 +27,22 @@ class Fleet:
     """`sluice serve --workers`, as an operator starts it."""
 
     def __init__(self, model: Path, folder: Path, *flags: str) -> None:
-        self._log = (folder / "log.json").open("w+")
+        self.log = folder / "log.json"
         flags = flags or ("--store", f"sqlite:///{folder}/store.db", "--durability", "strict")
         address = ("--listen", "127.0.0.1:0", "--http", "127.0.0.1:0")
         command = [sys.executable, "-m", "sluice_cli", "serve", "--workers", str(WORKERS)]
-        self.process = subprocess.Popen(
-            [*command, "--model", f"{MODEL}={model}", *address, *flags], stderr=self._log
-        )
+        # Appended to, and read through another file: its writers share one position.
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [*command, "--model", f"{MODEL}={model}", *address, *flags], stderr=log
+            )
 
     def events(self, name: str) -> list[dict[str, Any]]:
         """The log lines of that event, so far."""
-        self._log.seek(0)
-        lines = [json.loads(line) for line in self._log if line.startswith("{")]
-        return [line for line in lines if line["event"] == name]
+        # The last line may be half written.
+        lines = self.log.read_text().splitlines(keepends=True)
+        found = [json.loads(line) for line in lines if line[0] == "{" and line[-1] == "\n"]
+        return [line for line in found if line["event"] == name]
 
     def wait_for(self, name: str, count: int = 1) -> list[dict[str, Any]]:
         deadline = time.monotonic() + SECONDS
@@ -63,6 +66,13 @@ class Fleet:
         with urllib.request.urlopen(url, timeout=SECONDS) as response:
             return str(response.read().decode())
 
+    def metrics(self) -> str:
+        """The page of every worker's metrics: one that was slow to tell them is asked again."""
+        deadline = time.monotonic() + SECONDS
+        while len(_workers_on(page := self.page("metrics"))) < WORKERS:
+            assert time.monotonic() < deadline, "a worker's metrics are missing"
+        return page
+
     def workers(self) -> list[int]:
         """The processes of the workers."""
         path = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
@@ -79,7 +89,10 @@ class Fleet:
         self.process.wait(SECONDS)
         for child in children:
             _kill(child)
-        self._log.close()
+
+
+def _workers_on(page: str) -> set[str]:
+    return set(re.findall(r'sluice_ready{worker="(\d)"}', page))
 
 
 def _kill(process: int) -> None:
@@ -137,7 +150,7 @@ async def test_a_sequence_goes_on_at_whichever_worker_takes_the_next_connection(
 
 
 async def test_the_metrics_of_every_worker_are_on_one_page(fleet) -> None:
-    page = fleet.page("metrics")
+    page = fleet.metrics()
     for name in ("process_cpu_seconds_total", "process_resident_memory_bytes", "sluice_ready"):
         assert set(re.findall(rf'{name}{{worker="(\d)"}}', page)) == {"0", "1"}
     assert page.count("# TYPE sluice_ready gauge") == 1
@@ -200,5 +213,5 @@ def test_a_model_that_cannot_be_served_ends_the_start(tmp_path) -> None:
 def test_workers_without_a_store_that_they_share_are_refused(accumulator_file, tmp_path) -> None:
     fleet = Fleet(accumulator_file, tmp_path, "--durability", "strict")
     assert fleet.process.wait(SECONDS) == 2
-    assert "--store" in (tmp_path / "log.json").read_text()
+    assert "--store" in fleet.log.read_text()
     fleet.end()

@@ -8,7 +8,7 @@ import pytest
 
 from sluice_service.clock import AwakeClock
 from tests.service.hands import Gate, Hands
-from tests.service.wire import Served
+from tests.service.wire import SECONDS, Served
 
 
 @pytest.fixture
@@ -59,6 +59,12 @@ def hands(monkeypatch) -> Hands:
     # Nobody but the test looks for idle sequences.
     monkeypatch.setattr("sluice_service.host._TICK_SECONDS", 1e6)
     return hands
+
+
+@pytest.fixture
+def unhurried(monkeypatch) -> None:
+    """A server that stops lets its calls end by themselves, however slow this machine is."""
+    monkeypatch.setattr("sluice_service.server.GRACE_SECONDS", SECONDS)
 
 
 @pytest.fixture

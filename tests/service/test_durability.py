@@ -424,7 +424,7 @@ async def test_a_close_that_the_store_did_not_hear_is_said_again(replica, monkey
     assert served.find(MODEL, "s") is None
 
 
-async def test_a_server_that_stops_leaves_every_sequence_to_the_next(replica) -> None:
+async def test_a_server_that_stops_leaves_every_sequence_to_the_next(replica, unhurried) -> None:
     first = await replica(durability="periodic")
     wire = first.wire(MODEL)
     for lane in range(5):

@@ -206,7 +206,7 @@ async def test_what_follows_a_run_that_is_refused_is_dropped(gate, gated) -> Non
     assert (await wire.rows(0, 2)).ravel().tolist()[1] == 0
 
 
-async def test_a_stop_waits_for_the_run(gate, gated) -> None:
+async def test_a_stop_waits_for_the_run(gate, gated, unhurried) -> None:
     wire = gated.wire("accumulator")
     await wire.open(0)
     await wire.push(0, floats([5]))
@@ -221,8 +221,7 @@ async def test_a_stop_waits_for_the_run(gate, gated) -> None:
         await stopping
 
 
-async def test_a_stop_waits_no_longer_than_it_may(gate, sums, monkeypatch) -> None:
-    monkeypatch.setattr("sluice_service.server.GRACE_SECONDS", 0.05)
+async def test_a_stop_waits_no_longer_than_it_may(gate, sums, unhurried) -> None:
     served = await sums(drain_seconds_max=0.05)
     wire = served.wire("accumulator")
     await wire.open(0)

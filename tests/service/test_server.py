@@ -48,7 +48,7 @@ async def test_health_of_what_is_not_there_is_not_found(served) -> None:
     assert caught.value.code() == grpc.StatusCode.NOT_FOUND
 
 
-async def test_who_watches_is_told_when_the_server_stops(sums) -> None:
+async def test_who_watches_is_told_when_the_server_stops(sums, unhurried) -> None:
     served = await sums()
     stub = health_pb2_grpc.HealthStub(served.channel)
     watches = [stub.Watch(health_pb2.HealthCheckRequest(service=n)) for n in ("", "accumulator")]
@@ -63,6 +63,9 @@ async def test_who_watches_is_told_when_the_server_stops(sums) -> None:
         assert (status, "stopping" in text) == (503, True)
         assert (await _get(served, "/healthz"))[0] == 200
         assert served.metric("sluice_ready") == 0
+        # Only these calls keep the server from its end.
+        for watch in watches:
+            watch.cancel()
         await stopping
 
 

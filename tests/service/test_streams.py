@@ -615,7 +615,7 @@ async def test_sequences_that_come_and_go_unacknowledged_leave_nothing_behind(su
 # Draining.
 
 
-async def test_a_stop_finishes_what_is_queued_then_tells_every_lane(sums) -> None:
+async def test_a_stop_finishes_what_is_queued_then_tells_every_lane(sums, unhurried) -> None:
     served = await sums(run_steps_max=1)
     wire = served.wire("accumulator")
     await wire.open(0)

@@ -40,7 +40,7 @@ from sluice_service.queues import Frame, Kind, Single
 from sluice_service.ragged import Array, Buffers, Integers, is_ones, starts_of
 from sluice_service.runs import RunLoop
 from sluice_service.scheduler import Scheduler
-from sluice_service.sequences import Sequence, Sequences
+from sluice_service.sequences import ALL, Sequence, Sequences
 from sluice_service.settings import Settings
 from sluice_service.snapshots import Snapshots
 from sluice_service.store import Store, StoreError
@@ -529,6 +529,7 @@ class Host:
         while self._sequences.forget_tombstones(now):
             await rest()
         idle_max = self._settings.sequence_idle_seconds_max
+        await self._excuse(before=now - idle_max)
         ending = f"it had no step for {idle_max:g} seconds"
         expired = 0
 
@@ -541,6 +542,14 @@ class Host:
         self._runs.settle()
         if expired:
             log.info("sequences_expired", model=self.name, sequences=expired)
+
+    async def _excuse(self, *, before: float) -> None:
+        """Where the store is away: whoever waits for it has not been idle, his time begins anew."""
+        table, keeper = self._sequences, self._keeper
+        if keeper is None or not any(one.is_durable for one in table.idle(before)):
+            return
+        if not await keeper.is_answered():
+            table.active[table.durable < ALL] = self._clock.now()
 
     async def drain(self) -> None:
         """Open nothing new, finish what is queued, then tell every lane that the server stops.

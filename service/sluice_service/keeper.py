@@ -77,6 +77,16 @@ class Keeper:
         """For how long the store has not answered; 0 while it does."""
         return 0.0 if self._down_since is None else time.monotonic() - self._down_since
 
+    async def is_answered(self) -> bool:
+        """True when the store takes what it is given, and answers now."""
+        if self._down_since is not None:
+            return False
+        try:
+            await self._store.read(Key(self._model, ""))
+        except StoreError:
+            return False
+        return True
+
     @property
     def undurable_steps(self) -> int:
         """How far the store is behind the sequence that is furthest ahead of it."""

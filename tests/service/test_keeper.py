@@ -198,3 +198,35 @@ async def test_a_stop_waits_for_what_was_applied_while_the_last_write_was_under_
     assert stored.checkpoint.step == 2
     assert await wire.next_closed(0) == Closed.DRAINING
     assert (await wire.rows(0, 2)).ravel().tolist() == [1, 3]
+
+
+@pytest.mark.parametrize("method", ["write", "read"])
+async def test_a_sequence_that_waits_for_the_store_does_not_idle(
+    kept, hands, monkeypatch, method
+) -> None:
+    served = await kept(checkpoint_steps=1, undurable_steps_max=2, sequence_idle_seconds_max=10)
+    wire = served.wire(MODEL)
+    await wire.open(0, "s", writer=ME, attempt=1)
+    await wire.open(1, "off", durability=OFF)
+    # Away for writes alone, it is known to be away; otherwise nobody has had to ask it yet.
+    store = Away(served, monkeypatch, method)
+    if method == "write":
+        await wire.push(0, floats([1, 1, 1]), first=0)
+        await failures(served, 1)
+    host = host_of(served)
+    hands.go(host._clock, 11)
+    await host.expire()
+    assert await wire.next_closed(1) == Closed.IDLE
+    store.come_back()
+    await eventually(lambda: host.store_down_seconds == 0)
+    # Whatever was to be closed is closed before another sequence is opened.
+    await wire.settle()
+    assert served.find(MODEL, "s") is not None
+    if method == "write":
+        await wire.rows(0, 3)
+    # What it has waited does not count later on either.
+    await host.expire()
+    assert served.find(MODEL, "s") is not None
+    hands.go(host._clock, 11)
+    await host.expire()
+    assert await wire.next_closed(0) == Closed.IDLE

@@ -85,8 +85,19 @@ class Client:
 
     async def _open(self, count: int) -> None:
         """Open as a client that replays does: with ids and writers, and acknowledgements later."""
-        writer = uuid4()
         begin, self._count = self._count, self._count + count
+        sending = asyncio.ensure_future(self._send_opens(begin))
+        opened = 0
+        while opened < count:
+            response = await self._read()
+            opened += len(response.opened)
+            if response.faults:
+                raise RuntimeError(response.faults[0].message)
+        await sending
+        self._outstanding = np.zeros(self._count, np.int64)
+
+    async def _send_opens(self, begin: int) -> None:
+        writer = uuid4()
         for start in range(begin, self._count, _OPENED_AT_ONCE):
             stop = min(start + _OPENED_AT_ONCE, self._count)
             message = InferRequest(
@@ -102,13 +113,6 @@ class Client:
                 ],
             )
             await self._call.write(message.SerializeToString())
-        opened = 0
-        while opened < count:
-            response = await self._read()
-            opened += len(response.opened)
-            if response.faults:
-                raise RuntimeError(response.faults[0].message)
-        self._outstanding = np.zeros(self._count, np.int64)
 
     async def _stream(self, in_flight: int, sizes: Sizes, seconds: float) -> tuple[float, float]:
         """Steps a second, and µs of the server's CPU a step, with so many chunks under way."""

@@ -361,7 +361,8 @@ class Host:
         if is_ones(steps):
             total, each = len(steps), 1
         else:
-            total, each = int(steps.sum()), int(steps[0]) if (steps == steps[0]).all() else 0
+            total = int(np.maximum(steps, 1).sum())
+            each = int(steps[0]) if (steps == steps[0]).all() else 0
         if not is_whole:
             each = 0  # rows of other lanes lie between: only the queues tell them apart
         stream.queued_steps += total
@@ -389,15 +390,17 @@ class Host:
                 self._lanes.tell_unknown(stream, lane)
         self._runs.wake(is_alone=len(self._lanes) == 1)
 
-    def end_after(self, stream: Stream, lanes: Iterable[int], kind: Kind) -> None:
-        """Close or park lanes behind the chunks they have sent."""
-        for lane in lanes:
-            slot = stream.slot(lane)
-            if slot >= 0:
-                self._scheduler.push_ending(slot, kind)
-                self._runs.wake()
-            elif stream.is_unknown(lane):
+    def end_after(self, stream: Stream, lanes: Integers, kind: Kind) -> None:
+        """Close or park `lanes` [n] behind the chunks they have sent."""
+        slots = stream.slots(lanes)
+        for lane in lanes[slots < 0].tolist():
+            if stream.is_unknown(lane):
                 self._lanes.tell_unknown(stream, lane)
+        slots = np.unique(slots[slots >= 0])
+        if len(slots):
+            stream.queued_steps += len(slots)
+            self._scheduler.push_endings(slots, kind)
+            self._runs.wake()
 
     def acknowledge(self, stream: Stream, lanes: Integers, received: Integers) -> None:
         """The client has the outputs of `lanes` [n] up to `received` [n]."""

@@ -125,7 +125,8 @@ class Lanes:
         for stream in list(self._streams.values()):
             for slot in stream.live_slots().tolist():
                 if is_safe(slot):
-                    self.part(self._sequences.at(slot), Closed.DRAINING)
+                    # Nobody opens it here again: what it has put out need not be held.
+                    self._leave(self._sequences.at(slot), stream, Closed.DRAINING)
             stream.is_drained = True
             stream.wake()
 
@@ -196,9 +197,10 @@ class Lanes:
 
     def _take_back(self, sequence: Sequence) -> Stream:
         """Let a sequence hold what its stream has not acknowledged; the stream."""
-        stream = self._stream_of(sequence)
+        stream, slot = self._stream_of(sequence), sequence.slot
         for delivery in stream.deliveries():
-            self._hold(delivery, only=sequence.slot)
+            for index in np.flatnonzero(delivery.slots == slot).tolist():
+                self._hold_chunk(delivery, index)
         return stream
 
     def _stream_of(self, sequence: Sequence) -> Stream:
@@ -274,10 +276,16 @@ class Lanes:
 
     def _keep_late(self, delivery: Delivery, number: int) -> None:
         """Keep what nobody waits for any more, behind what its stream still has."""
-        if (ended := self._ended.get(number)) is not None:
-            ended.gated.append(delivery)
-        else:
+        if (ended := self._ended.get(number)) is None:
             self._hold(delivery)
+            return
+        # Whoever has left the stream has taken all back that came before this.
+        has_left = self._sequences.stream[delivery.slots] != number
+        if has_left.any():
+            self._hold(delivery.only(has_left))
+            delivery = delivery.only(~has_left)
+        if delivery.rows:
+            ended.gated.append(delivery)
 
     def release(self) -> None:
         """Let go out what has become durable."""
@@ -310,9 +318,16 @@ class Lanes:
     def acknowledge(self, stream: Stream, lanes: Integers, received: Integers) -> None:
         """The client has the outputs of `lanes` [n] up to `received` [n]."""
         slots = stream.slots(lanes)
-        for slot, step in zip(slots.tolist(), received.tolist(), strict=True):
-            if slot >= 0:
-                self._acknowledge(np.array([slot]), np.array([step]))
+        is_open = slots >= 0
+        slots, received = slots[is_open], received[is_open]
+        if len(slots) > 1:
+            # Of each slot the furthest step.
+            order = np.lexsort((received, slots))
+            slots, received = slots[order], received[order]
+            is_last = np.r_[slots[1:] != slots[:-1], True]
+            slots, received = slots[is_last], received[is_last]
+        if len(slots):
+            self._acknowledge(slots, received)
         self._forget_received(stream)
 
     def acknowledge_responses(self, stream: Stream, responses: int) -> None:
@@ -365,16 +380,26 @@ class Lanes:
         due = table.received[delivery.slots] < delivery.first + delivery.lengths
         return due & table.is_same(delivery.slots, delivery.generations)
 
-    def _hold(self, delivery: Delivery, *, only: int | None = None) -> None:
-        """Give a delivery's outputs to their sequences; to that in slot `only`, where given."""
+    def _hold(self, delivery: Delivery) -> None:
+        """Give a delivery's outputs to their sequences."""
         wanted = self._due(delivery)
-        if only is not None:
-            wanted &= delivery.slots == only
         if wanted.any():
             kept = delivery.only(wanted)
             for index, first, steps, outputs in kept.chunks():
                 sequence = self._sequences.at(int(kept.slots[index]))
                 sequence.held.append(Held(first, steps, outputs))
+
+    def _hold_chunk(self, delivery: Delivery, index: int) -> None:
+        """As `_hold`, of one chunk."""
+        table, slot = self._sequences, int(delivery.slots[index])
+        first, steps = int(delivery.first[index]), int(delivery.lengths[index])
+        is_same = table.generation[slot] == delivery.generations[index]
+        if is_same and table.received[slot] < first + steps:
+            start = int(delivery.lengths[:index].sum())
+            outputs = [
+                cut(output, delivery.rows, start, start + steps) for output in delivery.outputs
+            ]
+            table.at(slot).held.append(Held(first, steps, outputs))
 
     def resend(self, stream: Stream, sequence: Sequence, lane: int) -> None:
         """Send what is held from `received` on, once, on the new lane."""

@@ -13,10 +13,14 @@ from numpy.typing import NDArray
 from sluice_service.arena import Slots
 from sluice_service.errors import LaneError
 from sluice_service.inputs import InputRules
-from sluice_service.ragged import Array, Buffers, Integers
+from sluice_service.ragged import Array, Buffers, Integers, starts_of
 from sluice_service.sequences import NONE
 
 _NODES_START = 1024
+# From so many bytes of inputs on, it is looked at how many of them are still waited for; …
+_COMPACTED_BYTES_MIN = 64 << 20
+# … and what waits is copied where it is less than this part of its frame.
+_SPARSE = 4
 
 
 @dataclass(slots=True)
@@ -34,8 +38,20 @@ class Frame:
     errors: dict[int, LaneError] | None
     steps_each: int  # what every chunk has; 0 where they differ
     arrived: float  # seconds, time.monotonic
-    # Chunks in queues; at 0 the frame is forgotten.
-    pending: int = 0
+
+
+@dataclass(slots=True)
+class Rows:
+    """What is kept of a frame while some of its chunks wait."""
+
+    arrays: list[Array]  # [rows, …] for each model input
+    arrived: float  # seconds, time.monotonic
+    pending: int  # chunks in queues; at 0 it is forgotten
+
+    @property
+    def bytes(self) -> int:
+        """Of all arrays."""
+        return sum(array.nbytes for array in self.arrays)
 
 
 @dataclass(slots=True)
@@ -93,15 +109,18 @@ class Queues:
         self._free = np.arange(_NODES_START - 1, -1, -1)
         self._free_count = _NODES_START
         self.errors: dict[int, LaneError] = {}
-        self.frames: dict[int, Frame] = {}
+        self.frames: dict[int, Rows] = {}
         self._frame_number = 0
+        self._bytes = 0  # of all frames
+        self._compact_at = _COMPACTED_BYTES_MIN
 
     def add(self, frame: Frame) -> Integers:
         """New nodes [chunks] for the chunks of a frame, on no queue yet."""
-        frame.pending = len(frame.slots)
+        rows = Rows(frame.arrays, frame.arrived, len(frame.slots))
         number = self._frame_number = self._frame_number + 1
-        self.frames[number] = frame
-        nodes = self._allocate(frame.pending)
+        self.frames[number] = rows
+        self._bytes += rows.bytes
+        nodes = self._allocate(rows.pending)
         self.kind[nodes] = Kind.CHUNK
         self.frame[nodes] = number
         self.row[nodes] = frame.starts
@@ -111,32 +130,35 @@ class Queues:
             node = int(nodes[index])
             self.kind[node] = Kind.FAULTY
             self.errors[node] = error
+        if self._bytes > self._compact_at:
+            self._compact()
         return nodes
 
-    def add_ending(self, kind: Kind) -> Integers:
-        """One new node [1] that closes or parks."""
-        node = self._allocate(1)
-        self.kind[node] = kind
-        self.frame[node] = NONE
-        self.steps[node] = 0
-        self.is_named[node] = False
-        return node
+    def add_endings(self, kind: Kind, count: int) -> Integers:
+        """New nodes [count] that close or park."""
+        nodes = self._allocate(count)
+        self.kind[nodes] = kind
+        self.frame[nodes] = NONE
+        self.steps[nodes] = 0
+        self.is_named[nodes] = False
+        return nodes
 
-    def append(self, slots: Slots, nodes: Integers) -> Slots:
-        """Put one node [n] behind the queue of each of `slots` [n], all different.
+    def append(self, slots: Slots, heads: Integers, tails: Integers) -> Slots:
+        """Put nodes behind the queue of each of `slots` [n], all different: a chain of them, from
+        `heads` [n] to `tails` [n].
 
         Returns those whose queue was empty.
         """
-        self.following[nodes] = NONE
-        tails = self._tail[slots]
-        self._tail[slots] = nodes
-        was_empty = tails == NONE
+        self.following[tails] = NONE
+        before = self._tail[slots]
+        self._tail[slots] = tails
+        was_empty = before == NONE
         if was_empty.all():
-            self.head[slots] = nodes
+            self.head[slots] = heads
             return slots
-        self.following[tails[~was_empty]] = nodes[~was_empty]
+        self.following[before[~was_empty]] = heads[~was_empty]
         slots = slots[was_empty]
-        self.head[slots] = nodes[was_empty]
+        self.head[slots] = heads[was_empty]
         return slots
 
     def pop(self, slots: Slots) -> None:
@@ -147,6 +169,18 @@ class Queues:
         self._tail[slots[heads == NONE]] = NONE
         self._release(nodes)
 
+    def pop_one(self, slot: int) -> None:
+        """As `pop`, of one queue: numbers cost a fraction of what arrays of one do."""
+        node = int(self.head[slot])
+        following = int(self.following[node])
+        self.head[slot] = following
+        if following == NONE:
+            self._tail[slot] = NONE
+        self._free[self._free_count] = node
+        self._free_count += 1
+        self.errors.pop(node, None)
+        self._leave(int(self.frame[node]), 1)
+
     def consume(self, nodes: Integers, steps: Integers) -> None:
         """Leave out the first `steps` [n] of each chunk: they are applied."""
         self.row[nodes] += steps
@@ -154,12 +188,18 @@ class Queues:
         self.steps[nodes] -= steps
 
     def clear(self, slot: int) -> int:
-        """Empty one queue; the steps that were in it."""
-        steps = 0
-        while (node := int(self.head[slot])) != NONE:
-            steps += int(self.steps[node])
-            self.pop(np.array([slot]))
-        return steps
+        """Empty one queue; the steps that were in it, and one for each node without any."""
+        chain = list[int]()
+        node = int(self.head[slot])
+        while node != NONE:
+            chain.append(node)
+            node = int(self.following[node])
+        if not chain:
+            return 0
+        self.head[slot] = self._tail[slot] = NONE
+        nodes = np.array(chain)
+        self._release(nodes)
+        return int(np.maximum(self.steps[nodes], 1).sum())
 
     def _allocate(self, count: int) -> Integers:
         while self._free_count < count:
@@ -184,10 +224,35 @@ class Queues:
         """Forget a frame once none of its chunks is left."""
         if number == NONE:
             return
-        frame = self.frames[number]
-        frame.pending -= chunks
-        if not frame.pending:
+        rows = self.frames[number]
+        rows.pending -= chunks
+        if not rows.pending:
             del self.frames[number]
+            self._bytes -= rows.bytes
+
+    def _compact(self) -> None:
+        """Copy what waits out of frames that are mostly done: a step that waits for long, such
+        as one of a client that does not acknowledge, would keep whole messages.
+        """
+        is_waiting = self.frame != NONE
+        is_waiting[self._free[: self._free_count]] = False
+        nodes = np.flatnonzero(is_waiting)
+        nodes = nodes[np.argsort(self.frame[nodes], kind="stable")]
+        numbers, counts = np.unique(self.frame[nodes], return_counts=True)
+        ends = np.cumsum(counts)
+        for number, start, end in zip(numbers, ends - counts, ends, strict=True):
+            mine = nodes[start:end]
+            rows, steps = self.frames[int(number)], self.steps[mine]
+            count = int(steps.sum())
+            if any(_SPARSE * count > len(array) for array in rows.arrays):
+                continue
+            starts = starts_of(steps)
+            index = np.repeat(self.row[mine] - starts, steps) + np.arange(count)
+            rows.arrays = [array[index] for array in rows.arrays]
+            self.row[mine] = starts
+        self._bytes = sum(rows.bytes for rows in self.frames.values())
+        # To look again only after as much has come again keeps this cheap.
+        self._compact_at = max(_COMPACTED_BYTES_MIN, 2 * self._bytes)
 
     def _grow(self) -> None:
         """Double the nodes."""

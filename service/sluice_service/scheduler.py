@@ -20,7 +20,16 @@ from sluice_service.arena import Slots
 from sluice_service.errors import GapError, LaneError
 from sluice_service.inputs import InputRules
 from sluice_service.queues import Frame, Kind, Queues, Single
-from sluice_service.ragged import Array, Buffers, Integers, choose_steps, is_whole, ones, pad_frames
+from sluice_service.ragged import (
+    Array,
+    Buffers,
+    Integers,
+    choose_steps,
+    is_whole,
+    ones,
+    pad_frames,
+    starts_of,
+)
 from sluice_service.sequences import NONE, Sequences
 
 # While short chunks come among long ones, a run may take this part of its usual time …
@@ -159,10 +168,10 @@ class Scheduler:
             self._frames += [single.as_frame(self._rules) for single in self._singles]
             self._singles = []
 
-    def push_ending(self, slot: int, kind: Kind) -> None:
-        """Close or park a slot's lane behind what it has sent."""
+    def push_endings(self, slots: Slots, kind: Kind) -> None:
+        """Close or park the lanes of `slots` [n] behind what they have sent."""
         self._enqueue_arrived()
-        self._link(np.array([slot]), self._queues.add_ending(kind), None)
+        self._link(slots, self._queues.add_endings(kind, len(slots)), None)
 
     def unbound(self, slots: Slots) -> None:
         """Let the sequences go on whose client, or store, has caught up."""
@@ -173,10 +182,12 @@ class Scheduler:
             self._make_ready(waiting)
 
     def is_stuck(self, slots: Slots) -> bool:
-        """True when none of `slots` runs, and each queue is empty or waits at its limit."""
+        """True when none of `slots` runs, and each queue is empty or waits for its client."""
         self._enqueue_arrived()
-        is_done = (self._queues.head[slots] == NONE) | self._is_stalled[slots]
-        return bool((is_done & ~self._sequences.is_running[slots]).all())
+        sequences = self._sequences
+        waits = self._is_stalled[slots] & sequences.wait_for_clients(slots)
+        is_done = (self._queues.head[slots] == NONE) | waits
+        return bool((is_done & ~sequences.is_running[slots]).all())
 
     def drop(self, slot: int) -> None:
         """Forget everything queued for a slot."""
@@ -191,13 +202,7 @@ class Scheduler:
         for frame in frames:
             if frame.errors is None:
                 frame.errors = self._rules.judge(frame.arrays, frame.starts, frame.steps)
-            nodes = self._queues.add(frame)
-            for chosen in self._rounds(frame.slots):
-                self._link(
-                    frame.slots[chosen],
-                    nodes[chosen],
-                    None if frame.first is None else frame.first[chosen],
-                )
+            self._link(frame.slots, self._queues.add(frame), frame.first)
 
     def _is_distinct(self, slots: Slots) -> bool:
         """True when no slot is named twice."""
@@ -205,23 +210,33 @@ class Scheduler:
         self._rank[slots] = order
         return bool((self._rank[slots] == order).all())
 
-    def _rounds(self, slots: Slots) -> list[Integers | slice]:
-        """Indices into `slots` in rounds, none naming a slot twice, in order for each slot."""
-        if self._is_distinct(slots):
-            return [slice(None)]
-        by_slot = np.argsort(slots, kind="stable")
-        starts = np.flatnonzero(np.r_[True, np.diff(slots[by_slot]) != 0])
-        lengths = np.diff(np.r_[starts, len(slots)])
-        rank = np.arange(len(slots)) - np.repeat(starts, lengths)
-        return [by_slot[rank == number] for number in range(int(lengths.max()))]
-
     def _link(self, slots: Slots, nodes: Integers, first: Integers | None) -> None:
-        """Append one node to the queue of each of `slots`, all different."""
+        """Put nodes [n] into the queues of `slots` [n], in their order for each slot.
+
+        `first` [n], where the client named them, are the steps before each.
+        """
         queues, sequences = self._queues, self._sequences
-        queues.first[nodes] = sequences.sent[slots] if first is None else first
-        sequences.sent[slots] = queues.first[nodes] + queues.steps[nodes]
+        heads = tails = nodes
+        if self._is_distinct(slots):
+            named = sequences.sent[slots] if first is None else first
+        else:
+            order = np.argsort(slots, kind="stable")
+            slots, nodes = slots[order], nodes[order]
+            is_border = slots[1:] != slots[:-1]
+            begins = np.flatnonzero(np.r_[True, is_border])
+            ends = np.flatnonzero(np.r_[is_border, True])
+            if first is None:
+                before = starts_of(queues.steps[nodes])
+                named = sequences.sent[slots] + before
+                named -= np.repeat(before[begins], ends - begins + 1)
+            else:
+                named = first[order]
+            queues.following[nodes[:-1]] = nodes[1:]
+            slots, heads, tails = slots[begins], nodes[begins], nodes[ends]
+        queues.first[nodes] = named
+        sequences.sent[slots] = queues.first[tails] + queues.steps[tails]
         sequences.is_straight[slots] = False
-        slots = queues.append(slots, nodes)
+        slots = queues.append(slots, heads, tails)
         # What is running becomes ready when its run has ended.
         is_running = sequences.is_running[slots]
         self._make_ready(slots[~is_running] if is_running.any() else slots)
@@ -410,7 +425,12 @@ class Scheduler:
             was_faulted = bool(sequences.is_faulted[slot])
             is_expected = first <= step and (bool(queues.is_named[node]) or not was_faulted)
             if kind in (Kind.CLOSE, Kind.PARK):
-                queues.pop(np.array([slot]))
+                if sequences.is_strict[slot] and sequences.durable[slot] < step:
+                    # What it has put out leaves before it does, once it is durable.
+                    self._is_stalled[slot] = True
+                    return False
+                queues.pop_one(slot)
+                self._drop_steps(slot, 1)
                 self.endings.append((slot, Ending.CLOSE if kind == Kind.CLOSE else Ending.PARK))
                 return False
             if kind == Kind.CHUNK and is_expected and first + steps > step:
@@ -423,8 +443,8 @@ class Scheduler:
                 self._fault(slot, queues.errors[node])
             elif first > step and not was_faulted:
                 self._fault(slot, _gap(first, step))
-            self._drop_steps(slot, steps)
-            queues.pop(np.array([slot]))
+            self._drop_steps(slot, max(steps, 1))
+            queues.pop_one(slot)
         return False
 
     def _fault(self, slot: int, error: LaneError) -> None:
@@ -432,7 +452,10 @@ class Scheduler:
         self._sequences.stop(slot)
 
     def _drop_steps(self, slot: int, steps: int) -> None:
-        """Note that the slot's stream gets credit back for steps that will never run."""
+        """Note that the slot's stream gets credit back for steps that will never run.
+
+        What is no steps, an ending or an empty chunk, has taken the credit of one.
+        """
         if steps:
             self.dropped.append((int(self._sequences.stream[slot]), steps))
 

@@ -227,6 +227,11 @@ class Sequences:
             self.durable[slots] + self._undurable_steps_max,
         )
 
+    def wait_for_clients(self, slots: Slots) -> NDArray[np.bool_]:
+        """[n] whether only its client's acknowledgement lets each of `slots` go on."""
+        unacknowledged = self.step[slots] - self.received[slots]
+        return np.asarray(unacknowledged >= self._unacknowledged_steps_max)
+
     def attach(self, sequence: Sequence, stream: int, lane: int, now: float) -> None:
         """Put a sequence on a lane of a stream, from where it stands."""
         sequence.move(Event.ATTACH)

@@ -14,6 +14,8 @@ from sluice_service.ragged import Integers
 
 LANES_MAX = 1 << 20
 _LANES_START = 64
+# Messages that wait to be sent, of whatever size.
+_OUTBOX_MAX = 1 << 14
 _UNKNOWN = -1  # no open has named the lane
 _ENDED = -2  # the server ended it; what the client had already sent is ignored
 
@@ -144,6 +146,7 @@ class Stream:
             self.is_draining
             or self.queued_steps > self._queue_steps_max
             or self._outbox_rows > self._outbox_rows_max
+            or len(self.outbox) > _OUTBOX_MAX
         )
 
     def wake(self) -> None:

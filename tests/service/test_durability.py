@@ -122,6 +122,45 @@ async def test_a_parked_lane_is_stored_with_its_outputs_once_while_its_stream_go
         assert await sums(wire, lane, 1, [1]) == [value + 1]
 
 
+@pytest.mark.parametrize(("ending", "reason"), [("close", Closed.CLIENT), ("park", Closed.PARKED)])
+async def test_strict_an_ending_in_the_message_of_the_last_chunk_lets_its_outputs_leave(
+    replica, ending, reason
+) -> None:
+    wire = (await replica()).wire(MODEL)
+    await wire.open(0, "s")
+    chunk = {"lane": [0], "steps": [3], "inputs": [Tensor(data=floats([1, 2, 3]).tobytes())]}
+    await wire.send(**chunk, **{ending: [0]})
+    assert await wire.next_closed(0) == reason
+    assert [(first, steps) for first, steps, *_ in wire.pieces[0]] == [(0, 3)]
+    assert (await wire.rows(0, 3)).ravel().tolist() == [1, 3, 6]
+
+
+async def test_a_client_that_has_sent_all_gets_all_however_slow_the_store(
+    replica, monkeypatch
+) -> None:
+    served = await replica(
+        durability="periodic", checkpoint_steps=16, undurable_steps_max=64, run_steps_max=16
+    )
+    wire = served.wire(MODEL)
+    await wire.open(0, "s")
+    store, is_there = served.server._store, asyncio.Event()
+    write = store.write
+
+    async def write_late(writes):
+        await is_there.wait()
+        return await write(writes)
+
+    monkeypatch.setattr(store, "write", write_late)
+    await wire.push(0, floats([1] * 300))
+    await wire.until(lambda: wire.steps(0) == 64)
+    (stream,) = served.server._hosts[MODEL]._lanes._streams.values()
+    ending = asyncio.ensure_future(wire.end())
+    await eventually(lambda: stream.is_half_closed)
+    is_there.set()
+    assert await ending == grpc.StatusCode.OK
+    assert wire.steps(0) == 300
+
+
 async def test_strict_nothing_leaves_while_the_store_does_not_answer(replica, monkeypatch) -> None:
     served = await replica()
     wire = served.wire(MODEL)

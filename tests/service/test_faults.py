@@ -1,5 +1,6 @@
 """Bad input gets the right answer, changes nothing, and leaves the other lanes alone."""
 
+import asyncio
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +102,15 @@ async def test_inputs_without_a_lane_end_the_stream_with_the_reason(served) -> N
     await wire.send(inputs=[Tensor(data=DATA)])
     assert await wire.status() == StatusCode.INVALID_ARGUMENT
     assert "lane" in await wire.call.details()
+
+
+async def test_a_first_message_that_cannot_be_is_told_of_while_the_limits_are_being_sent(
+    served,
+) -> None:
+    wires = [served.wire("accumulator") for _ in range(30)]
+    await asyncio.gather(*(wire.send(inputs=[Tensor(data=DATA)]) for wire in wires))
+    statuses = await asyncio.gather(*(wire.status() for wire in wires))
+    assert set(statuses) == {StatusCode.INVALID_ARGUMENT}
 
 
 async def test_an_unknown_lane_is_told_and_the_others_go_on(served) -> None:

@@ -115,7 +115,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.value = 0.0
         self.runs: list[Run] = []
         self.streams = list(range(1, STREAMS + 1))
-        self.owed: Counter[int] = Counter()  # steps of each stream without an answer
+        self.owed: Counter[int] = Counter()  # steps of each stream without an answer; 1 for none
         self.lanes = [Lane(is_anonymous=slot % 3 == 2) for slot in range(SLOTS)]
         for slot in range(SLOTS):
             self._create(slot)
@@ -206,7 +206,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             return
         self.value += row
         is_even = len(set(steps)) == 1 and not has_strangers
-        self.owed[self.streams[number]] += sum(steps)
+        self.owed[self.streams[number]] += sum(max(count, 1) for count in steps)
         stream = self.streams[number]
         values = np.arange(base, base + row, dtype=np.float32)
         values[bad] = np.nan
@@ -247,8 +247,15 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(slot=st.integers(0, SLOTS - 1), ending=st.sampled_from(Ending))
     def end_lane(self, slot, ending) -> None:
         if self.lanes[slot].is_attached:
-            self.scheduler.push_ending(slot, Kind.CLOSE if ending is Ending.CLOSE else Kind.PARK)
+            kind = Kind.CLOSE if ending is Ending.CLOSE else Kind.PARK
+            self.owed[self.streams[slot % STREAMS]] += 1
+            self.scheduler.push_endings(np.array([slot]), kind)
             self.lanes[slot].queue.append(ending)
+
+    @rule()
+    def compact(self) -> None:
+        """Whatever waits in frames that are mostly done lies elsewhere now."""
+        self.scheduler._queues._compact()
 
     @rule(slot=st.integers(0, SLOTS - 1), share=st.floats(0, 1))
     def acknowledge(self, slot, share) -> None:

@@ -590,6 +590,76 @@ async def test_all_credit_comes_back(sums) -> None:
     assert [stream.queued_steps for stream in host.lanes._streams.values()] == [0]
 
 
+async def test_what_has_no_steps_takes_credit_too(sums) -> None:
+    served = await sums(unacknowledged_steps_max=8)
+    wire = served.wire("accumulator")
+    await wire.open(0, "s", **MINE)
+    await wire.push(0, floats([1] * 20))
+    await wire.rows(0, 8)
+    (host,) = served.server._hosts.values()
+    (stream,) = host.lanes._streams.values()
+    await wire.send(lane=[0, 0], steps=[0, 0], inputs=[Tensor()])
+    await wire.send(park=[0, 0])
+    await wire.settle()
+    assert stream.queued_steps == 12 + 2 + 1
+    for step in (8, 16):
+        await wire.send(received=[Received(lane=0, step=step)])
+    await wire.next_closed(0)
+    assert (await wire.next_fault(0)).expected_step == 20
+    await wire.settle()
+    assert stream.queued_steps == 0
+
+
+async def test_who_does_not_read_is_not_read_from(sums) -> None:
+    served = await sums()
+    wire = served.wire("accumulator")
+    lanes = range(1, 40_001)
+    await wire.send(lane=lanes, inputs=[Tensor(data=bytes(4 * len(lanes)))])
+    (host,) = served.server._hosts.values()
+    await eventually(lambda: [one for one in host._lanes._streams.values() if one.is_ahead])
+    (stream,) = host._lanes._streams.values()
+    assert len(stream.outbox) < 25_000
+    await wire.until(lambda: len(wire.faults) == len(lanes))
+
+
+async def test_what_is_acknowledged_twice_or_for_nobody_counts_once(sums) -> None:
+    served = await sums()
+    wire = served.wire("accumulator")
+    for lane, name in enumerate("ab"):
+        await wire.open(lane, name, **MINE)
+        await wire.push(lane, floats([1] * 5))
+        await wire.rows(lane, 5)
+    received = [(1, 4), (0, 1), (0, 3), (77, 5), (0, 2), (1, 1)]
+    await wire.send(received=[Received(lane=lane, step=step) for lane, step in received])
+    wire.cut()
+    await served.parked("accumulator", "a", "b")
+    held = {name: info.held_steps for name, info in (await served.list("accumulator")).items()}
+    assert held == {"a": 2, "b": 1}
+
+
+async def test_a_step_that_waits_for_long_does_not_keep_the_messages_it_came_in(
+    sums, monkeypatch
+) -> None:
+    monkeypatch.setattr("sluice_service.queues._COMPACTED_BYTES_MIN", 1 << 20)
+    served = await sums(unacknowledged_steps_max=8)
+    (host,) = served.server._hosts.values()
+    wire = served.wire("accumulator")
+    await wire.open(0, "slow", **MINE)
+    await wire.open(1)
+    frames, peak = host._scheduler._queues.frames, 0
+    for number in range(1, 41):
+        data = np.r_[np.float32(1), np.zeros(20_000, np.float32)]
+        await wire.send(lane=[0, 1], steps=[1, 20_000], inputs=[Tensor(data=data.tobytes())])
+        await wire.until(lambda number=number: wire.steps(1) == 20_000 * number)
+        peak = max(peak, sum(rows.bytes for rows in frames.values()))
+    assert peak < 1.5 * 2**20  # of 3.2 MB
+    totals = list[float]()
+    for step in range(8, 48, 8):
+        totals += await _totals(wire, 0, 8)
+        await wire.send(received=[Received(lane=0, step=step)])
+    assert totals == list(range(1, 41))
+
+
 async def test_sequences_that_come_and_go_unacknowledged_leave_nothing_behind(sums) -> None:
     served = await sums()
     wire = served.wire("accumulator")

@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 
-from sluice_protos.sequences_pb2 import RESUME, OpenSequence
+from sluice_protos.sequences_pb2 import RESUME, OpenSequence, Tensor
 from sluice_service.turns import take_turns
 from tests.service.wire import eventually, floats
 
@@ -144,6 +144,32 @@ async def test_a_run_that_lands_while_lanes_are_parked_is_held_behind_what_came_
     assert (await again.rows(0, 3)).ravel().tolist() == [1, 3, 6]
     assert (await again.rows(1, 2)).ravel().tolist() == [1, 3]
     assert not again.pieces[0] and not again.pieces[1]
+
+
+async def test_a_run_that_lands_when_its_lane_is_parked_already_is_held_for_the_next_one(
+    sums, gate, rests
+) -> None:
+    served = await sums()
+    wire, again = served.wire(MODEL), served.wire(MODEL)
+    for lane, name in enumerate("abc"):
+        await wire.open(lane, name, attempt=1, **MINE)
+    await wire.send(lane=[0, 1, 2], inputs=[Tensor(data=floats([1, 2, 3]).tobytes())])
+    await gate.reached()
+    rests.begin()
+    wire.cut()
+    await rests.reached()
+    # The last is parked, the others are not; it is asked for before its run has landed.
+    assert [served.find(MODEL, name).is_parked for name in "abc"] == [False, False, True]
+    await again.send(
+        open=[OpenSequence(lane=0, sequence_id="c", mode=RESUME, attempt=2, received=0, **MINE)]
+    )
+    (host,) = served.server._hosts.values()
+    await eventually(lambda: host._runs._waiting)
+    await gate.let_through()
+    assert (await again.next_opened(0)).applied == 1
+    assert (await again.rows(0, 1)) == 3
+    rests.end()
+    await served.parked(MODEL, "a", "b")
 
 
 async def test_opens_of_a_stream_that_ends_meanwhile_leave_nothing_attached(sums, rests) -> None:

@@ -1,6 +1,8 @@
 """The messages of a stream: requests into arrays, deliveries and notices into responses."""
 
 from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 from google.protobuf.message import DecodeError
@@ -13,6 +15,7 @@ from sluice_protos.sequences_pb2 import (
     InferResponse,
     Limits,
     Opened,
+    Tensor,
 )
 from sluice_service.errors import InvalidInputError, RequestError
 from sluice_service.inputs import STEPS_MAX, InputRules
@@ -40,29 +43,56 @@ def parse(data: bytes) -> InferRequest:
         ) from error
 
 
+@dataclass(slots=True)
 class Chunks:
-    """The chunks of one request, as arrays [chunks], with their inputs [sum(steps), …]."""
+    """Chunks of a message: [chunks], [chunks], [chunks] or None, one [sum(steps), …] an input.
 
-    __slots__ = ("first", "inputs", "lanes", "steps")
+    An error that is all chunks' may take the place of the inputs.
+    """
 
-    def __init__(self, request: InferRequest, rules: InputRules) -> None:
-        """Decode; an error in the shared arrays takes the place of the inputs."""
-        count = len(request.lane)
-        self.lanes: Integers = np.fromiter(request.lane, np.int64, count)
-        self.steps = ones(count)
-        self.first: Integers | None = None
-        self.inputs: list[Array] | InvalidInputError
-        try:
-            if request.steps:
-                self.steps = _parallel("steps", np.array(request.steps, np.int64), count)
-            if request.first_step:
-                named = np.minimum(np.array(request.first_step, np.uint64), STEPS_MAX)
-                self.first = _parallel("first_step", named.astype(np.int64), count)
-            rows = int(self.steps.sum()) if request.steps else count
-            self.inputs = rules.as_rows(rules.check(request.inputs, rows))
-        except InvalidInputError as error:
-            # Without its traceback, which would keep all of the message.
-            self.inputs = error.with_traceback(None)
+    lanes: Integers
+    steps: Integers
+    first: Integers | None
+    inputs: list[Array] | InvalidInputError
+
+    def parts(self, chunks_max: int) -> "Iterator[Chunks]":
+        """The same, in pieces of at most so many chunks; none of them keeps the whole."""
+        if len(self.lanes) <= chunks_max:
+            yield self
+            return
+        row = 0
+        for start in range(0, len(self.lanes), chunks_max):
+            part = slice(start, start + chunks_max)
+            steps = self.steps[part]
+            rows = slice(row, row := row + int(steps.sum()))
+            yield Chunks(
+                self.lanes[part],
+                steps,
+                None if self.first is None else self.first[part],
+                self.inputs
+                if isinstance(self.inputs, InvalidInputError)
+                else [array[rows].copy() for array in self.inputs],
+            )
+
+
+def read_chunks(request: InferRequest, rules: InputRules) -> Chunks:
+    """The chunks of a request."""
+    count = len(request.lane)
+    lanes: Integers = np.fromiter(request.lane, np.int64, count)
+    steps, first = ones(count), None
+    inputs: list[Array] | InvalidInputError
+    try:
+        if request.steps:
+            steps = _parallel("steps", np.array(request.steps, np.int64), count)
+        if request.first_step:
+            named = np.minimum(np.array(request.first_step, np.uint64), STEPS_MAX)
+            first = _parallel("first_step", named.astype(np.int64), count)
+        rows = int(steps.sum()) if request.steps else count
+        inputs = rules.as_rows(rules.check(request.inputs, rows))
+    except InvalidInputError as error:
+        # Without its traceback, which would keep all of the message.
+        inputs = error.with_traceback(None)
+    return Chunks(lanes, steps, first, inputs)
 
 
 def read_single(
@@ -70,7 +100,7 @@ def read_single(
 ) -> tuple[int, int, int, list[bytes]] | None:
     """The lane, steps, first step (or NONE) and rows of a request of one chunk.
 
-    None where it has more, or anything is out of the ordinary: then `Chunks` tells what.
+    None where it has more, or anything is out of the ordinary: then `read_chunks` tells what.
     """
     lanes, lengths, named = request.lane, request.steps, request.first_step
     if len(lanes) != 1 or len(lengths) > 1 or len(named) > 1:
@@ -85,10 +115,17 @@ def read_single(
         return None
 
 
-def is_bare(request: InferRequest) -> bool:
-    """True when a request is the rows of chunks, and where they follow goes without saying."""
-    named = [field.name for field, _ in request.ListFields()]
-    return named in (["lane", "inputs"], ["lane", "steps", "inputs"]) and len(request.inputs) == 1
+def is_bare(request: InferRequest, data: bytes) -> bool:
+    """True when a request is the rows of one input, and where they follow goes without saying.
+
+    And when `data`, its bytes, are written as everybody writes them: the rows come last.
+    """
+    if len(request.inputs) != 1:
+        return False
+    told = request.inputs[0]
+    tensor = Tensor(name=told.name, datatype=told.datatype, shape=told.shape, data=told.data)
+    bare = InferRequest(lane=request.lane, steps=request.steps, inputs=[tensor])
+    return bare.SerializeToString() == data
 
 
 def _parallel(name: str, values: Integers, count: int) -> Integers:

@@ -1,7 +1,7 @@
 """The service sluice.v1.Sequences: the Infer stream, and single questions about sequences."""
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import grpc
@@ -14,21 +14,25 @@ from sluice_protos.sequences_pb2 import (
     ForkRequest,
     ForkResponse,
     GetStateRequest,
-    InferRequest,
     ListSequencesRequest,
+    Received,
     SequenceInfo,
     SequenceState,
 )
 from sluice_service.errors import ModelNotFoundError, RequestError
 from sluice_service.host import Host
 from sluice_service.queues import Kind
-from sluice_service.rpc.frames import Chunks, Encoder, is_bare, parse, read_single
+from sluice_service.rpc.frames import Chunks, Encoder, is_bare, parse, read_chunks, read_single
 from sluice_service.rpc.status import as_status
 from sluice_service.rpc.wire import Repeat
 from sluice_service.sequences import NONE
 from sluice_service.streams import Delivery
+from sluice_service.turns import rest
 
 log = structlog.get_logger()
+
+# What one message names, lanes or chunks, of which more are taken in turns.
+_ENTRIES_AT_ONCE = 4096
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
@@ -143,6 +147,7 @@ class _Session:
         self._encoder = Encoder(host.inputs, response_bytes_max=response_bytes_max)
         self._repeat = Repeat()
         self._responses = 0
+        self._is_broken = False  # by a message that cannot be
 
     async def serve(self) -> None:
         """Until the client sends no more and has all its outputs, or the server drains."""
@@ -151,13 +156,22 @@ class _Session:
         try:
             await asyncio.wait((reader, writer), return_when=asyncio.FIRST_COMPLETED)
             if reader.done():
-                reader.result()
+                if reader.exception() is not None:
+                    self._break_off()
+                # gRPC cannot send a status before it has sent what it was given.
                 await writer
+                reader.result()
             writer.result()
         finally:
             for task in (reader, writer):
                 task.cancel()
             self._host.detach(self._stream)
+
+    def _break_off(self) -> None:
+        """Send nothing more: what waits is kept for another stream."""
+        self._is_broken = True
+        self._host.detach(self._stream)
+        self._changed.set()
 
     def _notice(self) -> None:
         """Have reader and writer look again: the host has done something for this stream."""
@@ -173,13 +187,16 @@ class _Session:
             del data  # a client that is silent costs nothing
             if stream.outbox:
                 await asyncio.sleep(0)  # what came of it goes out before more is asked for
-            while stream.is_ahead:
-                self._may_read.clear()
-                await self._may_read.wait()
+            await self._until_not_ahead()
             if not isinstance(data := await context.read(), bytes):
                 break
         stream.is_half_closed = True
         self._changed.set()
+
+    async def _until_not_ahead(self) -> None:
+        while self._stream.is_ahead:
+            self._may_read.clear()
+            await self._may_read.wait()
 
     async def _take(self, data: bytes) -> None:
         """Apply one message."""
@@ -188,14 +205,6 @@ class _Session:
             host.submit_singles(stream, [(repeat.lane, repeat.steps, NONE, [rows])])
             return
         request = parse(data)
-        self._begin(request)
-        if request.open:
-            await host.open(stream, request.open)
-        self._submit(request, data)
-
-    def _begin(self, request: InferRequest) -> None:
-        """Apply what comes before a request's opens: acknowledgements."""
-        host, stream = self._host, self._stream
         if request.model and request.model != host.name:
             raise RequestError(
                 f"this stream serves model {host.name!r}; open another for {request.model!r}"
@@ -203,40 +212,67 @@ class _Session:
         if request.received_responses:
             host.acknowledge_responses(stream, request.received_responses)
         if request.received:
-            lanes = np.array([entry.lane for entry in request.received], np.int64)
-            steps = np.array([entry.step for entry in request.received], np.uint64)
-            host.acknowledge(stream, lanes, steps.astype(np.int64))
-
-    def _submit(self, request: InferRequest, data: bytes) -> None:
-        """Apply what comes behind a request's opens: chunks, then close and park."""
-        host, stream = self._host, self._stream
+            await self._acknowledge(request.received)
+        if request.open:
+            await host.open(stream, request.open)
         if request.lane:
             single = read_single(request, host.inputs)
-            if single is not None:
-                host.submit_singles(stream, [single])
-                if is_bare(request):
-                    lane, steps, _, rows = single
-                    self._repeat.learn(data, lane, steps, rows[0])
+            if single is None:
+                await self._submit(read_chunks(request, host.inputs))
             else:
-                chunks = Chunks(request, host.inputs)
-                host.submit(stream, chunks.lanes, chunks.steps, chunks.first, chunks.inputs)
+                host.submit_singles(stream, [single])
+                if is_bare(request, data):
+                    lane, steps, _, single_rows = single
+                    repeat.learn(data, lane, steps, single_rows[0])
         elif request.inputs or request.steps or request.first_step:
             raise RequestError(
                 "a message has chunks that belong to no lane; `lane` names one for each chunk"
             )
         if request.close:
-            host.end_after(stream, request.close, Kind.CLOSE)
+            await self._end_after(request.close, Kind.CLOSE)
         if request.park:
-            host.end_after(stream, request.park, Kind.PARK)
+            await self._end_after(request.park, Kind.PARK)
+
+    # What may be very much comes in parts, between which others have the event loop, and
+    # which wait while the client is ahead: one message holds nobody up for longer than many do.
+
+    async def _acknowledge(self, received: Sequence[Received]) -> None:
+        for start in range(0, len(received), _ENTRIES_AT_ONCE):
+            await self._until_turn(start)
+            part = received[start : start + _ENTRIES_AT_ONCE]
+            lanes = np.array([entry.lane for entry in part], np.int64)
+            steps = np.array([entry.step for entry in part], np.uint64)
+            self._host.acknowledge(self._stream, lanes, steps.astype(np.int64))
+
+    async def _submit(self, chunks: Chunks) -> None:
+        for number, part in enumerate(chunks.parts(_ENTRIES_AT_ONCE)):
+            await self._until_turn(number)
+            self._host.submit(self._stream, part.lanes, part.steps, part.first, part.inputs)
+
+    async def _end_after(self, lanes: Sequence[int], kind: Kind) -> None:
+        for start in range(0, len(lanes), _ENTRIES_AT_ONCE):
+            await self._until_turn(start)
+            part = np.array(lanes[start : start + _ENTRIES_AT_ONCE], np.int64)
+            self._host.end_after(self._stream, part, kind)
+
+    async def _until_turn(self, number: int) -> None:
+        """Return when the next part may be taken; at once before the first one, number 0."""
+        if number:
+            await rest()
+            await self._until_not_ahead()
 
     async def _write(self) -> None:
         """Send what waits, until the stream is over."""
         host, stream = self._host, self._stream
         while True:
-            while stream.outbox:
+            while stream.outbox and not self._is_broken:
                 await self._write_next()
                 self._may_read.set()
-            if stream.is_drained or (stream.is_half_closed and host.is_finished(stream)):
+            if (
+                self._is_broken
+                or stream.is_drained
+                or (stream.is_half_closed and host.is_finished(stream))
+            ):
                 return
             self._changed.clear()
             await self._changed.wait()

@@ -23,11 +23,10 @@ class Repeat:
         self.lane = self.steps = 0
 
     def learn(self, message: bytes, lane: int, steps: int, rows: bytes) -> None:
-        """Remember a message that has nothing but the `rows` of one chunk."""
-        if message.endswith(rows):
-            self._head = message[: len(message) - len(rows)]
-            self._size = len(message)
-            self.lane, self.steps = lane, steps
+        """Remember a message that has nothing but one chunk, whose `rows` are its last bytes."""
+        self._head = message[: len(message) - len(rows)]
+        self._size = len(message)
+        self.lane, self.steps = lane, steps
 
     def rows(self, message: bytes) -> bytes | None:
         """The rows of a message that says what that one said; None of another one.

@@ -1,9 +1,10 @@
-"""What one client asks for, and how it behaves, costs the server and others no more than it says."""
+"""Whatever one client asks for, and however it behaves, what it costs has a bound."""
 
 import asyncio
 from typing import Any
 
 import grpc
+import pytest
 
 from sluice_service.errors import StoppingError
 from tests.compat.caller import Caller, request, values
@@ -47,3 +48,37 @@ async def test_an_output_that_is_named_again_and_again_comes_once(caller) -> Non
     assert [tensor.name for tensor in answer.outputs] == ["y"]
     assert values(answer) == [1, 3]
     assert len(answer.raw_output_contents) == 1
+
+
+@pytest.mark.parametrize(
+    ("model", "limits", "unanswered"),
+    [
+        ("unknown", {"unacknowledged_steps_max": 8}, 8),
+        ("unknown" * 20_000, {"stream_queue_bytes_max": 1_000_000}, 9),
+        (MODEL, {"stream_queue_bytes_max": 1_000_000}, 9),
+    ],
+)
+async def test_a_stream_is_read_no_further_while_much_of_it_is_unanswered(
+    sums, model, limits, unanswered
+) -> None:
+    served = await sums(sequences_max=1, **limits)
+    caller = Caller(served.channel)
+    await caller.infer(1, sequence_id=1, sequence_start=True)
+    # Behind a request that waits, what cannot be served waits too: it is 140 kB or a few bytes.
+    stream = caller.stream()
+    await stream.send(request(5, sequence_id=2, sequence_start=True))
+    await waiting(served, 1)
+    label = "id" * 70_000 if model == MODEL else ""
+    bad = [request(1, model=model, label=label, sequence_id=3) for _ in range(40)]
+    sending = asyncio.ensure_future(stream.send(*bad))
+    (conversation,) = served.server._open_inference._conversations
+    await eventually(lambda: len(conversation._pending) == unanswered)
+    # The server goes on with others, and has not read on.
+    for _ in range(5):
+        await caller.infer(1, sequence_id=1)
+    assert len(conversation._pending) == unanswered
+    await caller.infer(1, sequence_id=1, sequence_end=True)
+    answers = [await stream.read() for _ in range(41)]
+    await sending
+    assert not answers[0].error_message
+    assert all(answer.error_message for answer in answers[1:])

@@ -145,7 +145,7 @@ class OpenInferenceService:
     async def model_stream_infer(self, _: AsyncIterator[bytes], context: Context) -> None:
         """Run the requests of one stream, and answer them in their order."""
         async with as_status(context):
-            conversation = _Conversation(self, context)
+            conversation = _Conversation(self, context, self._settings)
             self._conversations.add(conversation)
             try:
                 await conversation.serve()
@@ -273,17 +273,19 @@ class OpenInferenceService:
 class _Conversation:
     """One stream: a reader that submits requests, a writer that answers them in their order."""
 
-    def __init__(self, service: OpenInferenceService, context: Context) -> None:
+    def __init__(self, service: OpenInferenceService, context: Context, settings: Settings) -> None:
         self._service = service
         self._context = context
+        self._settings = settings
         # Header of clients that want an error as the status of the call.
         metadata = dict(context.invocation_metadata() or ())
         self._ends_with_errors = metadata.get("triton_grpc_error") == "true"
-        self._pending: deque[tuple[Request, _Served | None, str]] = deque()
+        # Requests, whose they are, the model they name, and the bytes of their messages.
+        self._pending: deque[tuple[Request, _Served | None, str, int]] = deque()
         self._changed = asyncio.Event()
         self._may_read = asyncio.Event()
-        # Steps whose answers have not gone: a client that does not read must not fill the memory.
-        self._unsent_steps = 0
+        # What has not been answered: a client that does not read must not fill the memory.
+        self._unsent_steps = self._unsent_bytes = 0
         self._is_stopping = False
 
     def stop(self) -> None:
@@ -308,7 +310,7 @@ class _Conversation:
                 await self._changed.wait()
         finally:
             reader.cancel()
-            for request, served, _ in self._pending:
+            for request, served, _, _ in self._pending:
                 if served is not None:
                     served.exchange.cancel(request)
 
@@ -318,18 +320,23 @@ class _Conversation:
             message = parse(data)
             request = Request(self._changed.set)
             served = self._service.submit(message, request)
-            self._pending.append((request, served, message.model_name))
+            self._pending.append((request, served, message.model_name, len(data)))
             self._unsent_steps += request.batch * request.steps
-            while self._pending and served is not None and self._is_ahead(served):
+            self._unsent_bytes += len(data)
+            while self._pending and self._is_ahead(served):
                 self._may_read.clear()
                 await self._may_read.wait()
 
-    def _is_ahead(self, served: _Served) -> bool:
+    def _is_ahead(self, served: _Served | None) -> bool:
         """True while the client has to read, or the model to catch up, before more is read."""
-        unsent_max = served.host.limits.unacknowledged_steps_max
-        return self._unsent_steps >= unsent_max or served.exchange.is_full
+        limits = self._settings if served is None else served.host.limits
+        return (
+            self._unsent_steps >= limits.unacknowledged_steps_max
+            or self._unsent_bytes >= self._settings.stream_queue_bytes_max
+            or (served is not None and served.exchange.is_full)
+        )
 
-    async def _write(self, request: Request, served: _Served | None, name: str) -> None:
+    async def _write(self, request: Request, served: _Served | None, name: str, size: int) -> None:
         if served is not None:
             served.exchange.tally.count(request)
         if served is not None and request.error is None:
@@ -345,6 +352,7 @@ class _Conversation:
             )
         await self._context.write(response)
         self._unsent_steps -= request.batch * request.steps
+        self._unsent_bytes -= size
 
 
 def parse(data: bytes) -> pb.ModelInferRequest:

@@ -6,11 +6,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 # Before torch is imported, and for every process that a test starts: small models gain
 # nothing from more threads, and threads that wait for each other stand still on a busy
 # machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# No example has a time of its own: a busy machine may take as long as it likes.
+settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("unhurried")
 
 if TYPE_CHECKING:  # torch takes seconds to import, and many tests need none
     from tests.models import ExportedModel

@@ -217,6 +217,11 @@ class AsyncStream:
             code, details = grpc.StatusCode.OK, "the server has ended the stream"
         except grpc.aio.AioRpcError as error:
             code, details = error.code(), error.details() or ""
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if writer is not None and writer.done() and task is not None and not task.cancelling():
+                writer.result()
+            raise
         finally:
             if self._retry is not None:
                 self._retry.cancel()
@@ -251,11 +256,18 @@ class AsyncStream:
 
     async def _write(self, call: "Infer") -> None:
         """Send what there is; while one message is being taken, the next one gathers."""
-        while True:
-            await self._has_work.wait()
-            self._has_work.clear()
-            while (request := self.connection.next_request()) is not None:
-                await call.write(request)
+        try:
+            while True:
+                await self._has_work.wait()
+                self._has_work.clear()
+                while (request := self.connection.next_request()) is not None:
+                    await call.write(request)
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            return  # the call has ended, and whoever reads is told why
+        except Exception:
+            # Whoever reads must not wait for answers to what will never be sent.
+            call.cancel()
+            raise
 
 
 def _resolve(future: "asyncio.Future[Any]") -> None:

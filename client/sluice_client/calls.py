@@ -9,6 +9,7 @@ from secrets import token_bytes
 import numpy as np
 from numpy.typing import NDArray
 
+from sluice_client.arguments import check_count, check_kind, check_row, check_text
 from sluice_client.errors import SluiceError
 from sluice_client.signature import Array
 from sluice_client.tables import Numbers
@@ -41,6 +42,11 @@ class SequenceState:
     step: int
     row: NDArray[np.float32]
 
+    def __post_init__(self) -> None:
+        check_text("model_digest", self.model_digest)
+        check_count("step", self.step)
+        check_row("row", self.row)
+
 
 @dataclass(frozen=True, slots=True)
 class Opening:
@@ -58,7 +64,12 @@ class Opening:
     ticket: Ticket | None = None
 
     def __post_init__(self) -> None:
+        check_text("sequence_id", self.sequence_id)
+        check_kind("mode", self.mode, Mode, "a Mode, such as Mode.TAKEOVER")
+        if self.state is not None:
+            check_kind("state", self.state, SequenceState, "a SequenceState")
         check_durability(self.durability)
+        check_kind("holds_outputs", self.holds_outputs, bool, "True or False")
 
 
 def read_state(answer: wire.SequenceState) -> SequenceState:

@@ -191,6 +191,7 @@ class ThreadStream:
         """One stream from its begin to its end. Raises ProtocolViolation."""
         channel, connection = self.route.channel, self.connection
         is_over = threading.Event()
+        failures: list[Exception] = []
         rows = connection.ledger.rows_received
         was_answered = False
         try:
@@ -199,7 +200,7 @@ class ThreadStream:
             )
             with self.lock:
                 connection.begin(Signature(contract))
-                call = SequencesStub(channel).Infer(self._requests(is_over))
+                call = SequencesStub(channel).Infer(self._requests(is_over, failures))
                 self._call = cast(_Cancellable, call)
                 is_closed = self._is_closed.is_set()
             for response in () if is_closed else call:
@@ -219,6 +220,8 @@ class ThreadStream:
                         self.lock.notify_all()
             code, details = grpc.StatusCode.OK, "the server has ended the stream"
         except grpc.RpcError as error:
+            if failures:
+                raise failures[0] from None
             code, details = error.code(), error.details() or ""
         finally:
             with self.lock:
@@ -256,13 +259,22 @@ class ThreadStream:
                 self.connection.retry()
                 self.lock.notify_all()
 
-    def _requests(self, is_over: threading.Event) -> Iterator[InferRequest]:
-        """What to send; gRPC's own thread asks for the next when the last one has been taken."""
+    def _requests(
+        self, is_over: threading.Event, failures: list[Exception]
+    ) -> Iterator[InferRequest]:
+        """What to send; gRPC's own thread asks for the next when the last one has been taken.
+
+        That thread ends the call where this raises, but keeps the reason: it is for `failures`.
+        """
         while True:
             with self.lock:
                 request: InferRequest | None = None
                 while not is_over.is_set():
-                    request = self.connection.next_request()
+                    try:
+                        request = self.connection.next_request()
+                    except Exception as error:
+                        failures.append(error)
+                        raise
                     if request is not None:
                         break
                     self.lock.wait()

@@ -5,6 +5,7 @@ import time
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final, Literal, Self
 
+from sluice_client.arguments import check_count, check_kind, check_text
 from sluice_protos import sequences_pb2 as wire
 
 # What survives the death of the server; protos/sluice_protos/sequences.proto has the meaning.
@@ -42,6 +43,13 @@ class Ticket:
     # What was asked for when the sequence was opened.
     durability: Durability | None = None
     holds_outputs: bool = False
+
+    def __post_init__(self) -> None:
+        check_text("sequence_id", self.sequence_id)
+        check_kind("writer", self.writer, bytes, "bytes")
+        check_count("attempt", self.attempt)
+        check_count("received", self.received)
+        check_count("durable", self.durable)
 
     def to_json(self) -> str:
         """The ticket as one line of text; the inverse of `from_json`."""

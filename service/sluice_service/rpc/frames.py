@@ -120,7 +120,8 @@ def is_bare(request: InferRequest, data: bytes) -> bool:
 
     And when `data`, its bytes, are written as everybody writes them: the rows come last.
     """
-    if len(request.inputs) != 1:
+    fields = [field.name for field, _ in request.ListFields()]
+    if fields not in (["lane", "inputs"], ["lane", "steps", "inputs"]) or len(request.inputs) != 1:
         return False
     told = request.inputs[0]
     tensor = Tensor(name=told.name, datatype=told.datatype, shape=told.shape, data=told.data)

@@ -20,8 +20,19 @@ from sluice_service.store.sqlite import SqliteStore
 TOMBSTONE_SECONDS = 10_000.0
 RECORD_SECONDS = 100_000.0
 _SECONDS = {"tombstone_seconds": TOMBSTONE_SECONDS, "record_seconds": RECORD_SECONDS}
+# Of whoever uses Redis: a busy machine answers when it can.
+PATIENCE = "socket_timeout=60&socket_connect_timeout=60"
 # Of the time between two uses of a store so much counts at least.
 _STEP_SECONDS = 10.0
+
+
+_COUNT = """
+local names, checkpoints = redis.call("KEYS", ARGV[1] .. "sequence:*"), 0
+for _, name in ipairs(names) do
+    checkpoints = checkpoints + redis.call("HEXISTS", name, "data")
+end
+return {#names, redis.call("ZCARD", ARGV[1] .. "expiries"), checkpoints}
+"""
 
 
 class Place:
@@ -112,7 +123,7 @@ class RedisPlace(Place):
     def __init__(self, url: str) -> None:
         super().__init__()
         self.prefix = f"{uuid.uuid4().hex}:"
-        self.url = f"{url}?prefix={self.prefix}"
+        self.url = f"{url}?prefix={self.prefix}&{PATIENCE}"
         self._redis = redis.Redis.from_url(url)
 
     def _make(self, **seconds: float) -> Store:
@@ -128,9 +139,10 @@ class RedisPlace(Place):
         await self._tick()
 
     def count(self) -> tuple[int, int]:
-        names = self._redis.keys(f"{self.prefix}sequence:*")
-        assert self._redis.zcard(f"{self.prefix}expiries") == len(names)
-        return len(names), sum(self._redis.hexists(name, "data") for name in names)
+        # At one instant: the store clears away when it likes.
+        names, expiring, checkpoints = self._redis.eval(_COUNT, 0, self.prefix)
+        assert expiring == names
+        return names, checkpoints
 
     async def _tick(self) -> None:
         store = self._make()

@@ -14,7 +14,7 @@ from sluice_service.store import Packed, Store, StoreError, Verdict, Write, open
 from sluice_service.store.sqlite import SqliteStore
 from tests.chaos.processes import RedisProcess
 from tests.service.store.child import content
-from tests.service.store.places import ask, claim, key, take_over, write
+from tests.service.store.places import PATIENCE, ask, claim, key, take_over, write
 from tests.service.store.test_sharing import WAIT_SECONDS, start
 
 _SECONDS = {"tombstone_seconds": 600.0, "record_seconds": 600.0}
@@ -100,7 +100,7 @@ async def test_what_sqlite_acknowledged_is_there_after_kill_9_of_the_writer(
 async def test_what_redis_acknowledged_is_there_after_kill_9_of_redis(
     redis_process, opened
 ) -> None:
-    url = f"redis://127.0.0.1:{redis_process.port}/0"
+    url = f"redis://127.0.0.1:{redis_process.port}/0?{PATIENCE}"
     store = await opened(url)
     lines = list[str]()
     for kill_after in (20, 60):
@@ -135,7 +135,7 @@ async def test_what_redis_acknowledged_is_there_after_kill_9_of_redis(
 
 
 async def test_a_redis_that_was_away_is_found_again_without_a_word(redis_process, opened) -> None:
-    store = await opened(f"redis://127.0.0.1:{redis_process.port}/0")
+    store = await opened(f"redis://127.0.0.1:{redis_process.port}/0?{PATIENCE}")
     granted = await claim(store, ask())
     redis_process.kill()
     with pytest.raises(StoreError, match="did not answer"):

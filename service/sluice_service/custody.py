@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 
 from sluice_protos.sequences_pb2 import OFF, RESUME, START_OR_RESUME, TAKEOVER, OpenSequence
-from sluice_service.errors import LaneError, NotFoundError, StoreDownError
+from sluice_service.errors import LaneError, LimitError, NotFoundError, StoreDownError
 from sluice_service.lanes import Parting
 from sluice_service.openings import Openings, is_blind, lost
 from sluice_service.runs import RunLoop
@@ -92,14 +92,19 @@ class Custody:
         kept = [one for one in requests if self._openings.durability(one) != OFF]
         async with self.exclusive(one.sequence_id for one in kept):
             answers: dict[str, Answer] = {}
-            if kept:
-                names = [one.sequence_id for one in kept]
-                answers = dict(zip(names, await self._claim(kept), strict=True))
+            names = [one.sequence_id for one in kept]
+            promised = self._openings.promised
 
             def land_one(request: OpenSequence) -> None:
+                promised.discard(request.sequence_id)
                 land(request, answers.get(request.sequence_id))
 
-            await take_turns(map(land_one, requests), instant=self._runs.between_runs)
+            try:
+                if kept:
+                    answers = dict(zip(names, await self._claim(kept), strict=True))
+                await take_turns(map(land_one, requests), instant=self._runs.between_runs)
+            finally:
+                promised.difference_update(names)
 
     async def _claim(self, opens: Sequence[OpenSequence]) -> Sequence[Granted | LaneError]:
         try:
@@ -112,21 +117,31 @@ class Custody:
             return [as_down(error)] * len(opens)
 
     async def _refuse_early(self, request: OpenSequence) -> LaneError | None:
-        """Why a sequence of another server cannot go on here.
+        """Why a sequence cannot live here; where it can, a place is promised to it.
 
-        For want of room, or because its caller numbers no steps. A claim would end it
-        there, and help nobody.
+        For want of room, or because it lives at another server and its caller numbers no
+        steps. A claim would end it there, or put one into the store that lives nowhere.
         """
-        is_here = self._sequences.get(request.sequence_id) is not None
-        if is_here or request.mode != RESUME:
+        if self._sequences.get(request.sequence_id) is not None:
             return None
-        if not (self._openings.is_full or is_blind(request)):
+        full: LaneError | None = None
+        try:
+            self._openings.require_room()
+        except LimitError as error:
+            full = error
+        else:
+            self._openings.promised.add(request.sequence_id)
+        if request.mode != RESUME:
+            return full
+        if full is None and not is_blind(request):
             return None
+        # Where it lives nowhere the store says so better.
         stored = await self._store.read(self._key(request.sequence_id))
         if stored is None:
             return None
+        if full is not None:
+            return full
         try:
-            self._openings.require_room()
             checkpoint = unpack(stored.checkpoint.data)
         except LaneError as error:
             return error

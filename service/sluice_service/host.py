@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator
 from concurrent.futures import Executor
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import structlog
@@ -32,7 +32,7 @@ from sluice_service.custody import Answer, Custody, as_down
 from sluice_service.errors import ExistsError, InvalidInputError, LaneError
 from sluice_service.inputs import InputRules
 from sluice_service.keeper import Keeper
-from sluice_service.lanes import Lanes
+from sluice_service.lanes import Lanes, Parting
 from sluice_service.listing import Listing
 from sluice_service.metrics import ModelMetrics
 from sluice_service.openings import Openings
@@ -43,12 +43,13 @@ from sluice_service.scheduler import Scheduler
 from sluice_service.sequences import ALL, Sequence, Sequences
 from sluice_service.settings import Settings
 from sluice_service.snapshots import Snapshots
-from sluice_service.store import Store, StoreError
+from sluice_service.store import Store, StoreError, Verdict
 from sluice_service.streams import Stream
 from sluice_service.turns import rest, take_turn, take_turns
 from sluice_service.versions import Version, Versions
 
 log = structlog.get_logger()
+T = TypeVar("T")
 
 _TICK_SECONDS = 1.0
 
@@ -136,7 +137,7 @@ class Host:
             self._clock,
         )
         # What goes on even where its stream has ended.
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
         self._follow()
 
     def _keep(self, store: Store) -> Keeper:
@@ -283,7 +284,7 @@ class Host:
         await take_turns(parking)
         self._runs.settle()
 
-    def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    def _start(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -487,24 +488,33 @@ class Host:
         )
 
     async def close_sequence(self, sequence_id: str) -> int:
-        """Drop a live sequence, whoever holds it; its steps. Raises NotFoundError."""
-        ending = "CloseSequence closed it"
+        """Drop a live sequence, whoever holds it; its steps. Raises LaneError."""
+        # Where its caller goes away meanwhile it is brought to its end.
+        return await asyncio.shield(self._start(self._close(sequence_id)))
 
-        def close() -> int:
+    async def _close(self, sequence_id: str) -> int:
+        keeper, ending = self._keeper, "CloseSequence closed it"
+
+        def close() -> tuple[int, list[Parting]]:
             sequence = self._listing.find(sequence_id)
-            step = int(self._sequences.step[sequence.slot])
+            step, before = int(self._sequences.step[sequence.slot]), len(self._lanes.closings)
             self._lanes.end(sequence, Closed.CLIENT, ending)
-            return step
+            # The store is asked from here, for its answer is the caller's.
+            partings = self._lanes.closings[before:]
+            del self._lanes.closings[before:]
+            return step, partings
 
-        if self._keeper is not None and self._sequences.get(sequence_id) is None:
-            return await self._keeper.custody.close_elsewhere(sequence_id, ending)
-        step = await self._runs.between_runs(close)
+        if keeper is not None and not self.is_live(sequence_id):
+            return await keeper.custody.close_elsewhere(sequence_id, ending)
+        step, partings = await self._runs.between_runs(close)
         self._runs.settle()
-        if self._keeper is not None:
+        if keeper is not None and partings:
             try:
-                await self._keeper.close_pending()
+                verdicts = await keeper.close(partings)
             except StoreError as error:
                 raise as_down(error) from error
+            if Verdict.REFUSED in verdicts:
+                return await keeper.custody.close_elsewhere(sequence_id, ending)
         return step
 
     async def live(self) -> None:

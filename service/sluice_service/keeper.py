@@ -271,8 +271,8 @@ class Keeper:
             del self._lanes.closings[: len(partings)]
             await self.close(partings)
 
-    async def close(self, partings: Sequence[Parting]) -> None:
-        """End sequences in the store, then in memory, then tell their clients.
+    async def close(self, partings: Sequence[Parting]) -> Sequence[Verdict]:
+        """End sequences in the store, then in memory, then tell their clients; what it said.
 
         Raises StoreError; they end as soon as the store answers.
         """
@@ -281,8 +281,15 @@ class Keeper:
                 verdicts = await self.custody.close(partings)
                 await self._runs.between_runs(lambda: self._end(partings, verdicts))
         except BaseException:
-            self._lanes.closings += partings
+            self._ask_again(partings)
             raise
+        return verdicts
+
+    def _ask_again(self, partings: Sequence[Parting]) -> None:
+        """Let partings wait; of those of one sequence, the one that its client waits for."""
+        waiting = sorted([*self._lanes.closings, *partings], key=lambda one: one.stream)
+        self._lanes.closings[:] = {one.claim_id: one for one in waiting}.values()
+        self._lanes.is_due.set()
 
     def _end(self, partings: Sequence[Parting], verdicts: Sequence[Verdict]) -> None:
         for parting, verdict in zip(partings, verdicts, strict=True):

@@ -67,6 +67,8 @@ class Openings:
         self._clock = clock
         self._metrics = metrics
         self._durability = DURABILITIES[durability]
+        # Ids of sequences that are to live here, while the store is asked about them.
+        self.promised: set[str] = set()
 
     def open_here(self, stream: Stream, request: OpenSequence) -> None:
         """Open a sequence that no store has; between runs only."""
@@ -132,13 +134,14 @@ class Openings:
     @property
     def is_full(self) -> bool:
         """True when no more sequences may live here."""
-        return self._arena.is_full
+        return self._arena.live + len(self.promised) >= len(self._sequences.step)
 
     def require_room(self) -> None:
         """Raise LimitError when no more sequences may live here."""
         if self.is_full:
             raise LimitError(
-                f"{len(self._sequences)} sequences are alive, as many as sequences_max allows; "
+                f"{self._arena.live + len(self.promised)} sequences are alive or being opened, "
+                "as many as sequences_max allows; "
                 "close some, or serve with a higher --sequences-max"
             )
 
@@ -208,6 +211,7 @@ class Openings:
         """Without a store: create a sequence, or take a live one as the claim says."""
         found, table = self._sequences.get(request.sequence_id), self._sequences
         if found is None:
+            self.require_room()
             row, step, plane = self._start(request)
             record = Record(request.writer, request.attempt, table.raise_epoch(), is_alive=True)
             slot, now = self._arena.allocate(row, plane), self._clock.now()

@@ -50,6 +50,19 @@ async def sums(serve, accumulator_file) -> Callable[..., Awaitable[Served]]:
 
 
 @pytest.fixture
+async def kept(serve, accumulator_file, tmp_path) -> Callable[..., Awaitable[Served]]:
+    """`await kept(**settings)`: a server of the accumulator, over one store with the others."""
+
+    async def start(**settings: Any) -> Served:
+        # So seldom that only what a test does makes a checkpoint.
+        fields = {"durability": "periodic", "checkpoint_seconds": 1e6, **settings}
+        store = f"sqlite:///{tmp_path}/sequences.db"
+        return await serve({"accumulator": accumulator_file}, store=store, **fields)
+
+    return start
+
+
+@pytest.fixture
 def hands(monkeypatch) -> Hands:
     """The clock of every server that is made hereafter."""
     hands = Hands()

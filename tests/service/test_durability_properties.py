@@ -283,7 +283,7 @@ class Durability(RuleBasedStateMachine):
             assert writer.host is not None
             assert writer.stream is not None
             host, stream = writer.host, writer.stream
-            self._do(lambda: host.end_after(stream, [writer.lane], Kind.PARK))
+            self._do(lambda: host.end_after(stream, np.array([writer.lane]), Kind.PARK))
             writer.sent = -1
 
     @rule(number=st.integers(0, WRITERS - 1))

@@ -1,8 +1,6 @@
 """What the keeper does at the worst moments: a store that answers late, or not, or to others."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,64 +14,12 @@ from sluice_protos.sequences_pb2 import (
     OpenSequence,
 )
 from sluice_service.host import Host
-from sluice_service.store import Key, StoreError
+from sluice_service.store import Key
+from tests.service.hands import Away, Late
 from tests.service.wire import Served, eventually, floats
 
 MODEL = "accumulator"
 ME = b"me"
-# So far away that only what a test does makes a checkpoint.
-NEVER = 1e6
-
-Start = Callable[..., Awaitable[Served]]
-
-
-@pytest.fixture
-async def kept(serve, accumulator_file, tmp_path) -> AsyncIterator[Start]:
-    """`await kept(**settings)`: a server whose sequences are kept in one store with others."""
-
-    async def start(**settings: Any) -> Served:
-        fields = {"durability": "periodic", "checkpoint_seconds": NEVER, **settings}
-        store = f"sqlite:///{tmp_path}/sequences.db"
-        return await serve({MODEL: accumulator_file}, store=store, **fields)
-
-    return start
-
-
-class Late:
-    """A method of a store that does what it is asked, and says so when it is let."""
-
-    def __init__(self, served: Served, method: str, monkeypatch) -> None:
-        self._method = getattr(served.server._store, method)
-        self._may_answer = asyncio.Event()
-        self.done = 0
-        monkeypatch.setattr(served.server._store, method, self)
-
-    async def __call__(self, *arguments: Any) -> Any:
-        answer = await self._method(*arguments)
-        self.done += 1
-        await self._may_answer.wait()
-        return answer
-
-    def answer(self) -> None:
-        self._may_answer.set()
-
-
-class Away:
-    """Methods of a store that does not answer for a while."""
-
-    def __init__(self, served: Served, monkeypatch, *methods: str) -> None:
-        self._patch, self._store = monkeypatch, served.server._store
-        self._methods = {method: getattr(self._store, method) for method in methods}
-        for method in methods:
-            monkeypatch.setattr(self._store, method, _fail)
-
-    def come_back(self) -> None:
-        for name, method in self._methods.items():
-            self._patch.setattr(self._store, name, method)
-
-
-async def _fail(*_: Any) -> Any:
-    raise StoreError("the store is away")
 
 
 def host_of(served: Served) -> Host:

@@ -4,10 +4,12 @@ import asyncio
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
 
 from sluice_service.errors import StoppingError
-from tests.compat.caller import Caller, request, values
+from sluice_service.rpc.open_inference_requests import Request
+from tests.compat.caller import SECONDS, Caller, request, values
 from tests.service.wire import Served, eventually
 
 Code = grpc.StatusCode
@@ -82,3 +84,56 @@ async def test_a_stream_is_read_no_further_while_much_of_it_is_unanswered(
     await sending
     assert not answers[0].error_message
     assert all(answer.error_message for answer in answers[1:])
+
+
+# Batches of requests without a sequence.
+
+
+async def test_a_batch_that_is_refused_leaves_nobody_in_the_line(sums) -> None:
+    served = await sums(sequences_max=1, backlog_sequences_max=4)
+    caller = Caller(served.channel)
+    await caller.infer(1, sequence_id=1, sequence_start=True)
+    code, _ = await caller.fails(request([[1]] * 8))
+    assert code is Code.RESOURCE_EXHAUSTED
+    await waiting(served, 0)
+    assert not served.server._open_inference._models[MODEL].exchange._waiting_steps
+    others = []
+    for place, sequence in enumerate((2, 3, 4, 5), start=1):
+        message = request(sequence, sequence_id=sequence, sequence_start=True, sequence_end=True)
+        others.append(asyncio.ensure_future(caller.send(message)))
+        await waiting(served, place)
+    await caller.infer(1, sequence_id=1, sequence_end=True)
+    assert [values(await other) for other in others] == [[2], [3], [4], [5]]
+
+
+async def test_a_batch_of_which_one_row_has_failed_waits_for_no_more_places(sums) -> None:
+    served = await sums(sequences_max=1)
+    caller = Caller(served.channel)
+    await caller.infer(1, sequence_id=1, sequence_start=True)
+    failing = asyncio.ensure_future(caller.fails(request([[np.nan], [2], [3]])))
+    await waiting(served, 3)
+    other = asyncio.ensure_future(caller.infer(4, sequence_id=2, sequence_start=True))
+    await waiting(served, 4)
+    await caller.infer(1, sequence_id=1, sequence_end=True)
+    code, text = await failing
+    assert code is Code.INVALID_ARGUMENT
+    assert "NaN" in text
+    assert await other == [4]
+    # The rows behind it were not run for nobody.
+    assert served.metric("sluice_steps_total", model=MODEL) == 3
+
+
+async def test_a_place_that_expires_as_a_request_borrows_it_is_opened_again(hands, sums) -> None:
+    served = await sums(sequence_idle_seconds_max=60)
+    caller = Caller(served.channel)
+    (host,) = served.server._hosts.values()
+    assert await caller.infer(1) == [1]
+    hands.go(host._clock, 61)
+    done = asyncio.Event()
+    borrower = Request(done.set)
+    served.server._open_inference.submit(request([[[2], [3]]]), borrower)
+    await host.expire()
+    await asyncio.wait_for(done.wait(), SECONDS)
+    assert borrower.error is None
+    assert np.frombuffer(borrower.outputs[0], "<f4").tolist() == [2, 5]
+    assert await caller.infer(4) == [4]

@@ -110,7 +110,9 @@ class Exchange:
             for row in range(request.batch):
                 lane = self._spare.pop() if self._spare else Lane("")
                 if (error := self._place(lane, request, row)) is not None:
+                    self._waiting_steps -= (request.batch - row - 1) * request.steps
                     self._refuse(request, error)
+                    break
 
     def _join(self, lane: Lane, request: Request) -> None:
         """Let a request wait behind the others of its sequence."""
@@ -125,7 +127,13 @@ class Exchange:
     def _refuse(self, request: Request, error: ServiceError) -> None:
         """Fail a request, or a row of it, that no lane has."""
         self._waiting_steps -= request.steps
+        self._fail(request, error)
+
+    def _fail(self, request: Request, error: ServiceError) -> None:
+        """Fail a request; rows of its batch that wait for a place have nothing to wait for."""
         request.fail(error)
+        if request.batch > 1 and not request.is_cancelled:
+            self.cancel(request)
 
     def _misversioned(self, request: Request) -> ServiceError | None:
         """Why a request that begins at the initial state cannot do so on the version it names."""
@@ -177,7 +185,7 @@ class Exchange:
         self._waiting_steps -= request.steps
         if error is not None:
             self._settle(lane)
-            request.fail(error)
+            self._fail(request, error)
         elif lane.key:
             self._remember(lane, request)
             if request.is_end:

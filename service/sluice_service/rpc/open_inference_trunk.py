@@ -272,10 +272,14 @@ class Trunk:
             self._free_numbers.append(closed.lane)
             return
         self._lose(lane)
-        if lane.current is None:
+        request = lane.current
+        if request is None:
             self._owner.vacated(lane)
+        elif not lane.key and closed.reason == Closed.IDLE and lane.missing == request.steps:
+            # A place that nobody used expired as this request borrowed it.
+            self.open(lane)
         else:
-            self._owner.leave(lane, ended(lane.current, closed))
+            self._owner.leave(lane, ended(request, closed))
 
     def _lose(self, lane: Lane) -> None:
         """The host has ended a lane: its number is free, and nothing of it is sent."""

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from tests.compat.caller import Caller
-from tests.service.conftest import gate, hands, serve
+from tests.service.conftest import gate, hands, serve, unhurried
 from tests.service.wire import Served
 
-__all__ = ["gate", "hands", "serve"]
+__all__ = ["gate", "hands", "serve", "unhurried"]
 
 
 @pytest.fixture(scope="session")

@@ -100,15 +100,22 @@ async def test_whoever_comes_while_others_wait_goes_to_the_end_of_the_line(gate,
     assert (await ending, await late) == ([3], [3])
 
 
-def test_a_place_that_is_free_while_others_wait_is_theirs() -> None:
-    def stands(key: str) -> Lane:
-        lane = Lane(key)
-        lane.current = Request(lambda: None)
-        return lane
+def stands(key: str) -> Lane:
+    lane = Lane(key)
+    lane.current = Request(lambda: None)
+    return lane
 
+
+@pytest.fixture
+def line() -> Backlog:
+    """A line without a server."""
     settings = Settings(backlog_seconds_max=1e6)
-    line = Backlog(settings, steps_max=10, now=lambda: 0.0, on_overdue=lambda _: None)
+    line = Backlog(settings, steps_max=1000, now=lambda: 0.0, on_overdue=lambda _: None)
     line._look_at = lambda _: None  # no loop, no timer
+    return line
+
+
+def test_a_place_that_is_free_while_others_wait_is_theirs(line) -> None:
     first, second, third, late = map(stands, ("first", "second", "third", "late"))
     assert line.enter(first, room=1)
     assert not line.enter(second, room=1)
@@ -121,6 +128,25 @@ def test_a_place_that_is_free_while_others_wait_is_theirs() -> None:
     line.settle(first)
     assert line.call(room=2) == [third]
     assert list(line) == [late]
+
+
+def test_the_line_is_put_in_order_once_however_many_come_back(line, monkeypatch) -> None:
+    lanes = [stands(str(number)) for number in range(100)]
+    for lane in lanes:
+        line.enter(lane, room=0)
+    sorts = list[int]()
+
+    def sort(items: Any, **options: Any) -> Any:
+        sorts.append(len(items))
+        return sorted(items, **options)
+
+    monkeypatch.setattr("sluice_service.rpc.open_inference_backlog.sorted", sort, raising=False)
+    for lane in reversed(line.call(room=50)):
+        line.put_back(lane)
+        assert line.call(room=0) == []
+    assert line.call(room=60) == lanes[:60]
+    assert list(line) == lanes[60:]
+    assert sorts == [100]
 
 
 async def test_later_requests_wait_behind_the_one_that_starts_their_sequence(full) -> None:
@@ -508,7 +534,7 @@ def test_a_backlog_cannot_be_smaller_than_none() -> None:
 # When the server or the model goes.
 
 
-async def test_a_stop_answers_those_who_wait(full) -> None:
+async def test_a_stop_answers_those_who_wait(full, unhurried) -> None:
     served, caller = await full()
     task, stream = asked(caller, 5, 2), caller.stream()
     await waiting(served, 1)
@@ -524,7 +550,7 @@ async def test_a_stop_answers_those_who_wait(full) -> None:
 
 
 async def test_those_who_wait_are_answered_before_the_server_has_finished_its_runs(
-    gate, sums
+    gate, sums, unhurried
 ) -> None:
     served = await sums(sequences_max=1)
     caller = Caller(served.channel)

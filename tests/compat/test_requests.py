@@ -241,7 +241,7 @@ async def test_more_than_may_wait_is_answered_all_the_same(sums) -> None:
     assert answers == [[1, 1 + number] for number in range(100)]
 
 
-async def test_a_stop_answers_what_was_asked_and_refuses_what_comes_after(sums) -> None:
+async def test_a_stop_answers_what_was_asked_and_refuses_what_comes_after(sums, unhurried) -> None:
     served = await sums()
     caller = Caller(served.channel)
     stream, later = caller.stream(), caller.stream()

@@ -8,6 +8,7 @@ import pytest
 
 from sluice_protos.open_inference_pb2 import InferParameter
 from sluice_protos.sequences_pb2 import OpenSequence
+from sluice_service.rpc.open_inference_lanes import _digest
 from sluice_service.rpc.open_inference_requests import Request
 from tests.compat.caller import Caller, request, values
 from tests.service.wire import eventually, floats
@@ -339,6 +340,23 @@ async def test_a_repeat_with_other_values_is_no_repeat(caller) -> None:
     assert code is Code.OUT_OF_RANGE
     assert "sequence_step 1" in text
     assert await caller.infer(2, sequence_id=131, sequence_start=True, sequence_step=0) == [2]
+
+
+async def test_the_inputs_of_a_request_are_looked_through_once(caller, monkeypatch) -> None:
+    digests = list[bytes]()
+
+    def digest(one: Request) -> bytes:
+        digests.append(_digest(one))
+        return digests[-1]
+
+    monkeypatch.setattr("sluice_service.rpc.open_inference_lanes._digest", digest)
+    for step in range(3):
+        fields = {"sequence_start": step == 0, "sequence_step": step}
+        assert await caller.infer(1, sequence_id=132, **fields) == [step + 1]
+    assert len(digests) == 3
+    # A repeat is compared with what it repeats.
+    assert await caller.infer(1, sequence_id=132, sequence_step=2) == [3]
+    assert len(digests) == 4
 
 
 async def test_an_end_that_was_forgotten_is_no_repeat(caller) -> None:

@@ -43,6 +43,7 @@ class Backlog:
         self._now = now
         self._on_overdue = on_overdue
         self._waiting: dict[Lane, _Turn] = {}
+        self._is_in_order = True
         self._called: dict[Lane, _Turn] = {}
         self._turns = 0
         # Of all requests that wait, for they do not count as waiting to be run.
@@ -54,7 +55,7 @@ class Backlog:
         return len(self._waiting)
 
     def __iter__(self) -> Iterator[Lane]:
-        return iter(list(self._waiting))
+        return iter(list(self._in_order()))
 
     def __contains__(self, lane: Lane) -> bool:
         return lane in self._waiting
@@ -85,7 +86,7 @@ class Backlog:
         if turn is None or not self._sequences_max:
             self._require_room()
         self._wait(lane, turn or self._next_turn())
-        self._waiting = dict(sorted(self._waiting.items(), key=lambda item: item[1].number))
+        self._is_in_order = False  # until somebody is called: many may come back at once
 
     def join(self, lane: Lane, request: Request) -> None:
         """Let one more request wait with its lane. Raises LimitError."""
@@ -95,8 +96,10 @@ class Backlog:
 
     def call(self, room: int) -> list[Lane]:
         """Those whose turn it is, where there is room for so many in all."""
-        count = max(0, room - len(self._called))
-        lanes = list(islice(self._waiting, count))
+        count = room - len(self._called)
+        if count <= 0:
+            return []
+        lanes = list(islice(self._in_order(), count))
         for lane in lanes:
             self._called[lane] = self.leave(lane)
         return lanes
@@ -109,6 +112,13 @@ class Backlog:
     def settle(self, lane: Lane) -> None:
         """A lane that was called has its place, or will have none."""
         self._called.pop(lane, None)
+
+    def _in_order(self) -> dict[Lane, _Turn]:
+        """Those who wait, the first of them first."""
+        if not self._is_in_order:
+            self._waiting = dict(sorted(self._waiting.items(), key=lambda item: item[1].number))
+            self._is_in_order = True
+        return self._waiting
 
     def _next_turn(self) -> _Turn:
         self._turns += 1

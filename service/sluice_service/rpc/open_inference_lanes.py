@@ -29,23 +29,33 @@ ERRORS = {error.reason: error for error in LaneError.__subclasses__()}
 class Answered:
     """The last request of a sequence that counts its steps, kept for its repeat."""
 
-    __slots__ = ("_identity", "outputs")
+    __slots__ = ("_digest", "_place", "outputs")
 
     def __init__(self, request: Request) -> None:
-        self._identity = _identify(request)
+        self._place, self._digest = _place(request), _digest(request)
         self.outputs = request.outputs
 
     def answers(self, request: Request) -> bool:
         """True when `request` is that request once more."""
-        return request.first is not None and _identify(request) == self._identity
+        # The next one is at another place: only a repeat's inputs are worth a look.
+        return (
+            request.first is not None
+            and _place(request) == self._place
+            and _digest(request) == self._digest
+        )
 
 
-def _identify(request: Request) -> tuple[object, ...]:
-    """What two requests share only if one is the repeat of the other."""
+def _place(request: Request) -> tuple[object, ...]:
+    """Where in its sequence a request is."""
+    return request.first, request.steps, request.is_start, request.is_end
+
+
+def _digest(request: Request) -> bytes:
+    """Of its inputs."""
     inputs = hashlib.blake2b(digest_size=16)
     for array in request.inputs:
         inputs.update(np.ascontiguousarray(array).data)
-    return request.first, request.steps, request.is_start, request.is_end, inputs.digest()
+    return inputs.digest()
 
 
 class Tally:

@@ -431,10 +431,15 @@ class Host:
 
     async def adopt(self, version: Version) -> None:
         """Let sequences begin on `version`; those that live finish on theirs. Raises ModelError."""
-        await self._runs.between_runs(lambda: self._versions.adopt(version))
-        self._lanes.is_unloading = False
-        self.inputs.state_sizes = self._versions.state_sizes()
-        self._scheduler.run_cells_max = self._versions.cells_within(self._settings.run_seconds_max)
+
+        def take_up() -> None:
+            self._versions.adopt(version)
+            self._lanes.is_unloading = False
+            self.inputs.state_sizes = self._versions.state_sizes()
+            cells_max = self._versions.cells_within(self._settings.run_seconds_max)
+            self._scheduler.run_cells_max = cells_max
+
+        await self._runs.between_runs(take_up)
 
     def close(self) -> None:
         """Let no sequence begin; those that live go on."""
@@ -442,8 +447,9 @@ class Host:
 
     @property
     def is_deserted(self) -> bool:
-        """True when no sequence lives, and none may begin."""
-        return self._lanes.is_unloading and not len(self._sequences)
+        """True when no sequence lives, none may begin, and the store has heard of every end."""
+        is_empty = not len(self._sequences) and not self._lanes.closings
+        return self._lanes.is_unloading and is_empty
 
     async def sweep(self) -> None:
         """Unload the versions on which nothing runs any more."""
@@ -459,6 +465,10 @@ class Host:
 
     async def fork(self, request: ForkRequest) -> ForkResponse:
         """Copy a live sequence; the copy is parked. Raises LaneError."""
+        # Where its caller goes away meanwhile, what the store was asked is brought to its end.
+        return await asyncio.shield(self._start(self._fork(request)))
+
+    async def _fork(self, request: ForkRequest) -> ForkResponse:
         opening = OpenSequence(
             sequence_id=request.fork_id,
             mode=START,

@@ -88,14 +88,15 @@ class Hosts(Mapping[str, Host]):
         """Take away the models that are unloaded and that no sequence runs on any more."""
         for name, host in list(self._hosts.items()):
             await host.sweep()
-            if host.is_deserted:
+            if host.is_deserted and self._hosts.get(name) is host:
+                # All that is its own goes at once: the model may be loaded again meanwhile.
                 del self._hosts[name]
-                task = self._tasks.pop(name, None)
+                task, threads = self._tasks.pop(name, None), self._threads.pop(name)
+                self._metrics.forget(name)
                 await host.drain()
                 if task is not None:
                     task.cancel()
-                self._threads.pop(name).shutdown(wait=False)
-                self._metrics.forget(name)
+                threads.shutdown(wait=False)
                 log.info("model_unloaded", model=name)
                 await self._on_change(name)
 

@@ -1,10 +1,12 @@
 """What the store is asked about ownership, and what it must not be told for nothing."""
 
+import asyncio
+
 import grpc
 import pytest
 
-from sluice_protos.sequences_pb2 import RESUME, Closed, Fault, OpenSequence
-from tests.service.hands import Away
+from sluice_protos.sequences_pb2 import RESUME, Closed, Fault, ForkRequest, OpenSequence
+from tests.service.hands import Away, Late
 from tests.service.wire import eventually
 
 MODEL = "accumulator"
@@ -73,3 +75,43 @@ async def test_a_sequence_that_is_closed_again_and_again_ends_once(kept, monkeyp
     closed = {"model": MODEL, "reason": "client"}
     # The other one is what `settle` has opened and closed.
     assert served.metric("sluice_sequences_closed_total", **closed) == 2
+
+
+async def test_a_fork_whose_caller_went_away_is_brought_to_its_end(kept, monkeypatch) -> None:
+    served = await kept()
+    wire = served.wire(MODEL)
+    await wire.open(0, "s", writer=ME, attempt=1)
+    claims = Late(served, "claim", monkeypatch)
+    request = ForkRequest(model=MODEL, sequence_id="s", fork_id="copy", writer=ME)
+    call = served.sequences.Fork(request)
+    await eventually(lambda: claims.done == 1)
+    call.cancel()
+    # The server has heard of it once it has answered another call.
+    await served.list(MODEL)
+    claims.answer()
+    await eventually(lambda: served.find(MODEL, "copy"))
+    await served.close(MODEL, "copy")
+
+
+async def test_a_model_that_is_unloaded_and_loaded_while_the_store_is_away_is_served_whole(
+    kept, monkeypatch
+) -> None:
+    served = await kept()
+    hosts = served.server._hosts
+    host, version = hosts[MODEL], hosts[MODEL].version
+    wire = served.wire(MODEL)
+    await wire.open(0, "s", writer=ME, attempt=1)
+    store = Away(served, monkeypatch, "close")
+    await wire.send(close=[0])
+    await eventually(lambda: host.store_down_seconds > 0)
+    # It is another server's now, but the store has not heard of its end here.
+    host._lanes.lose(host._sequences.get("s"))
+    unloading = asyncio.ensure_future(hosts.unload(MODEL))
+    await asyncio.sleep(0.01)
+    await hosts.adopt(MODEL, version)
+    store.come_back()
+    await unloading
+    await hosts.sweep()
+    await served.wire(MODEL).open(0, "t", writer=ME, attempt=1)
+    assert served.metric("sluice_sequences_live", model=MODEL) == 1
+    assert set(hosts._threads) == {MODEL}

@@ -342,6 +342,8 @@ class Host:
 
         An InvalidInputError in place of the inputs faults every lane with a chunk here.
         """
+        if stream.is_draining:
+            return  # read in the very moment: it is neither run nor answered
         self._metrics.chunks.add(len(lanes))
         arrived = time.monotonic()
         slots, starts = stream.slots(lanes), starts_of(steps)
@@ -378,6 +380,8 @@ class Host:
         """Queue chunks that came one by one: of each its lane, its steps, the steps before it
         (or NONE), and its rows for each input, checked.
         """
+        if stream.is_draining:
+            return
         arrived = time.monotonic()
         for lane, steps, first, data in chunks:
             self._metrics.chunks.value += 1
@@ -393,6 +397,8 @@ class Host:
 
     def end_after(self, stream: Stream, lanes: Integers, kind: Kind) -> None:
         """Close or park `lanes` [n] behind the chunks they have sent."""
+        if stream.is_draining:
+            return
         slots = stream.slots(lanes)
         for lane in lanes[slots < 0].tolist():
             if stream.is_unknown(lane):

@@ -95,6 +95,9 @@ class Keeper:
     def notice(self, slots: Slots) -> None:
         """These sequences have gone on: see whether the store has to hear of it now."""
         table = self._sequences
+        if self._is_draining:
+            # What a write or an acknowledgement has let go on is written once more.
+            self._is_wanted[slots] |= table.durable[slots] < ALL
         behind = table.step[slots] - table.durable[slots]
         is_strict = table.is_strict[slots]
         if (behind >= np.where(is_strict, 1, self._settings.checkpoint_steps)).any():
@@ -105,11 +108,17 @@ class Keeper:
         return not self._is_wanted[slot]
 
     async def flush(self) -> None:
-        """Write every durable sequence once more; nothing runs or is opened any more."""
+        """Finish what is queued, and write every durable sequence once more.
+
+        Nothing is opened any more, and nothing new comes.
+        """
         table = self._sequences
         self._is_draining = True
         self._is_wanted |= table.is_alive & (table.durable < ALL)
-        while self._is_wanted.any() or self._lanes.closings:
+        while True:
+            await self._runs.idle()
+            if not self._is_wanted.any() and not self._lanes.closings:
+                return
             self._progress.clear()
             self._lanes.is_due.set()
             await self._progress.wait()

@@ -59,6 +59,24 @@ async def replica(serve, accumulator_file, tmp_path) -> AsyncIterator[Replicas]:
     return start
 
 
+@pytest.fixture
+def held_writes(monkeypatch) -> Callable[[Served], asyncio.Event]:
+    """`held_writes(served)`: checkpoints reach the store of a server once that event is set."""
+
+    def hold(served: Served) -> asyncio.Event:
+        store, may_write = served.server._store, asyncio.Event()
+        write = store.write
+
+        async def write_late(writes):
+            await may_write.wait()
+            return await write(writes)
+
+        monkeypatch.setattr(store, "write", write_late)
+        return may_write
+
+    return hold
+
+
 async def sums(wire, lane: int, first: int, values: list[float]) -> list[float]:
     """Run a chunk and wait for its outputs."""
     await wire.push(lane, floats(values), first=first)
@@ -136,27 +154,20 @@ async def test_strict_an_ending_in_the_message_of_the_last_chunk_lets_its_output
 
 
 async def test_a_client_that_has_sent_all_gets_all_however_slow_the_store(
-    replica, monkeypatch
+    replica, held_writes
 ) -> None:
     served = await replica(
         durability="periodic", checkpoint_steps=16, undurable_steps_max=64, run_steps_max=16
     )
     wire = served.wire(MODEL)
     await wire.open(0, "s")
-    store, is_there = served.server._store, asyncio.Event()
-    write = store.write
-
-    async def write_late(writes):
-        await is_there.wait()
-        return await write(writes)
-
-    monkeypatch.setattr(store, "write", write_late)
+    may_write = held_writes(served)
     await wire.push(0, floats([1] * 300))
     await wire.until(lambda: wire.steps(0) == 64)
     (stream,) = served.server._hosts[MODEL]._lanes._streams.values()
     ending = asyncio.ensure_future(wire.end())
     await eventually(lambda: stream.is_half_closed)
-    is_there.set()
+    may_write.set()
     assert await ending == grpc.StatusCode.OK
     assert wire.steps(0) == 300
 
@@ -478,6 +489,59 @@ async def test_a_server_that_stops_leaves_every_sequence_to_the_next(replica, un
         opened = await wire.open(lane, f"s{lane}", mode=RESUME, writer=ME, attempt=2, received=2)
         assert opened.applied == 2
         assert await sums(wire, lane, 2, [1]) == [lane + 2]
+
+
+async def test_what_comes_when_a_server_has_begun_to_stop_is_not_applied(
+    replica, held_writes, unhurried, monkeypatch
+) -> None:
+    first = await replica(durability="periodic")
+    (host,) = first.server._hosts.values()
+    wire = first.wire(MODEL)
+    await wire.open(0, "s")  # without a writer: it counts what it has been answered
+    await sums(wire, 0, 0, [1])
+    may_write = held_writes(first)
+    stopping = asyncio.ensure_future(first.server.stop())
+    await eventually(lambda: host.is_draining)
+    submit, has_come = host.submit_singles, asyncio.Event()
+
+    def submit_and_tell(*arguments) -> None:
+        submit(*arguments)
+        has_come.set()
+
+    monkeypatch.setattr(host, "submit_singles", submit_and_tell)
+    # The reader stands at the next message already.
+    await wire.push(0, floats([2]))
+    await has_come.wait()
+    may_write.set()
+    assert await wire.next_closed(0) == Closed.DRAINING
+    await stopping
+    first.is_stopped = True
+    assert wire.steps(0) == 0  # beside those it has taken
+    wire = (await replica(durability="periodic")).wire(MODEL)
+    assert (await wire.open(0, "s", mode=RESUME)).applied == 1
+    assert await sums(wire, 0, 1, [2]) == [3]
+
+
+async def test_a_server_that_stops_finishes_what_had_waited_for_its_store(
+    replica, held_writes, unhurried
+) -> None:
+    settings = {"durability": "periodic", "undurable_steps_max": 64, "checkpoint_steps": 16}
+    first = await replica(**settings)
+    (host,) = first.server._hosts.values()
+    wire = first.wire(MODEL)
+    await wire.open(0, "s")
+    may_write = held_writes(first)
+    await wire.push(0, floats([1] * 300))
+    await wire.until(lambda: wire.steps(0) == 64)
+    stopping = asyncio.ensure_future(first.server.stop())
+    await eventually(lambda: host.is_draining)
+    may_write.set()
+    assert await wire.next_closed(0) == Closed.DRAINING
+    await stopping
+    first.is_stopped = True
+    assert wire.steps(0) == 300
+    wire = (await replica(**settings)).wire(MODEL)
+    assert (await wire.open(0, "s", mode=RESUME)).applied == 300
 
 
 async def test_a_sequence_that_idles_ends_in_the_store_too(replica, hands) -> None:

@@ -14,6 +14,7 @@ from sluice_model import read_contract
 from sluice_protos.sequences_pb2 import GetModelRequest, ListModelsRequest, OpenSequence, Tensor
 from sluice_service.server import Server
 from sluice_service.settings import Settings
+from tests.processes import free_port
 from tests.service.wire import SECONDS, Served, floats
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -232,8 +233,9 @@ async def test_a_port_that_is_taken_is_told_and_leaves_nothing_open(
 
 
 async def test_a_server_can_be_stopped_twice_over_the_same_address(sums) -> None:
-    first = await sums()
-    address, http = first.address, first.http.removeprefix("http://")
+    # Ports that no connection of another process is given in between.
+    address, http = (f"127.0.0.1:{free_port()}" for _ in range(2))
+    first = await sums(listen=address, http=http)
     first.is_stopped = True
     await first.channel.close()
     await first.server.stop()

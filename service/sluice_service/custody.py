@@ -1,13 +1,14 @@
 """Asks the store who may have a sequence: before it is opened, and before its end is told."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 
 import numpy as np
 
 from sluice_protos.sequences_pb2 import OFF, RESUME, START_OR_RESUME, TAKEOVER, OpenSequence
+from sluice_service.claims import Claim
 from sluice_service.errors import LaneError, LimitError, NotFoundError, StoreDownError
 from sluice_service.lanes import Parting
 from sluice_service.openings import Openings, is_blind, lost
@@ -105,6 +106,26 @@ class Custody:
                 await take_turns(map(land_one, requests), instant=self._runs.between_runs)
             finally:
                 promised.difference_update(names)
+                await self._give_back(kept, answers)
+
+    async def _give_back(
+        self, opens: Sequence[OpenSequence], answers: Mapping[str, Answer]
+    ) -> None:
+        """End in the store what was created there and could not be opened here after all.
+
+        A writer may have it when it asks again; any other caller would find its id taken.
+        """
+        closings = []
+        for one in opens:
+            answer = answers.get(one.sequence_id)
+            if not isinstance(answer, Granted) or answer.claim is not Claim.CREATE or one.writer:
+                continue
+            if self._sequences.get(one.sequence_id) is None:
+                key = self._key(one.sequence_id)
+                closings.append(Closing(key, answer.claim_id, "it could not be opened"))
+        if closings:
+            with suppress(StoreError):
+                await self._store.close(closings)
 
     async def _claim(self, opens: Sequence[OpenSequence]) -> Sequence[Granted | LaneError]:
         try:

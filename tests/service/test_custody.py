@@ -115,3 +115,21 @@ async def test_a_model_that_is_unloaded_and_loaded_while_the_store_is_away_is_se
     await served.wire(MODEL).open(0, "t", writer=ME, attempt=1)
     assert served.metric("sluice_sequences_live", model=MODEL) == 1
     assert set(hosts._threads) == {MODEL}
+
+
+async def test_a_start_that_a_stop_has_overtaken_leaves_its_id_to_the_next_server(
+    kept, monkeypatch
+) -> None:
+    here, there = await kept(), await kept()
+    wire = here.wire(MODEL)
+    claims = Late(here, "claim", monkeypatch)
+    # Without a writer it cannot say that it is the same one who asks again.
+    await wire.send(open=[OpenSequence(lane=0, sequence_id="s")])
+    await eventually(lambda: claims.done == 1)
+    host = here.server._hosts[MODEL]
+    await host.drain()
+    claims.answer()
+    await host._keeper.custody.settled(["s"])
+    assert here.find(MODEL, "s") is None
+    opened = await there.wire(MODEL).open(0, "s")
+    assert opened.applied == 0

@@ -47,12 +47,20 @@ class Worker:
         loop = asyncio.get_running_loop()
         while not self._is_stopping:
             started = loop.time()
-            await self._run()
-            if not self._is_stopping and not has_started.is_set():
-                raise OSError("a worker could not start; its log lines say why")
-            if self._is_stopping:
-                return
-            log.error("worker_died", worker=self.number, exit=self._exit_code)
+            try:
+                receiver = self._start()
+            except OSError as error:
+                # The machine has no room for it now: the others go on, and it may have later.
+                if not has_started.is_set():
+                    raise
+                log.error("worker_not_started", worker=self.number, reason=str(error))
+            else:
+                await self._watch(receiver)
+                if not self._is_stopping and not has_started.is_set():
+                    raise OSError("a worker could not start; its log lines say why")
+                if self._is_stopping:
+                    return
+                log.error("worker_died", worker=self.number, exit=self._exit_code)
             has_lived = loop.time() - started > _LIVED_LONG_SECONDS
             wait = _RESTART_SECONDS[0] if has_lived else min(2 * wait, _RESTART_SECONDS[1])
             await asyncio.sleep(wait)
@@ -61,20 +69,34 @@ class Worker:
     def _exit_code(self) -> int | None:
         return self._process.exitcode if self._process is not None else None
 
-    async def _run(self) -> None:
-        """One life of the process."""
+    def _start(self) -> "Connection[str, str]":
+        """Start the process; where it says that it serves. Raises OSError."""
         # Spawned, not forked: gRPC's threads do not survive a fork.
         context = multiprocessing.get_context("spawn")
         receiver, sender = context.Pipe(duplex=False)
-        self._process = context.Process(
+        process = context.Process(
             target=work, args=(self._settings, self.number, sender), name=f"worker {self.number}"
         )
-        self._process.start()
-        sender.close()
+        try:
+            process.start()
+        except OSError:
+            receiver.close()
+            raise
+        finally:
+            sender.close()
+        self._process = process
+        return receiver
+
+    async def _watch(self, receiver: "Connection[str, str]") -> None:
+        """One life of the process."""
+        assert self._process is not None
+        # By descriptors, not in threads: a pool has fewer than there may be workers.
+        await _is_readable(receiver.fileno())
         with contextlib.suppress(EOFError):
-            self.http = await asyncio.to_thread(receiver.recv)
+            self.http = receiver.recv()
         receiver.close()
-        await asyncio.to_thread(self._process.join)
+        await _is_readable(self._process.sentinel)
+        self._process.join()
         self.http = ""
 
     def stop(self) -> None:
@@ -87,6 +109,17 @@ class Worker:
         """End what did not stop in time."""
         if self._process is not None and self._process.is_alive():
             self._process.kill()
+
+
+async def _is_readable(descriptor: int) -> None:
+    """Wait until there is something to read, or nobody who could write it."""
+    readable = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    loop.add_reader(descriptor, readable.set)
+    try:
+        await readable.wait()
+    finally:
+        loop.remove_reader(descriptor)
 
 
 def work(settings: Settings, number: int, sender: "Connection[str, str]") -> None:

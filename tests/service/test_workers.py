@@ -4,12 +4,14 @@ import contextlib
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +23,21 @@ from tests.service.wire import SECONDS, Wire, floats
 
 MODEL = "accumulator"
 WORKERS = 2
+# The parent of more workers than its pool has threads, as a machine of few processors has it:
+# a pool has four more than those.
+ONE_THREAD = "import os; os.cpu_count = lambda: -3; from sluice_cli.main import main; main()"
 
 
 class Fleet:
     """`sluice serve --workers`, as an operator starts it."""
 
-    def __init__(self, model: Path, folder: Path, *flags: str) -> None:
+    def __init__(
+        self, model: Path, folder: Path, *flags: str, program: Sequence[str] = ("-m", "sluice_cli")
+    ) -> None:
         self.log = folder / "log.json"
         flags = flags or ("--store", f"sqlite:///{folder}/store.db", "--durability", "strict")
         address = ("--listen", "127.0.0.1:0", "--http", "127.0.0.1:0")
-        command = [sys.executable, "-m", "sluice_cli", "serve", "--workers", str(WORKERS)]
+        command = [sys.executable, *program, "serve", "--workers", str(WORKERS)]
         # Appended to, and read through another file: its writers share one position.
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
@@ -72,6 +79,12 @@ class Fleet:
         while len(_workers_on(page := self.page("metrics"))) < WORKERS:
             assert time.monotonic() < deadline, "a worker's metrics are missing"
         return page
+
+    def is_ready(self) -> bool:
+        try:
+            return self.page("readyz") == "ready\n"
+        except urllib.error.HTTPError:
+            return False
 
     def workers(self) -> list[int]:
         """The processes of the workers."""
@@ -201,6 +214,39 @@ def _lives(process: int) -> bool:
     except (FileNotFoundError, ProcessLookupError):
         return False
     return "State:\tZ" not in status
+
+
+def test_a_worker_is_watched_however_few_threads_there_are(accumulator_file, tmp_path) -> None:
+    fleet = Fleet(accumulator_file, tmp_path, program=("-c", ONE_THREAD))
+    try:
+        fleet.ready()
+        for count, worker in enumerate(fleet.workers(), start=1):
+            os.kill(worker, signal.SIGKILL)
+            fleet.wait_for("worker_died", count)
+            # A ready line of each worker before, one of the parent, and one of this worker again.
+            fleet.wait_for("ready", WORKERS + 1 + count)
+        deadline = time.monotonic() + SECONDS
+        while not fleet.is_ready():
+            assert time.monotonic() < deadline, "nobody has heard of a worker that serves again"
+            time.sleep(0.05)
+    finally:
+        fleet.end()
+
+
+def test_a_worker_that_cannot_be_started_again_is_tried_again_later(own_fleet) -> None:
+    fleet = own_fleet
+    first, second = fleet.workers()
+    limits = resource.prlimit(fleet.process.pid, resource.RLIMIT_NOFILE)
+    # No pipe can be made for the next process.
+    resource.prlimit(fleet.process.pid, resource.RLIMIT_NOFILE, (3, limits[1]))
+    os.kill(first, signal.SIGKILL)
+    reason = fleet.wait_for("worker_not_started", 2)[0]["reason"]
+    assert "Too many open files" in reason
+    assert fleet.workers() == [second]
+    resource.prlimit(fleet.process.pid, resource.RLIMIT_NOFILE, limits)
+    # A ready line of each worker before, one of the parent, and one of the worker again.
+    fleet.wait_for("ready", WORKERS + 2)
+    assert second in fleet.workers()
 
 
 def test_a_model_that_cannot_be_served_ends_the_start(tmp_path) -> None:

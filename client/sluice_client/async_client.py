@@ -12,6 +12,7 @@ from uuid import uuid4
 import grpc
 import grpc.aio
 
+from sluice_client.arguments import check_count
 from sluice_client.async_stream import AsyncRoute, AsyncStream
 from sluice_client.calls import (
     Mode,
@@ -342,6 +343,7 @@ class AsyncSequence(_AsyncHandle, SequenceHandle):
         The first failed step raises; what was given behind it was not applied. Leaving
         early leaves what was under way to `settle`.
         """
+        check_count("ahead", ahead, least=1)
         steps: asyncio.Queue[Step | None] = asyncio.Queue()
         room = asyncio.Semaphore(ahead)
         feeder = asyncio.create_task(self._feed(inputs, steps, room))

@@ -11,6 +11,7 @@ from uuid import uuid4
 
 import grpc
 
+from sluice_client.arguments import check_count
 from sluice_client.calls import (
     Mode,
     Opening,
@@ -329,6 +330,7 @@ class Sequence(_SyncHandle, SequenceHandle):
         failed step raises; what was given behind it was not applied. Leaving early
         leaves what was under way to `settle`.
         """
+        check_count("ahead", ahead, least=1)
         steps: deque[Step] = deque()
         last: Step | None = None
         try:

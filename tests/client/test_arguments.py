@@ -44,6 +44,20 @@ def test_what_a_message_can_hold_is_not_refused() -> None:
     ticket_opening(TICKET.renew(np.int32(4)))
 
 
+async def test_a_stream_of_nothing_ahead_is_refused(recorder: RecordingServer) -> None:
+    async with AsyncClient(recorder.address) as client, client.sequence("sum") as sequence:
+        with pytest.raises(ValueError, match="ahead is from 1 to"):
+            _ = [y async for y in sequence.stream([[1, 1]], ahead=0)]
+        assert (await sequence.step([2, 3])).tolist() == [2, 3]
+
+
+def test_a_stream_of_threads_with_nothing_ahead_is_refused(recorder: RecordingServer) -> None:
+    with Client(recorder.address) as client, client.sequence("sum") as sequence:
+        with pytest.raises(ValueError, match="ahead is from 1 to"):
+            list(sequence.stream([[1, 1]], ahead=0))
+        assert sequence.step([2, 3]).tolist() == [2, 3]
+
+
 def spoil(opening: Opening) -> None:
     """Stands for any defect of the client that shows when a message is put together."""
     object.__setattr__(opening, "sequence_id", 7)

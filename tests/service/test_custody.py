@@ -7,7 +7,7 @@ import pytest
 
 from sluice_protos.sequences_pb2 import RESUME, Closed, Fault, ForkRequest, OpenSequence
 from tests.service.hands import Away, Late
-from tests.service.wire import eventually
+from tests.service.wire import SECONDS, eventually
 
 MODEL = "accumulator"
 ME, HER = b"me", b"her"
@@ -93,12 +93,12 @@ async def test_a_fork_whose_caller_went_away_is_brought_to_its_end(kept, monkeyp
     await served.close(MODEL, "copy")
 
 
-async def test_a_model_that_is_unloaded_and_loaded_while_the_store_is_away_is_served_whole(
+async def test_an_unloaded_model_waits_for_its_store_and_nobody_waits_for_it(
     kept, monkeypatch
 ) -> None:
     served = await kept()
     hosts = served.server._hosts
-    host, version = hosts[MODEL], hosts[MODEL].version
+    host = hosts[MODEL]
     wire = served.wire(MODEL)
     await wire.open(0, "s", writer=ME, attempt=1)
     store = Away(served, monkeypatch, "close")
@@ -106,12 +106,34 @@ async def test_a_model_that_is_unloaded_and_loaded_while_the_store_is_away_is_se
     await eventually(lambda: host.store_down_seconds > 0)
     # It is another server's now, but the store has not heard of its end here.
     host._lanes.lose(host._sequences.get("s"))
-    unloading = asyncio.ensure_future(hosts.unload(MODEL))
-    await asyncio.sleep(0.01)
-    await hosts.adopt(MODEL, version)
+    async with asyncio.timeout(SECONDS):
+        await hosts.unload(MODEL)
+    assert MODEL in hosts
     store.come_back()
-    await unloading
+    await wire.next_closed(0)
     await hosts.sweep()
+    assert MODEL not in hosts
+
+
+async def test_a_model_that_is_loaded_while_its_unloading_ends_is_served_whole(
+    kept, monkeypatch
+) -> None:
+    served = await kept()
+    hosts = served.server._hosts
+    host, version = hosts[MODEL], hosts[MODEL].version
+    wire = served.wire(MODEL)
+    await wire.open(0, "s", writer=ME, attempt=1)
+    writes = Late(served, "write", monkeypatch)
+    await wire.send(park=[0])
+    await eventually(lambda: writes.done == 1)
+    # It turns out to be another server's while its checkpoint is under way.
+    host._lanes.lose(host._sequences.get("s"))
+    unloading = asyncio.ensure_future(hosts.unload(MODEL))
+    await eventually(lambda: MODEL not in hosts)
+    await hosts.adopt(MODEL, version)
+    await hosts.sweep()
+    writes.answer()
+    await unloading
     await served.wire(MODEL).open(0, "t", writer=ME, attempt=1)
     assert served.metric("sluice_sequences_live", model=MODEL) == 1
     assert set(hosts._threads) == {MODEL}

@@ -9,6 +9,8 @@ import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
+from typing import TextIO
 
 import pytest
 
@@ -38,18 +40,18 @@ def running(
     folder: Path | None = None,
 ) -> Iterator[subprocess.Popen[str]]:
     """A process that has answered the URL `ready`, ended with the block by SIGTERM."""
-    process = subprocess.Popen(
-        command, env=environment, cwd=folder, text=True, stderr=subprocess.PIPE
-    )
-    try:
-        _wait_for(ready, process)
-        yield process
-    finally:
-        process.terminate()
-        process.communicate(timeout=STOP_SECONDS_MAX)
+    # A file, not a pipe: one that nobody reads would stop the server once it is full.
+    with TemporaryFile("w+") as said:
+        process = subprocess.Popen(command, env=environment, cwd=folder, text=True, stderr=said)
+        try:
+            _wait_for(ready, process, said)
+            yield process
+        finally:
+            process.terminate()
+            process.wait(STOP_SECONDS_MAX)
 
 
-def _wait_for(url: str, process: subprocess.Popen[str]) -> None:
+def _wait_for(url: str, process: subprocess.Popen[str], said: TextIO) -> None:
     deadline = time.monotonic() + START_SECONDS_MAX
     while True:
         try:
@@ -58,5 +60,7 @@ def _wait_for(url: str, process: subprocess.Popen[str]) -> None:
         except OSError as error:
             if process.poll() is not None or time.monotonic() > deadline:
                 process.kill()
-                pytest.fail(f"{url}: {error}\n{process.communicate()[1]}")
+                process.wait()
+                said.seek(0)
+                pytest.fail(f"{url}: {error}\n{said.read()}")
             time.sleep(0.05)

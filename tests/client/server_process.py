@@ -3,7 +3,10 @@
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
+
+from tests.processes import free_port
 
 
 class ServerProcess:
@@ -13,7 +16,8 @@ class ServerProcess:
         command = [str(Path(sys.executable).with_name("sluice")), "serve"]
         for name, path in models.items():
             command += ["--model", f"{name}={path}"]
-        command += ["--listen", "127.0.0.1:0", "--http", "127.0.0.1:0", *flags]
+        # Not a port of the system's choice: after this server another may want the same one.
+        command += ["--listen", f"127.0.0.1:{free_port()}", "--http", "127.0.0.1:0", *flags]
         self._process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
@@ -23,13 +27,22 @@ class ServerProcess:
             lines.append(line)
             if '"ready"' in line:
                 self.address = json.loads(line)["listen"]
-                return
-        raise AssertionError("".join(lines))
+                break
+        else:
+            raise AssertionError("".join(lines))
+        # A pipe that nobody reads would stop the server once it is full.
+        self._reader = threading.Thread(target=self._process.stdout.read, daemon=True)
+        self._reader.start()
 
     def stop(self) -> None:
         self._process.terminate()
-        self._process.communicate(timeout=30)
+        self._wait()
 
     def kill(self) -> None:
         self._process.kill()
-        self._process.communicate(timeout=30)
+        self._wait()
+
+    def _wait(self) -> None:
+        self._process.wait(30)
+        self._reader.join(30)
+        self._process.stdout.close()

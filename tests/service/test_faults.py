@@ -493,7 +493,7 @@ async def test_an_absurd_first_step_is_a_gap(served, first) -> None:
 
 
 async def test_a_fault_in_the_middle_of_a_long_chunk_keeps_what_came_before(sums) -> None:
-    served = await sums(run_steps_max=4)
+    served = await sums(run_steps_max=4, run_seconds_max=60)
     wire = served.wire("accumulator")
     await wire.open(0, "prefix")
     await wire.push(0, floats([1] * 9 + [BIG, BIG] + [1] * 9), first=0)

@@ -296,10 +296,12 @@ async def test_a_long_run_is_done_in_parts_where_several_may_be_in_flight(gate, 
 
 async def test_nothing_new_runs_while_somebody_waits_for_all_runs_to_end(gate, sums) -> None:
     served = await sums(runs_at_once_max=2)
+    (host,) = served.server._hosts.values()
     first, second = await _streams(served, 2)
     await first.push(0, floats([5]))
     await gate.reached()
     await second.send(open=[OpenSequence(lane=1)])
+    await eventually(lambda: host._runs._waiting)
     await first.push(0, floats([6]))
     await eventually(lambda: served.metric("sluice_chunks_total", model="accumulator") == 2)
     await _stays(lambda: len(gate.held) == 1 and 1 not in second.opened)

@@ -158,7 +158,7 @@ async def test_the_page_has_every_metric_and_none_is_labelled_by_sequence(sums) 
 
 
 async def test_metrics_move_as_things_happen(sums) -> None:
-    served = await sums()
+    served = await sums(run_seconds_max=60)  # however long the machine took at load
     wire = served.wire("accumulator")
 
     def read(name: str, **labels: str) -> float:

@@ -483,6 +483,7 @@ class Host:
             state=await self._listing.state(request.sequence_id),
         )
         self._openings.check(opening)
+        self._openings.durability(opening)
         if self._sequences.get(opening.sequence_id) is not None:
             raise ExistsError(f"sequence {opening.sequence_id!r} is alive; fork to another id")
         forked: list[Sequence] = []

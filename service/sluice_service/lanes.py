@@ -158,9 +158,14 @@ class Lanes:
 
     def lose(self, sequence: Sequence) -> None:
         """Forget a sequence that is another process's now, or goes on from the store's copy."""
+        stream = None
         if sequence.phase is Phase.ATTACHED:
-            self._leave(sequence, self._stream_of(sequence), Closed.FENCED)
+            stream = self._stream_of(sequence)
+            self._leave(sequence, stream, Closed.FENCED)
         self.forget(sequence)
+        if stream is not None and stream.gated:
+            # A stream does not end while it has something to wait for.
+            self._release(stream)
 
     def forget(self, sequence: Sequence) -> None:
         """Drop what memory has of a sequence that is on no lane; the store knows the rest."""
@@ -290,13 +295,16 @@ class Lanes:
     def release(self) -> None:
         """Let go out what has become durable."""
         for stream in self._streams.values():
-            gated = stream.gated.copy()
-            stream.gated.clear()
-            for delivery in gated:
-                is_same = self._sequences.is_same(delivery.slots, delivery.generations)
-                # What is not the same any more was taken back when its lane ended.
-                self.deliver(delivery.only(is_same), stream.number)
-            self._tell_late(stream)
+            self._release(stream)
+
+    def _release(self, stream: Stream) -> None:
+        gated = stream.gated.copy()
+        stream.gated.clear()
+        for delivery in gated:
+            is_same = self._sequences.is_same(delivery.slots, delivery.generations)
+            # What is not the same any more was taken back when its lane ended.
+            self.deliver(delivery.only(is_same), stream.number)
+        self._tell_late(stream)
 
     def _is_gated(self, delivery: Delivery) -> NDArray[np.bool_] | None:
         """[chunks] which may not leave yet, for want of the store; None: all may."""

@@ -60,6 +60,12 @@ async def replica(serve, accumulator_file, tmp_path) -> AsyncIterator[Replicas]:
 
 
 @pytest.fixture
+async def sums_only(serve, accumulator_file) -> Served:
+    """A server that keeps nothing."""
+    return await serve({MODEL: accumulator_file})
+
+
+@pytest.fixture
 def held_writes(monkeypatch) -> Callable[[Served], asyncio.Event]:
     """`held_writes(served)`: checkpoints reach the store of a server once that event is set."""
 
@@ -170,6 +176,25 @@ async def test_a_client_that_has_sent_all_gets_all_however_slow_the_store(
     may_write.set()
     assert await ending == grpc.StatusCode.OK
     assert wire.steps(0) == 300
+
+
+async def test_a_stream_that_has_sent_all_ends_when_what_it_waits_for_is_anothers(
+    replica, held_writes
+) -> None:
+    here, there = await replica(), await replica()
+    (host,) = here.server._hosts.values()
+    wire, other = here.wire(MODEL), there.wire(MODEL)
+    epoch = (await wire.open(0, "s", writer=ME, attempt=1)).epoch
+    may_write = held_writes(here)
+    await wire.push(0, floats([1]), first=0)
+    (stream,) = host._lanes._streams.values()
+    ending = asyncio.ensure_future(wire.end())
+    await eventually(lambda: stream.gated and stream.is_half_closed)
+    await other.open(0, "s", mode=TAKEOVER, writer=HER, attempt=1, expected_epoch=epoch)
+    await host._keeper._renew()
+    assert await ending == grpc.StatusCode.OK
+    assert wire.ended[0][0].reason == Closed.FENCED
+    may_write.set()
 
 
 async def test_strict_nothing_leaves_while_the_store_does_not_answer(replica, monkeypatch) -> None:
@@ -636,6 +661,17 @@ async def test_a_fork_goes_on_from_the_same_state(replica, durability) -> None:
     assert opened.applied == 2
     assert await sums(wire, 0, 2, [10]) == [13]
     assert await sums(wire, 1, 2, [20]) == [23]
+
+
+async def test_a_fork_that_is_to_be_more_durable_than_the_server_is_refused(sums_only) -> None:
+    wire = sums_only.wire(MODEL)
+    await wire.open(0, "s")
+    for durability in (STRICT, 99):
+        request = ForkRequest(model=MODEL, sequence_id="s", fork_id="f", durability=durability)
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await sums_only.sequences.Fork(request)
+        assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert sums_only.find(MODEL, "f") is None
 
 
 async def test_a_fork_to_an_id_that_lives_is_refused(replica) -> None:

@@ -241,20 +241,29 @@ async def test_more_than_may_wait_is_answered_all_the_same(sums) -> None:
     assert answers == [[1, 1 + number] for number in range(100)]
 
 
-async def test_a_stop_answers_what_was_asked_and_refuses_what_comes_after(sums, unhurried) -> None:
+async def test_a_stop_answers_what_was_asked_and_refuses_what_comes_after(
+    gate, sums, unhurried
+) -> None:
     served = await sums()
     caller = Caller(served.channel)
+    (host,) = served.server._hosts.values()
     stream, later = caller.stream(), caller.stream()
-    assert await later.ask([request(1)]) == [[1]]
-    assert await stream.ask([request(1, sequence_id=1, sequence_start=True)]) == [[1]]
-    long = np.ones((1, 3000, 1), np.float32)
-    await stream.send(*(request(long, sequence_id=1) for _ in range(3)))
+    for each, fields in ((later, {}), (stream, {"sequence_id": 1, "sequence_start": True})):
+        await each.send(request(1, **fields))
+        await gate.let_through()
+        assert await each.take(1) == [[1]]
+    await stream.send(*(request(1, sequence_id=1) for _ in range(3)))
+    exchange = served.server._open_inference._models["accumulator"].exchange
+    await eventually(lambda: exchange._waiting_steps == 3)
+    await gate.reached()
     stopping = asyncio.ensure_future(served.stop())
+    await eventually(lambda: host.is_draining)
+    await gate.let_through()
     responses = [await stream.read() for _ in range(3)]
     assert await later.call.read() is grpc.aio.EOF
     await stopping
     done = [not response.error_message for response in responses]
-    assert done == sorted(done, reverse=True)
+    assert done == [True, False, False]
     assert all(
         "stopping" in r.error_message for r, ok in zip(responses, done, strict=True) if not ok
     )

@@ -137,3 +137,47 @@ async def test_a_place_that_expires_as_a_request_borrows_it_is_opened_again(hand
     assert borrower.error is None
     assert np.frombuffer(borrower.outputs[0], "<f4").tolist() == [2, 5]
     assert await caller.infer(4) == [4]
+
+
+# Answers that are kept for those who repeat.
+
+
+async def test_answers_beyond_their_bytes_are_forgotten_the_oldest_first(monkeypatch, sums) -> None:
+    monkeypatch.setattr("sluice_service.rpc.open_inference_answers._BYTES_MAX", 10_000)
+    served = await sums()
+    caller = Caller(served.channel)
+    long, asked = np.ones((1, 500, 1)), {}
+    for sequence in (1, 2, 3, 4):
+        await caller.infer(1, sequence_id=sequence, sequence_start=True, sequence_step=0)
+        message = request(long, sequence_id=sequence, sequence_step=1, sequence_end=sequence == 3)
+        asked[sequence] = message, await caller.send(message)
+    code, text = await caller.fails(asked[1][0])
+    assert code is Code.OUT_OF_RANGE
+    assert "sequence_step 501" in text
+    for sequence in (2, 3, 4):
+        message, answer = asked[sequence]
+        assert await caller.send(message) == answer
+    # Who has lost no answer goes on, and one that is too long by itself is not kept at all.
+    assert await caller.infer(1, sequence_id=1, sequence_step=501) == [502]
+    message = request(np.ones((1, 3000, 1)), sequence_id=1, sequence_step=502, sequence_end=True)
+    await caller.send(message)
+    code, _ = await caller.fails(message)
+    assert code is Code.NOT_FOUND
+    assert not served.server._open_inference._models[MODEL].exchange._answers._bytes
+
+
+async def test_an_answer_goes_with_its_sequence_unless_it_is_to_the_end(hands, sums) -> None:
+    served = await sums(sequence_idle_seconds_max=60)
+    caller = Caller(served.channel)
+    (host,) = served.server._hosts.values()
+    for sequence in ("idle", "ended", "uncounted"):
+        fields = {"sequence_id": sequence, "sequence_start": True, "sequence_step": 0}
+        await caller.infer(1, sequence_end=sequence == "ended", **fields)
+    await caller.infer(1, sequence_id="uncounted")
+    hands.go(host._clock, 61)
+    await host.expire()
+    answers = served.server._open_inference._models[MODEL].exchange._answers
+    await eventually(lambda: list(answers._kept) == ["string:ended"])
+    assert answers._bytes == answers._kept["string:ended"].bytes
+    assert await caller.infer(2, sequence_id="ended", sequence_start=True) == [2]
+    assert not answers._bytes

@@ -8,7 +8,7 @@ import pytest
 
 from sluice_protos.open_inference_pb2 import InferParameter
 from sluice_protos.sequences_pb2 import OpenSequence
-from sluice_service.rpc.open_inference_lanes import _digest
+from sluice_service.rpc.open_inference_answers import _digest
 from sluice_service.rpc.open_inference_requests import Request
 from tests.compat.caller import Caller, request, values
 from tests.service.wire import eventually, floats
@@ -349,7 +349,7 @@ async def test_the_inputs_of_a_request_are_looked_through_once(caller, monkeypat
         digests.append(_digest(one))
         return digests[-1]
 
-    monkeypatch.setattr("sluice_service.rpc.open_inference_lanes._digest", digest)
+    monkeypatch.setattr("sluice_service.rpc.open_inference_answers._digest", digest)
     for step in range(3):
         fields = {"sequence_start": step == 0, "sequence_step": step}
         assert await caller.infer(1, sequence_id=132, **fields) == [step + 1]

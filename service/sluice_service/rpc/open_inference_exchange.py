@@ -8,7 +8,6 @@ places are taken, a lane waits for one in the backlog.
 """
 
 import asyncio
-from collections import OrderedDict
 
 from sluice_protos.sequences_pb2 import Fault, Opened
 from sluice_service.errors import (
@@ -18,11 +17,11 @@ from sluice_service.errors import (
     StoppingError,
 )
 from sluice_service.host import Host
+from sluice_service.rpc.open_inference_answers import Answers
 from sluice_service.rpc.open_inference_backlog import Backlog
 from sluice_service.rpc.open_inference_lanes import (
     ERRORS,
     NONE,
-    Answered,
     Lane,
     Tally,
     applied_before,
@@ -38,8 +37,6 @@ from sluice_service.settings import Settings
 
 # Lanes kept for requests without a sequence; an eighth of all sequences at the most.
 _SPARE_MAX = 256
-# Last answers of ended sequences, kept for those who repeat their END.
-_ENDED_MAX = 4096
 
 
 class Exchange:
@@ -53,7 +50,7 @@ class Exchange:
         self._version = str(host.version.number)  # on which sequences begin
         self._by_key: dict[str, Lane] = {}
         self._spare: list[Lane] = []
-        self._ended: OrderedDict[str, Answered] = OrderedDict()
+        self._answers = Answers()
         self._backlog = Backlog(
             settings,
             steps_max=host.limits.credit_steps,
@@ -165,11 +162,8 @@ class Exchange:
             if request.is_cancelled:
                 self._waiting_steps -= request.steps
                 continue
-            last = lane.last or self._ended.get(lane.key)
-            if last is not None and last.answers(request):
+            if self._answers.repeat(lane, request):
                 self._waiting_steps -= request.steps
-                request.outputs = last.outputs
-                request.finish()
             else:
                 error = misplaced(lane, request) if lane.is_open else None
                 error = error or self._place(lane, request)
@@ -177,6 +171,7 @@ class Exchange:
                     self._refuse(request, error)
         if lane.current is None and lane.number == NONE:
             self._by_key.pop(lane.key, None)
+            self._answers.lose(lane)
 
     def leave(self, lane: Lane, error: ServiceError | None = None) -> None:
         """The current request of a lane is over: the next one's turn."""
@@ -187,7 +182,7 @@ class Exchange:
             self._settle(lane)
             self._fail(request, error)
         elif lane.key:
-            self._remember(lane, request)
+            self._answers.keep(lane, request)
             if request.is_end:
                 self._trunk.close(lane)
         if lane.key:
@@ -200,17 +195,6 @@ class Exchange:
                 self._spare.append(lane)
             else:
                 self._trunk.close(lane)
-
-    def _remember(self, lane: Lane, request: Request) -> None:
-        """Keep the answer of a client that counts its steps, in case it asks again."""
-        if request.first is None:
-            lane.last = None
-            return
-        lane.last = Answered(request)
-        if request.is_end:
-            self._ended[lane.key] = lane.last
-            if len(self._ended) > _ENDED_MAX:
-                self._ended.popitem(last=False)
 
     # Places.
 
@@ -306,8 +290,7 @@ class Exchange:
         self._settle(lane)
         request = lane.current
         assert request is not None
-        if request.is_start:
-            self._ended.pop(lane.key, None)
+        self._answers.forget(lane)
         held = applied_before(lane, request, opened)
         lane.step = opened.applied - held
         if held:

@@ -1,11 +1,8 @@
 """What requests of the Open Inference Protocol wait on: lanes, their frames, their errors."""
 
-import hashlib
 import time
 from collections import deque
 from collections.abc import Iterator
-
-import numpy as np
 
 from sluice_protos.sequences_pb2 import Closed, Fault, Opened
 from sluice_service.errors import (
@@ -24,38 +21,6 @@ from sluice_service.rpc.open_inference_requests import Request
 
 NONE = -1
 ERRORS = {error.reason: error for error in LaneError.__subclasses__()}
-
-
-class Answered:
-    """The last request of a sequence that counts its steps, kept for its repeat."""
-
-    __slots__ = ("_digest", "_place", "outputs")
-
-    def __init__(self, request: Request) -> None:
-        self._place, self._digest = _place(request), _digest(request)
-        self.outputs = request.outputs
-
-    def answers(self, request: Request) -> bool:
-        """True when `request` is that request once more."""
-        # The next one is at another place: only a repeat's inputs are worth a look.
-        return (
-            request.first is not None
-            and _place(request) == self._place
-            and _digest(request) == self._digest
-        )
-
-
-def _place(request: Request) -> tuple[object, ...]:
-    """Where in its sequence a request is."""
-    return request.first, request.steps, request.is_start, request.is_end
-
-
-def _digest(request: Request) -> bytes:
-    """Of its inputs."""
-    inputs = hashlib.blake2b(digest_size=16)
-    for array in request.inputs:
-        inputs.update(np.ascontiguousarray(array).data)
-    return inputs.digest()
 
 
 class Tally:
@@ -86,7 +51,6 @@ class Lane:
         "is_counted",
         "is_open",
         "key",
-        "last",
         "missing",
         "number",
         "queue",
@@ -108,7 +72,6 @@ class Lane:
         self.row = 0  # of the current request's batch
         self.missing = 0  # steps of the current request that have not come back
         self.resumes_at = NONE  # the step from which a repeat is run: before it outputs are held
-        self.last: Answered | None = None
 
     @property
     def first(self) -> int:

@@ -98,7 +98,7 @@ class Trunk:
 
     def _forget(self, lane: Lane) -> None:
         del self._by_number[lane.number]
-        lane.number, lane.is_open, lane.last = NONE, False, None
+        lane.number, lane.is_open = NONE, False
 
     def _schedule(self) -> None:
         """Send what there is once this turn of the event loop is over, or what follows at once."""

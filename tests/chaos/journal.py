@@ -48,7 +48,10 @@ class Journal:
 
     def outputs(self) -> NDArray[np.float32]:
         """All of it: [steps, outputs]."""
-        return np.frombuffer(self._outputs.read_bytes(), "<f4").reshape(-1, self._output_size)
+        # A step that its client is about to write may be there in part.
+        size = 4 * self._output_size
+        data = self._outputs.read_bytes()
+        return np.frombuffer(data[: len(data) // size * size], "<f4").reshape(-1, self._output_size)
 
     def put_identity(self, identity: dict[str, Any]) -> None:
         """Keep what the next process needs; the last one is kept."""

@@ -218,6 +218,13 @@ class World:
             verdict.take(judge_rivals(rivals))
         return verdict
 
+    def judge_so_far(self) -> Verdict:
+        """Judge what the clients have received by now; what is still to come is no wrong."""
+        verdict = Verdict()
+        for client in self.clients:
+            verdict.take(judge(client.folder, self._reference, must_be_whole=False))
+        return verdict
+
     def tails(self, lines: int = 25) -> str:
         """The last lines that each process has said."""
         parts = []

@@ -28,6 +28,7 @@ from sluice_service.errors import (
     LimitError,
     NotFoundError,
     OutOfRangeError,
+    StoreDownError,
     WrongModelError,
 )
 from sluice_service.inputs import InputRules
@@ -216,6 +217,9 @@ class Openings:
             record = Record(request.writer, request.attempt, table.raise_epoch(), is_alive=True)
             slot, now = self._arena.allocate(row, plane), self._clock.now()
             return table.create(request.sequence_id, slot, record, step=step, now=now)
+        if found.is_durable:
+            # It was not when the store might have been asked.
+            raise StoreDownError("the sequence has changed hands meanwhile; open it again")
         row, step, plane = self._start(request) if claim is Claim.WIPE else (None, 0, None)
         received = self._received(found, request, claim)
         self._lanes.part(found, Closed.FENCED)

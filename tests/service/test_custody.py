@@ -5,9 +5,18 @@ import asyncio
 import grpc
 import pytest
 
-from sluice_protos.sequences_pb2 import RESUME, Closed, Fault, ForkRequest, OpenSequence
+from sluice_protos.sequences_pb2 import (
+    OFF,
+    PERIODIC,
+    RESTART,
+    RESUME,
+    Closed,
+    Fault,
+    ForkRequest,
+    OpenSequence,
+)
 from tests.service.hands import Away, Late
-from tests.service.wire import SECONDS, eventually
+from tests.service.wire import SECONDS, eventually, floats
 
 MODEL = "accumulator"
 ME, HER = b"me", b"her"
@@ -155,3 +164,37 @@ async def test_a_start_that_a_stop_has_overtaken_leaves_its_id_to_the_next_serve
     assert here.find(MODEL, "s") is None
     opened = await there.wire(MODEL).open(0, "s")
     assert opened.applied == 0
+
+
+async def test_an_open_does_not_take_what_became_durable_while_the_store_was_asked_about_others(
+    kept, monkeypatch
+) -> None:
+    served = await kept()
+    store, may_answer, names = served.server._store, asyncio.Event(), list[str]()
+    claim = store.claim
+
+    async def answer_the_first_late(claims):
+        names.extend(one.key.sequence_id for one in claims)
+        answers = await claim(claims)
+        if len(names) == 1:
+            await may_answer.wait()
+        return answers
+
+    monkeypatch.setattr(store, "claim", answer_the_first_late)
+    wire, other = served.wire(MODEL), served.wire(MODEL)
+    await wire.open(0, "s", durability=OFF)
+    await other.send(
+        open=[
+            OpenSequence(lane=0, sequence_id="another"),
+            OpenSequence(lane=1, sequence_id="s", mode=RESUME),
+        ]
+    )
+    await eventually(lambda: names == ["another"])
+    await wire.send(close=[0])
+    await wire.next_closed(0)
+    await wire.open(1, "s", mode=RESTART, durability=PERIODIC)
+    may_answer.set()
+    await other.next_opened(0)
+    assert (await other.next_fault(1)).reason == Fault.UNAVAILABLE
+    await wire.push(1, floats([5]))
+    assert (await wire.rows(1, 1)) == 5

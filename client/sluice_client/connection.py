@@ -19,6 +19,7 @@ from sluice_client.kept import Bounds
 from sluice_client.lanes import Lane, Status
 from sluice_client.ledger import Ledger
 from sluice_client.messages import (
+    LANE_BYTES,
     UNLIMITED,
     one_step_fits,
     open_message,
@@ -287,9 +288,8 @@ class Connection:
         if not self._is_streaming:
             return None
         request = InferRequest()
-        bytes_used = self._put_opens(request) + self.ledger.acknowledgements.bytes_max
-        self._put_chunks(request, bytes_used)
-        self._put_ends(request)
+        bytes_used = self._put_opens(request) + self._put_ends(request)
+        self._put_chunks(request, bytes_used + self.ledger.acknowledgements.bytes_max)
         is_needed = request.open or request.lane or request.close or request.park
         if not is_needed and not self._is_acknowledgement_due:
             return None
@@ -334,20 +334,24 @@ class Connection:
         acknowledgements.clear()
         self._is_acknowledgement_due = False
 
-    def _put_ends(self, request: InferRequest) -> None:
-        request.park.extend(self._abandoned)
-        self._abandoned.clear()
-        if not self._ends:
-            return
+    def _put_ends(self, request: InferRequest) -> int:
+        """Let go of lanes at rest, which have no chunk in this message; the bytes they take."""
+        room = request_bytes_max(self.limits) // 4 // LANE_BYTES
+        request.park.extend(self._abandoned[:room])
+        del self._abandoned[:room]
+        count = len(request.park)
         later: list[Lane] = []
         for lane in self._ends:
-            if lane.status is Status.ATTACHED and self.ledger.is_idle(lane.number):
+            is_due = lane.status is Status.ATTACHED and self.ledger.is_idle(lane.number)
+            if is_due and count < room:
                 (request.park if lane.is_parking else request.close).append(lane.number)
                 self.ledger.detach(lane.number)
                 lane.status = Status.ENDING
+                count += 1
             elif lane.status is not Status.ENDED:
                 later.append(lane)
         self._ends = later
+        return count * LANE_BYTES
 
     # -- what arrives -----------------------------------------------------------------
 

@@ -10,8 +10,10 @@ from sluice_protos.sequences_pb2 import RESUME, InferRequest, Limits, OpenSequen
 UNLIMITED: Final = 2**31 - 1
 # What a server takes that has said nothing: gRPC's default.
 _REQUEST_BYTES_DEFAULT: Final = 2**22
+# What the number of a lane costs on the wire at its largest.
+LANE_BYTES: Final = 5
 # What a chunk costs on the wire beside its rows: lane, steps and first_step at their largest.
-_CHUNK_BYTES: Final = 5 + 5 + 10
+_CHUNK_BYTES: Final = LANE_BYTES + 5 + 10
 # What a message costs beside its chunks and opens.
 _MESSAGE_BYTES: Final = 4096
 

@@ -359,3 +359,21 @@ def test_a_step_that_no_message_can_hold_is_refused_before_it_is_sent(connection
     request = open_one(connection)
     with pytest.raises(errors.LimitReached, match="16 bytes"):
         give(connection, request, 1)
+
+
+def test_a_message_full_of_steps_has_no_room_for_thousands_of_closes(connection) -> None:
+    receive(connection, limits=Limits(request_bytes_max=16_384, credit_steps=100_000))
+    lane = int(open_one(connection).lanes[0])
+    crowd = connection.open([Opening(str(number)) for number in range(20_000)])
+    while connection.next_request() is not None:
+        pass
+    receive(connection, opened=[{"lane": number} for number in crowd.lanes.tolist()])
+    connection.submit(np.array([lane]), np.array([1000]), [np.ones((1000, 2), np.int64)])
+    closing = connection.close(crowd.lanes)
+    sizes, closed = [], []
+    while (message := connection.next_request()) is not None:
+        sizes.append(message.ByteSize())
+        closed += message.close
+    assert max(sizes) <= 16_384
+    assert sorted(closed) == sorted(closing.lanes.tolist())
+    assert connection.ledger.in_flight == 1000

@@ -108,6 +108,8 @@ class AsyncStream:
         self._has_work = asyncio.Event()
         self._is_needed = asyncio.Event()
         self._runner: asyncio.Task[None] | None = None
+        # Why nobody is met any more.
+        self._failure: SluiceError | None = None
 
     @property
     def connection(self) -> Connection:
@@ -116,13 +118,18 @@ class AsyncStream:
         return self._connection
 
     async def meet(self) -> Connection:
-        """Learn the model's contract, once. Raises ModelNotFound, Unavailable."""
-        if self._connection is None:
+        """Learn the model's contract, once. Raises ModelNotFound, Unavailable, ClientClosed."""
+        if self._connection is None and self._failure is None:
             if self._meeting is None or self._meeting.done():
                 self._meeting = asyncio.create_task(self._meet())
             # All who wait go on in the same turn of the loop, so that their opens leave together.
-            await asyncio.shield(self._meeting)
-        return self.connection
+            await asyncio.wait({self._meeting})
+            if self._failure is None:
+                self._meeting.result()
+        if self._connection is None:
+            assert self._failure is not None
+            raise self._failure.at(None, None)
+        return self._connection
 
     async def _meet(self) -> None:
         signature = Signature(await self.route.contract(self._model))
@@ -153,6 +160,10 @@ class AsyncStream:
 
     async def close(self, error: SluiceError) -> None:
         """End the stream; sequences on it are parked by that. Who still waits gets `error`."""
+        self._failure = error
+        if self._meeting is not None:
+            self._meeting.cancel()
+            await asyncio.gather(self._meeting, return_exceptions=True)
         if self._runner is not None:
             self._runner.cancel()
             await asyncio.gather(self._runner, return_exceptions=True)

@@ -107,6 +107,8 @@ class ThreadStream:
         self._connection: Connection | None = None
         self._meeting = threading.Lock()
         self._is_closed = threading.Event()
+        # Why nobody is met any more.
+        self._failure: SluiceError | None = None
         self._call: _Cancellable | None = None
         self._runner = threading.Thread(target=self._run, name=f"sluice {self._model}", daemon=True)
 
@@ -117,9 +119,11 @@ class ThreadStream:
         return self._connection
 
     def meet(self) -> Connection:
-        """Learn the model's contract, once. Raises ModelNotFound, Unavailable."""
+        """Learn the model's contract, once. Raises ModelNotFound, Unavailable, ClientClosed."""
         with self._meeting:
             if self._connection is None:
+                if self._failure is not None:
+                    raise self._failure.at(None, None)
                 signature = Signature(self.route.contract(self._model))
                 self._connection = Connection(
                     self._model,
@@ -146,6 +150,7 @@ class ThreadStream:
 
     def close(self, error: SluiceError) -> None:
         """End the stream; sequences on it are parked by that. Who still waits gets `error`."""
+        self._failure = error
         with self._meeting:
             if self._connection is None:
                 return

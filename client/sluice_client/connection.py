@@ -21,6 +21,8 @@ from sluice_client.ledger import Ledger
 from sluice_client.messages import (
     LANE_BYTES,
     UNLIMITED,
+    lanes_that_fit,
+    one_open_fits,
     one_step_fits,
     open_message,
     put_frame,
@@ -288,7 +290,8 @@ class Connection:
         if not self._is_streaming:
             return None
         request = InferRequest()
-        bytes_used = self._put_opens(request) + self._put_ends(request)
+        bytes_used = self._put_opens(request)
+        bytes_used += self._put_ends(request, bytes_used)
         self._put_chunks(request, bytes_used + self.ledger.acknowledgements.bytes_max)
         is_needed = request.open or request.lane or request.close or request.park
         if not is_needed and not self._is_acknowledgement_due:
@@ -308,6 +311,14 @@ class Connection:
                 continue
             lane.attempt += 1
             message = open_message(lane, told(lane, self.ledger))
+            if not one_open_fits(self.limits, message):
+                why = (
+                    f"its open has {message.ByteSize()} bytes, more than the server takes in a "
+                    f"message ({self.limits.request_bytes_max}); serve with a higher "
+                    "--request-bytes-max"
+                )
+                self._end(lane, self._place(errors.LimitReached(why), lane))
+                continue
             size += message.ByteSize() + 8
             if size > size_max and request.open:
                 self._opens.appendleft(lane)
@@ -318,7 +329,10 @@ class Connection:
 
     def _put_chunks(self, request: InferRequest, bytes_used: int) -> None:
         limits, ledger, step_bytes = self.limits, self.ledger, self.signature.step_bytes
-        rows_max = rows_that_fit(limits, step_bytes, bytes_used, ledger.in_flight)
+        is_alone = not (request.open or request.close or request.park)
+        rows_max = rows_that_fit(
+            limits, step_bytes, bytes_used, ledger.in_flight, is_alone=is_alone
+        )
         frame = ledger.pick(rows_max, limits.chunk_steps_max or UNLIMITED, step_bytes)
         if frame is not None:
             put_frame(request, frame)
@@ -334,9 +348,9 @@ class Connection:
         acknowledgements.clear()
         self._is_acknowledgement_due = False
 
-    def _put_ends(self, request: InferRequest) -> int:
+    def _put_ends(self, request: InferRequest, bytes_used: int) -> int:
         """Let go of lanes at rest, which have no chunk in this message; the bytes they take."""
-        room = request_bytes_max(self.limits) // 4 // LANE_BYTES
+        room = lanes_that_fit(self.limits, bytes_used)
         request.park.extend(self._abandoned[:room])
         del self._abandoned[:room]
         count = len(request.park)

@@ -14,6 +14,8 @@ _REQUEST_BYTES_DEFAULT: Final = 2**22
 LANE_BYTES: Final = 5
 # What a chunk costs on the wire beside its rows: lane, steps and first_step at their largest.
 _CHUNK_BYTES: Final = LANE_BYTES + 5 + 10
+# What a message with one open costs beside it, but for the name of the model.
+_OPEN_BYTES: Final = 64
 # What a message costs beside its chunks and opens.
 _MESSAGE_BYTES: Final = 4096
 
@@ -52,13 +54,30 @@ def request_bytes_max(limits: Limits) -> int:
     return limits.request_bytes_max or _REQUEST_BYTES_DEFAULT
 
 
-def rows_that_fit(limits: Limits, step_bytes: int, bytes_used: int, in_flight: int) -> int:
-    """The steps that may be sent now in one message: by its size, and by credit."""
+def lanes_that_fit(limits: Limits, bytes_used: int) -> int:
+    """The lanes that may be let go of in one message: a quarter is theirs, where it is free."""
+    size = request_bytes_max(limits)
+    return max(0, min(size // 4, size * 3 // 4 - bytes_used)) // LANE_BYTES
+
+
+def rows_that_fit(
+    limits: Limits, step_bytes: int, bytes_used: int, in_flight: int, *, is_alone: bool
+) -> int:
+    """The steps that may be sent now in one message: by its size, and by credit.
+
+    One at least where they are alone in it: no message has more room.
+    """
     room = request_bytes_max(limits) - _MESSAGE_BYTES - bytes_used
     credit = limits.credit_steps or UNLIMITED
     if limits.credit_bytes:
         credit = min(credit, max(1, limits.credit_bytes // max(1, step_bytes)))
-    return min(max(1, room // (step_bytes + _CHUNK_BYTES)), credit - in_flight)
+    return min(max(int(is_alone), room // (step_bytes + _CHUNK_BYTES)), credit - in_flight)
+
+
+def one_open_fits(limits: Limits, message: OpenSequence) -> bool:
+    """False when no message could ever hold this open; True while the limit is not known."""
+    size_max = limits.request_bytes_max
+    return not size_max or message.ByteSize() + _OPEN_BYTES <= size_max
 
 
 def one_step_fits(limits: Limits, step_bytes: int) -> bool:

@@ -377,3 +377,53 @@ def test_a_message_full_of_steps_has_no_room_for_thousands_of_closes(connection)
     assert max(sizes) <= 16_384
     assert sorted(closed) == sorted(closing.lanes.tolist())
     assert connection.ledger.in_flight == 1000
+
+
+def state_of(size: int) -> SequenceState:
+    return SequenceState("d", 3, np.ones(size // 4, np.float32))
+
+
+def test_an_open_that_no_message_can_hold_is_refused_alone(connection) -> None:
+    receive(connection, limits=Limits(request_bytes_max=16_384, credit_steps=1000))
+    request = open_one(connection)
+    huge = connection.open([Opening("huge", state=state_of(16_384))])
+    beside = connection.open([Opening("beside")])
+    assert [opening.sequence_id for opening in send(connection).open] == ["beside"]
+    error = huge.errors[0]
+    assert isinstance(error, errors.LimitReached)
+    assert error.sequence_id == "huge"
+    assert "--request-bytes-max" in str(error)
+    assert not beside.is_done
+    give(connection, request, 1)
+    assert list(send(connection).lane) == [0]
+
+
+def test_a_large_open_leaves_a_large_step_to_the_next_message() -> None:
+    contract = make_contract()
+    contract.inputs[0].shape[0] = 1000  # 8,000 bytes a step
+    connection = Connection("sum", Signature(contract))
+    connection.begin(connection.signature)
+    receive(connection, limits=Limits(request_bytes_max=16_384, credit_steps=1000))
+    request = open_one(connection)
+    connection.open([Opening("large", state=state_of(12_000))])
+    connection.submit(request.lanes, np.array([1]), [np.ones((1, 1000), np.int64)])
+    messages = [send(connection), send(connection)]
+    assert [len(message.open) for message in messages] == [1, 0]
+    assert [len(message.lane) for message in messages] == [0, 1]
+    assert max(message.ByteSize() for message in messages) <= 16_384
+
+
+def test_a_large_open_leaves_thousands_of_closes_to_the_next_messages(connection) -> None:
+    receive(connection, limits=Limits(request_bytes_max=16_384, credit_steps=1000))
+    crowd = connection.open([Opening(str(number)) for number in range(2_000)])
+    while connection.next_request() is not None:
+        pass
+    receive(connection, opened=[{"lane": number} for number in crowd.lanes.tolist()])
+    connection.close(crowd.lanes)
+    connection.open([Opening("large", state=state_of(15_000))])
+    sizes, closed = [], []
+    while (message := connection.next_request()) is not None:
+        sizes.append(message.ByteSize())
+        closed += message.close
+    assert max(sizes) <= 16_384
+    assert len(closed) == 2_000

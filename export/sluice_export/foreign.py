@@ -23,6 +23,7 @@ from sluice_export.original import Original
 from sluice_export.packing import Part, check_state_type
 from sluice_export.pairing import StatePair, could_be_states, pair_states
 from sluice_export.proofs import Evidence, prove_ragged
+from sluice_export.ranges import require_range
 from sluice_export.surgery import (
     constants_of,
     inputs_of,
@@ -142,8 +143,12 @@ def _find_ranges(
             if name in layout.inputs and name not in valid:
                 ranges[name] = (0, min(rows - 1, ranges.get(name, (0, rows))[1]))
     for name in layout.inputs:
-        kind = helper.tensor_dtype_to_np_dtype(values[name].type.tensor_type.elem_type).kind
-        if kind in "iu" and name not in ranges:
+        dtype = helper.tensor_dtype_to_np_dtype(values[name].type.tensor_type.elem_type)
+        if name in ranges:
+            limits = np.iinfo(dtype) if dtype.kind in "iu" else None
+            held = (int(limits.min), int(limits.max)) if limits else None
+            require_range(name, held, ranges[name])
+        elif dtype.kind in "iu":
             raise InputError(
                 f"input {name!r} has integers that go into no table directly, so their range is "
                 f"unknown; name it: --valid {name}:0:9"

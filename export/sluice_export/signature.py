@@ -9,12 +9,20 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from sluice_export.arguments import Arguments
+from sluice_export.ranges import require_range
 
 # What the graph calls the tensors that every exported model has.
 LENGTHS: Final = "lengths"
 STATE: Final = "state"
 STATE_OUT: Final = "state_out"
 RESERVED_NAMES: Final = frozenset({LENGTHS, STATE, STATE_OUT})
+
+_INTEGERS: Final = frozenset(
+    {
+        *(torch.int8, torch.int16, torch.int32, torch.int64),
+        *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -26,6 +34,13 @@ class InputLeaf:
     dtype: torch.dtype
     shape: tuple[int, ...]  # of one step
     valid: tuple[int, int] | None = None  # inclusive, for integers that index a table
+
+    def __post_init__(self) -> None:
+        """Raise InputError unless `valid` is a range of integers."""
+        if self.valid is not None:
+            limits = torch.iinfo(self.dtype) if self.dtype in _INTEGERS else None
+            held = (limits.min, limits.max) if limits else None
+            require_range(self.name, held, self.valid)
 
 
 @dataclass(frozen=True)

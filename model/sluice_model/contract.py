@@ -1,12 +1,15 @@
 """Reads, writes and checks the contract that an exported ONNX file carries inside."""
 
 import hashlib
+import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 import onnx
 from google.protobuf import json_format
+from google.protobuf.message import Message
 from numpy.typing import NDArray
 
 from sluice_model.errors import ContractError, NotAModelError
@@ -15,6 +18,12 @@ from sluice_protos.datatypes import DTYPES
 
 METADATA_KEY: Final = "sluice.contract"
 SCHEMA_VERSION: Final = 1
+
+# Beyond what any kernel needs; every run is padded up to them.
+_MINIMUM_MAX: Final = 64
+
+# Told whether something holds, and the problem where it does not: then ContractError.
+_Require = Callable[[bool, str], None]
 
 _ELEMENT_TYPES: Final[dict[int, str]] = {
     onnx.TensorProto.BOOL: "BOOL",
@@ -39,7 +48,7 @@ def load_proto(path: Path) -> onnx.ModelProto:
     files beside it.
     """
     proto = parse_proto(path)
-    if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in proto.graph.initializer):
+    if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in _tensors(proto)):
         raise NotAModelError(
             f"{path}: keeps weights in other files; save it as one file "
             "(onnx.save_model with save_as_external_data=False)"
@@ -151,15 +160,25 @@ def count_parameters(proto: onnx.ModelProto) -> int:
     """The floats of a graph's weights."""
     floats = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE}
     return sum(
-        int(np.prod(tensor.dims, dtype=np.int64))
-        for tensor in proto.graph.initializer
-        if tensor.data_type in floats
+        math.prod(tensor.dims) for tensor in proto.graph.initializer if tensor.data_type in floats
     )
 
 
 def part_size(part: StatePart) -> int:
     """The floats of one state part."""
-    return int(np.prod(part.shape, dtype=np.int64))
+    return math.prod(part.shape)
+
+
+def _tensors(message: Message) -> Iterator[onnx.TensorProto]:
+    """Every tensor inside: of graphs, of the branches of their nodes, of functions."""
+    for field, value in message.ListFields():
+        if field.message_type is None:
+            continue
+        for part in [value] if isinstance(value, Message) else value:
+            if isinstance(part, onnx.TensorProto):
+                yield part
+            else:
+                yield from _tensors(part)
 
 
 def _check(proto: onnx.ModelProto, contract: ModelContract, *, name: str) -> None:
@@ -175,6 +194,9 @@ def _check(proto: onnx.ModelProto, contract: ModelContract, *, name: str) -> Non
 
     require(bool(contract.inputs), "names no input")
     require(bool(contract.outputs), "names no output")
+    for specs in (contract.inputs, contract.outputs):
+        names = [spec.name for spec in specs]
+        require(len(set(names)) == len(names), f"names one of {names} twice")
     expected = {spec.name for spec in contract.inputs}
     expected |= {contract.state_input, contract.lengths_input} - {""}
     require(expected == set(inputs), f"names inputs {sorted(expected)}, not {sorted(inputs)}")
@@ -185,15 +207,12 @@ def _check(proto: onnx.ModelProto, contract: ModelContract, *, name: str) -> Non
     for spec in contract.outputs:
         _check_tensor(outputs[spec.name], spec, contract, require)
 
-    offset = 0
-    for part in contract.state:
-        require(part.offset == offset, f"leaves a gap before state part {part.name!r}")
-        size = part_size(part)
-        require(len(part.initial) in (0, size), f"has a wrong initial value for {part.name!r}")
-        offset += size
-    require(offset == contract.state_size, f"has {offset} floats of state parts, not state_size")
-    require((contract.state_size > 0) == bool(contract.state_input), "has a state without input")
-    require(contract.batch_min >= 1 and contract.length_min >= 1, "has no smallest batch or length")
+    _check_state(inputs, outputs, contract, require)
+    for minimum in (contract.batch_min, contract.length_min):
+        require(
+            1 <= minimum <= _MINIMUM_MAX,
+            f"has a smallest batch or length of {minimum}, not of 1 to {_MINIMUM_MAX}",
+        )
     require(
         contract.batch_max == 0 or contract.batch_min <= contract.batch_max,
         "has a smallest batch beyond its largest",
@@ -205,10 +224,42 @@ def _check(proto: onnx.ModelProto, contract: ModelContract, *, name: str) -> Non
     )
 
 
-def _check_tensor(
-    value: onnx.ValueInfoProto, spec: TensorSpec, contract: ModelContract, require: object
+def _check_state(
+    inputs: dict[str, onnx.ValueInfoProto],
+    outputs: dict[str, onnx.ValueInfoProto],
+    contract: ModelContract,
+    require: _Require,
 ) -> None:
-    assert callable(require)
+    """Check the layout of the state row, and what carries it through the graph."""
+    offset = 0
+    for part in contract.state:
+        require(part.offset == offset, f"leaves a gap before state part {part.name!r}")
+        size = part_size(part)
+        is_whole = len(part.initial) in (0, size) and all(map(math.isfinite, part.initial))
+        require(is_whole, f"has a wrong initial value for {part.name!r}")
+        offset += size
+    size = contract.state_size
+    require(offset == size, f"has {offset} floats of state parts, not state_size")
+    require((size > 0) == bool(contract.state_input), "has a state without input")
+    require((size > 0) == bool(contract.state_output), "has a state without output")
+    for value in (inputs.get(contract.state_input), outputs.get(contract.state_output)):
+        if value is not None:
+            tensor = value.type.tensor_type
+            sizes = [dim.dim_value for dim in tensor.shape.dim]
+            is_row = len(sizes) == 2 and sizes[1] == size
+            require(
+                is_row and tensor.elem_type == onnx.TensorProto.FLOAT,
+                f"gives {value.name!r} rows of {size} floats, which the graph does not",
+            )
+    if contract.lengths_input:
+        tensor = inputs[contract.lengths_input].type.tensor_type
+        is_counts = tensor.elem_type == onnx.TensorProto.INT32 and len(tensor.shape.dim) == 1
+        require(is_counts, f"takes {contract.lengths_input!r} for lengths, which are [batch] int32")
+
+
+def _check_tensor(
+    value: onnx.ValueInfoProto, spec: TensorSpec, contract: ModelContract, require: _Require
+) -> None:
     tensor = value.type.tensor_type
     datatype = _ELEMENT_TYPES.get(tensor.elem_type)
     require(spec.datatype in DTYPES, f"gives {spec.name!r} the unknown datatype {spec.datatype!r}")
@@ -220,3 +271,13 @@ def _check_tensor(
     require(is_placed, f"has wrong axes for {spec.name!r}")
     shape = [dim.dim_value for axis, dim in enumerate(tensor.shape.dim) if axis not in axes]
     require(shape == list(spec.shape), f"gives {spec.name!r} shape {list(spec.shape)}, not {shape}")
+    require(all(shape), f"gives {spec.name!r} an axis of no fixed size")
+    if spec.HasField("valid"):
+        dtype = DTYPES[spec.datatype]
+        require(dtype.kind in "iu", f"limits the values of {spec.name!r}, which is {spec.datatype}")
+        limits = np.iinfo(dtype)
+        # The last may lie beyond: a byte can index a table of more than 256 rows.
+        require(
+            limits.min <= spec.valid.min <= min(spec.valid.max, limits.max),
+            f"has no valid values for {spec.name!r}: {spec.valid.min} to {spec.valid.max}",
+        )

@@ -179,8 +179,9 @@ def example_inputs(
             arrays.append(generator.integers(0, 2, shape).astype(dtype))
         else:
             low, high = (spec.valid.min, spec.valid.max) if spec.HasField("valid") else (0, 1)
-            arrays.append(generator.integers(low, high, shape, dtype=np.int64, endpoint=True))
-            arrays[-1] = arrays[-1].astype(dtype)
+            high = min(high, np.iinfo(dtype).max)
+            drawn = generator.integers(low, high, shape, dtype=np.int64, endpoint=True)
+            arrays.append(drawn.astype(dtype))
     return arrays
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sluice_model import ContractError, Model, SelfTest, run_self_test
+from sluice_model import ContractError, Model, ModelError, SelfTest, run_self_test
 from sluice_protos.contract_pb2 import TensorSpec
 from sluice_service.arena import Arena, Slots
 from sluice_service.engine import Engine, Outcome
@@ -44,9 +44,18 @@ def load_version(path: Path, number: int, *, threads: int, refuses_non_finite: b
     Raises ModelError when it cannot be served.
     """
     started = time.monotonic()
-    model = Model.load(path, threads=threads)
-    self_test = run_self_test(model)
-    engine = Engine(model, refuses_non_finite=refuses_non_finite)
+    try:
+        model = Model.load(path, threads=threads)
+        self_test = run_self_test(model)
+        engine = Engine(model, refuses_non_finite=refuses_non_finite)
+    except ModelError:
+        raise
+    except Exception as error:
+        # Whatever a file brings about is that file's: the server and its other models go on.
+        raise ContractError(
+            f"{path}: cannot be loaded and tested ({type(error).__name__}: {error}); where that is "
+            "not for want of memory, export it again"
+        ) from error
     return Version(number, path, model, self_test, engine, time.monotonic() - started)
 
 

@@ -22,7 +22,7 @@ from sluice_protos.sequences_pb2 import (
 )
 from sluice_service.settings import Settings
 from tests.compat.caller import SECONDS, Caller, request, values
-from tests.compat.models import write_gained_accumulator
+from tests.compat.models import write_breaking_accumulator, write_gained_accumulator
 from tests.service.wire import Served, eventually, floats
 
 Code = grpc.StatusCode
@@ -440,6 +440,20 @@ async def test_at_the_start_an_older_version_serves_where_the_newest_is_bad(
     caller = Caller((await followed("none")).channel)
     assert values(await caller.send(ask(1))) == [1]
     assert (await index(caller))["sum", "2"].startswith("UNAVAILABLE")
+
+
+async def test_a_file_that_breaks_what_tests_it_is_a_bad_file(
+    folder, followed, accumulator_file
+) -> None:
+    write_breaking_accumulator(accumulator_file, folder.path / "sum" / "2" / "model.onnx")
+    served = await followed("poll")
+    caller = Caller(served.channel)
+    assert values(await caller.send(ask(1))) == [1]
+    write_breaking_accumulator(accumulator_file, folder.path / "sum" / "3" / "model.onnx")
+    folder.put(1, name="zebra")
+    await served.server._repository.look()
+    assert "export it again" in (await index(caller))["sum", "3"]
+    assert "zebra" in served.server._hosts
 
 
 async def test_a_server_without_one_good_version_of_a_model_does_not_start(

@@ -15,7 +15,7 @@ from sluice_model import (
     write_contract,
 )
 from sluice_model.contract import count_parameters
-from sluice_protos.contract_pb2 import ModelContract, StatePart
+from sluice_protos.contract_pb2 import ModelContract, StatePart, TensorSpec
 
 
 def edit(path, tmp_path, change):
@@ -80,6 +80,47 @@ def test_weights_in_other_files_are_refused(tmp_path, lstm_file):
     proto = onnx.load_model(lstm_file.path)
     path = tmp_path / "model.onnx"
     onnx.save_model(proto, path, save_as_external_data=True, size_threshold=0)
+    with pytest.raises(NotAModelError, match="save it as one file"):
+        read_contract(path)
+
+
+def external_tensor():
+    tensor = TensorProto(name="weight", data_type=TensorProto.FLOAT, dims=[1])
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="beside.bin")
+    return tensor
+
+
+def in_a_branch(proto):
+    result = helper.make_tensor_value_info("weight", TensorProto.FLOAT, [1])
+    branch = helper.make_graph([], "branch", [], [result], [external_tensor()])
+    choice = helper.make_node("If", ["is_so"], ["z"], then_branch=branch, else_branch=branch)
+    proto.graph.node.append(choice)
+
+
+def in_a_constant(proto):
+    proto.graph.node.append(helper.make_node("Constant", [], ["z"], value=external_tensor()))
+
+
+def in_a_sparse_tensor(proto):
+    proto.graph.sparse_initializer.add(values=external_tensor())
+
+
+def in_a_function(proto):
+    constant = helper.make_node("Constant", [], ["z"], value=external_tensor())
+    proto.functions.append(helper.make_function("own", "Weight", [], ["z"], [constant], []))
+
+
+@pytest.mark.parametrize("place", [in_a_branch, in_a_constant, in_a_sparse_tensor, in_a_function])
+def test_weights_in_other_files_are_refused_wherever_they_are_named(
+    accumulator_file, tmp_path, place
+):
+    proto = onnx.load_model(accumulator_file)
+    contract = read_contract(accumulator_file)
+    place(proto)
+    write_contract(proto, contract)
+    path = tmp_path / "model.onnx"
+    path.write_bytes(proto.SerializeToString())
     with pytest.raises(NotAModelError, match="save it as one file"):
         read_contract(path)
 
@@ -154,13 +195,67 @@ UNTRUE = {
         ModelContract(is_one_step=True, length_min=2)
     ),
     "denies its time axis": lambda c: setattr(c, "is_one_step", True),
+    "has more state than the graph": lambda c: c.MergeFrom(state(size=2**31 - 1)),
+    "has more state than numbers can tell": lambda c: c.MergeFrom(state(2**31, 2**31, 4, size=0)),
+    "starts with no number": lambda c: c.state[0].initial.append(float("nan")),
+    "has a state without output": lambda c: setattr(c, "state_output", ""),
+    "takes another output for the state": lambda c: setattr(c, "state_output", "y"),
+    "takes an input for the lengths": lambda c: c.MergeFrom(
+        ModelContract(lengths_input="state", state_input="lengths")
+    ),
+    "pads to a huge batch": lambda c: setattr(c, "batch_min", 2**31 - 1),
+    "pads to a huge length": lambda c: setattr(c, "length_min", 65),
+    "names an input twice": lambda c: c.inputs.append(c.inputs[0]),
+    "names an output twice": lambda c: c.outputs.append(c.outputs[0]),
+    "limits floats": lambda c: c.inputs[0].valid.SetInParent(),
 }
+
+
+def state(*shape, size):
+    """A further part of `shape`, by default so many floats that all are `size`."""
+    part = StatePart(name="more", offset=1, shape=shape or [size - 1])
+    return ModelContract(state=[part], state_size=size)
 
 
 @pytest.mark.parametrize("change", UNTRUE.values(), ids=UNTRUE)
 def test_a_contract_that_is_not_the_graphs_is_never_written(accumulator_file, tmp_path, change):
     with pytest.raises(ContractError, match="the contract"):
         rewrite(accumulator_file, tmp_path, change)
+
+
+@pytest.mark.parametrize("first, last", [(5, 1), (-1, 5), (256, 300)])
+def test_values_that_an_input_cannot_have_are_not_valid(first, last):
+    values = [
+        helper.make_tensor_value_info(name, TensorProto.UINT8, ["batch", "steps", 1])
+        for name in "xy"
+    ]
+    graph = helper.make_graph(
+        [helper.make_node("Identity", ["x"], ["y"])], "g", values[:1], values[1:]
+    )
+    spec = {"datatype": "UINT8", "shape": [1], "batch_axis": 0, "time_axis": 1}
+    contract = ModelContract(
+        inputs=[TensorSpec(name="x", **spec)],
+        outputs=[TensorSpec(name="y", **spec)],
+        batch_min=1,
+        length_min=1,
+    )
+    write_contract(helper.make_model(graph), contract)
+    contract.inputs[0].valid.min, contract.inputs[0].valid.max = first, last
+    with pytest.raises(ContractError, match=f"no valid values for 'x': {first} to {last}"):
+        write_contract(helper.make_model(graph), contract)
+
+
+def test_an_axis_of_no_fixed_size_is_refused(accumulator_file, tmp_path):
+    def change(proto):
+        for value in (proto.graph.input[0], proto.graph.output[0]):
+            value.type.tensor_type.shape.dim[2].dim_param = "features"
+        contract = read_contract(accumulator_file)
+        for spec in (contract.inputs[0], contract.outputs[0]):
+            spec.shape[:] = [0]
+        write_contract(proto, contract)
+
+    with pytest.raises(ContractError, match="no fixed size"):
+        edit(accumulator_file, tmp_path, change)
 
 
 def test_the_initial_row_has_each_part_in_its_place():

@@ -70,3 +70,9 @@ class CheckpointError(ExportError):
 
 class ExportNotice(UserWarning):
     """Something about an export that its author should know, though nothing is wrong."""
+
+
+def first_line(error: BaseException | None) -> str:
+    """The first line of what an error says."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -43,7 +43,7 @@ def export(
     name            of the model, for people; the file's name where left out
     output_names    of the outputs, in order; "y" where left out
     valid           the first and last valid value of integer inputs, by name; found
-                    out for those that go into an nn.Embedding
+                    out for those that all go, as they are, into nn.Embedding tables of one size
     tolerance       the largest difference to PyTorch, relative to the largest value
 
     The module is exported as it is in eval mode (dropout off) and left unchanged.

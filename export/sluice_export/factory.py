@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sluice_export.errors import CheckpointError, FactoryError, InputError
+from sluice_export.roles import REFUSALS
 from sluice_export.weights import read_safetensors
 
 # Under which training scripts keep the weights beside optimizer and step.
@@ -162,7 +163,7 @@ def guess_inputs(module: nn.Module) -> Tensor:
         try:
             with torch.no_grad():
                 module(example)
-        except (RuntimeError, TypeError, ValueError, IndexError, AssertionError):
+        except REFUSALS:
             continue
         return example
     raise InputError(

@@ -39,6 +39,16 @@ class Observation:
         """The calls of one layer, in order."""
         return [call for call in self.layers if call.path == layer.path]
 
+    def last_calls(self, layer: RecurrentLayer) -> list[LayerCall]:
+        """The calls of one layer that left it with its states; `layer` knows how many."""
+        return self.calls(layer)[-layer.calls :]
+
+    def ends(self, layer: RecurrentLayer) -> list[Tensor]:
+        """Each state that a layer was left with, as it gave it: a cell's without a depth."""
+        is_cell = isinstance(layer.module, nn.RNNCellBase)
+        states = [state for call in self.last_calls(layer) for state in call.after]
+        return [state[0] if is_cell else state for state in states]
+
     def last_states(self, carriers: Sequence[RecurrentLayer | CausalConvolution]) -> dict[str, Any]:
         """The state that `carriers` were left with: part name to [batch, …].
 
@@ -50,7 +60,7 @@ class Observation:
                 given = [call.given for call in self.convolutions if call.module is carrier.module]
                 states[carrier.part] = carrier.context(given[0])
                 continue
-            for number, call in enumerate(self.calls(carrier)[-carrier.calls :]):
+            for number, call in enumerate(self.last_calls(carrier)):
                 for state, tensor in zip(carrier.kind.states, call.after, strict=True):
                     if tensor.shape[-1] == carrier.module.hidden_size:
                         for depth in range(carrier.depth):

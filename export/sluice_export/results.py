@@ -1,14 +1,15 @@
 """Finds the outputs among what a module returns: those that are no state."""
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from sluice_export.errors import OutputError
+from sluice_export.delivery import notify
+from sluice_export.errors import LayerError, OutputError
 from sluice_export.observation import Observation
 from sluice_export.signature import OutputLeaf
 
@@ -22,35 +23,88 @@ _STEPS: Final = (SMALL[1], LARGE[1])
 _MERGED: Final = (SMALL[0] * SMALL[1], LARGE[0] * LARGE[1])
 
 
+@dataclass(frozen=True)
+class CarriedState:
+    """A state argument of a call with LARGE sizes."""
+
+    name: str
+    shape: tuple[int, ...]
+    # What the layers that it reached were left with.
+    ends: tuple[Tensor, ...]
+
+
 def find_outputs(
-    small: Observation, large: Observation, names: Sequence[str] | None
+    small: Observation,
+    large: Observation,
+    names: Sequence[str] | None,
+    *,
+    ends: Sequence[Tensor],
+    carried: Sequence[CarriedState],
 ) -> tuple[OutputLeaf, ...]:
     """The results with a row for each sequence, named; a layer's own states only if alone.
 
-    `small` and `large` are calls with SMALL and LARGE (batch, steps). Raises
-    OutputError for anything else.
+    `small` and `large` are calls with SMALL and LARGE (batch, steps), `ends` the states that
+    layers were left with in the large one. Raises OutputError for anything else, LayerError
+    where a state comes back as another than the layer's.
     """
-    states = [tensor.flatten() for call in large.layers for tensor in call.after]
     paths, _ = pytree.tree_flatten_with_path(small.result)
+    leaves = pytree.tree_leaves(large.result)
+    shapes = {state.shape for state in carried}
     found: list[OutputLeaf] = []
     kept: list[OutputLeaf] = []
-    for index, ((path, one), two) in enumerate(
-        zip(paths, pytree.tree_leaves(large.result), strict=True)
-    ):
+    for index, ((path, one), two) in enumerate(zip(paths, leaves, strict=True)):
         if one is None:
             continue
         if not isinstance(one, Tensor):
             raise OutputError(f"forward returns a {type(one).__name__}; return tensors only")
         axes = _find_axes(one, two, index)
-        is_state = _STEPS not in axes and bool(states) and _is_among(two, torch.cat(states))
+        is_state = _is_state(two, ends, shapes)
         (kept if is_state else found).append(_output(index, _key(path), one, axes))
     if not found and not kept:
         raise OutputError("forward returns no tensor; return one with a row for every sequence")
+    if found:
+        _check_returned([leaves[o.index] for o in found], [leaves[o.index] for o in kept], carried)
+    for output in kept if found else ():
+        result = leaves[output.index]
+        if not shapes and not any(_is_same(result, end) for end in ends):
+            notify(
+                f"result {output.index} of forward is made of states that layers end with; it is "
+                "carried, and no output. To have it as an output, return it in another shape"
+            )
     return _name(found or kept, names)
 
 
-def _is_among(tensor: Tensor, values: Tensor) -> bool:
-    return bool(torch.isin(tensor, values).all())
+def _is_same(one: Tensor, two: Tensor) -> bool:
+    return one.shape == two.shape and torch.equal(one, two)
+
+
+def _is_state(tensor: Tensor, ends: Sequence[Tensor], shapes: Collection[tuple[int, ...]]) -> bool:
+    """Whether a result is a state that a layer ends with, or a state argument made of some.
+
+    The last step of what a layer gives has the same numbers, in another shape.
+    """
+    held = [end for end in ends if end.dtype == tensor.dtype and torch.isin(end, tensor).all()]
+    if not held or not torch.isin(tensor, torch.cat([end.flatten() for end in held])).all():
+        return False
+    is_stack = len(held) > 1 and tensor.numel() == sum(end.numel() for end in held)
+    return is_stack or tensor.shape in {*shapes, *(end.shape for end in held)}
+
+
+def _check_returned(
+    outputs: Sequence[Tensor], states: Sequence[Tensor], carried: Sequence[CarriedState]
+) -> None:
+    """Raise LayerError where an output seems to be what becomes of a state argument."""
+    for state in carried:
+        is_returned = all(
+            any(end.dtype == s.dtype and torch.isin(end, s).all() for s in states)
+            for end in state.ends
+        )
+        if not is_returned and any(output.shape == state.shape for output in outputs):
+            raise LayerError(
+                f"forward takes {state.name!r} as a state, but returns in its shape something "
+                "else than the layer was left with, and a stream carries the layer's state; "
+                "return the state as the layer gave it, beside whatever is made of it"
+            )
 
 
 def _key(path: Sequence[Any]) -> str:

@@ -17,14 +17,13 @@ from sluice_export.errors import (
     LayerError,
     NoRecurrentLayerError,
     UnsupportedModuleError,
+    first_line,
 )
 from sluice_export.layers import RecurrentLayer, find_layers
 from sluice_export.observation import Observation, observe, watch
-from sluice_export.results import LARGE, SMALL, find_outputs
-from sluice_export.signature import RESERVED_NAMES, InputLeaf, Signature, StateLeaf, draw
-
-# What a forward may raise when it is given shapes or values that it does not take.
-_REFUSALS = (RuntimeError, ValueError, IndexError, TypeError, AssertionError)
+from sluice_export.results import LARGE, SMALL, CarriedState, find_outputs
+from sluice_export.roles import REFUSALS, Roles, find_roles
+from sluice_export.signature import RESERVED_NAMES, InputLeaf, Signature, StateLeaf
 
 
 @dataclass(frozen=True)
@@ -52,14 +51,6 @@ class Survey:
         return sum(map(math.prod, shapes))
 
 
-@dataclass(frozen=True)
-class _Roles:
-    """What the tensors among the arguments are for, by their index."""
-
-    states: set[int]
-    valid: dict[int, tuple[int, int]]
-
-
 def take_survey(
     module: nn.Module,
     example_inputs: object,
@@ -77,12 +68,12 @@ def take_survey(
     if not layers and not any(isinstance(child, nn.Conv1d) for child in module.modules()):
         raise _nothing_to_carry(module)
     arguments = flatten_arguments(module, example_inputs)
-    roles = _find_roles(module, layers, arguments)
-    roles.valid.update({a.index: valid[a.name] for a in arguments.tensors if a.name in valid})
     unknown = valid.keys() - {argument.name for argument in arguments.tensors}
     if unknown:
         names = ", ".join(argument.name for argument in arguments.tensors)
         raise InputError(f"valid names {sorted(unknown)}, but the inputs are {names}")
+    told = {a.index: valid[a.name] for a in arguments.tensors if a.name in valid}
+    roles = find_roles(module, layers, arguments, told)
     signature, small = _find_layout(module, layers, arguments, roles)
     large = observe(signature, module, layers, signature.random_inputs(*LARGE, seed=2))
     _check_repeats(signature, module, small)
@@ -92,7 +83,10 @@ def take_survey(
     convolutions = find_convolutions(module, calls, (SMALL, LARGE))
     if not layers and not convolutions:
         raise _nothing_to_carry(module)
-    signature = replace(signature, outputs=find_outputs(small, large, output_names))
+    carried = [_carry(leaf, roles, layers, large, signature) for leaf in signature.states]
+    ends = [end for layer in layers for end in large.ends(layer)]
+    outputs = find_outputs(small, large, output_names, ends=ends, carried=carried)
+    signature = replace(signature, outputs=outputs)
     _check_names(signature)
     initial = find_initial(layers, small, large) | {
         conv.part: conv.initial for conv in convolutions if conv.initial.any()
@@ -113,73 +107,8 @@ def _nothing_to_carry(module: nn.Module) -> NoRecurrentLayerError:
     )
 
 
-def _find_roles(
-    module: nn.Module, layers: Sequence[RecurrentLayer], arguments: Arguments
-) -> _Roles:
-    """Which arguments reach a layer as its state, and which integers index a table.
-
-    The module is called with the example's own shapes and integers, and random
-    numbers in the place of the example's.
-    """
-    generator = torch.Generator().manual_seed(0)
-    tensors = {
-        argument.index: draw(argument.tensor.dtype, argument.tensor.shape, None, generator)
-        if argument.tensor.is_floating_point()
-        else argument.tensor
-        for argument in arguments.tensors
-    }
-    try:
-        with watch(module, layers) as seen:
-            arguments.call(module, tensors)
-    except _REFUSALS as error:
-        raise InputError(
-            f"the module's forward failed on the example inputs ({first_line(error)}); "
-            "give inputs that it accepts, in its own layout"
-        ) from error
-    _check_calls(layers, seen)
-    given = [tensor for call in seen.layers for tensor in call.before]
-    states = {
-        index
-        for index, leaf in tensors.items()
-        if leaf.is_floating_point() and any(torch.isin(tensor, leaf).all() for tensor in given)
-    }
-    valid: dict[int, tuple[int, int]] = {}
-    for table, indices in seen.lookups:
-        for index, leaf in tensors.items():
-            if not leaf.is_floating_point() and _is_same(leaf, indices):
-                _, high = valid.get(index, (0, table.num_embeddings - 1))
-                valid[index] = (0, min(high, table.num_embeddings - 1))
-    return _Roles(states, valid)
-
-
-def _is_same(leaf: Tensor, indices: Tensor) -> bool:
-    """Whether `indices` are those of `leaf`: in its memory, or the same numbers elsewhere."""
-    if leaf.untyped_storage().data_ptr() == indices.untyped_storage().data_ptr():
-        return True
-    return leaf.numel() == indices.numel() and torch.equal(
-        leaf.flatten().long().sort().values, indices.flatten().long().sort().values
-    )
-
-
-def _check_calls(layers: Sequence[RecurrentLayer], seen: Observation) -> None:
-    """Raise LayerError unless each layer was called, on a batch of sequences."""
-    for layer in layers:
-        calls = seen.calls(layer)
-        if not calls:
-            raise LayerError(
-                f"{layer.name} is never called by forward, so its state cannot be carried; "
-                "remove it from the module before the export"
-            )
-        if not all(call.sizes for call in calls):
-            raise LayerError(
-                f"{layer.name} is given an input without a batch axis; give example inputs of "
-                "[batch, steps, features] (or [steps, batch, features] where the layer has "
-                "batch_first=False)"
-            )
-
-
 def _find_layout(
-    module: nn.Module, layers: Sequence[RecurrentLayer], arguments: Arguments, roles: _Roles
+    module: nn.Module, layers: Sequence[RecurrentLayer], arguments: Arguments, roles: Roles
 ) -> tuple[Signature, Observation]:
     """The signature under which each layer sees the batch and the steps that the module is given.
 
@@ -190,7 +119,7 @@ def _find_layout(
     for signature in _candidates(arguments, roles):
         try:
             seen = observe(signature, module, layers, signature.random_inputs(*SMALL, seed=1))
-        except _REFUSALS as error:
+        except REFUSALS as error:
             failure = failure or error
             continue
         # A loop over time gives a layer one step after another.
@@ -214,7 +143,7 @@ def _find_layout(
     ) from failure
 
 
-def _candidates(arguments: Arguments, roles: _Roles) -> list[Signature]:
+def _candidates(arguments: Arguments, roles: Roles) -> list[Signature]:
     """The signatures that the arguments may have, the likeliest first."""
     inputs = tuple(
         InputLeaf(a.index, a.name, a.tensor.dtype, tuple(a.tensor.shape[2:]), _range(a, roles))
@@ -239,15 +168,29 @@ def _candidates(arguments: Arguments, roles: _Roles) -> list[Signature]:
     ]
 
 
-def _range(argument: Argument, roles: _Roles) -> tuple[int, int] | None:
+def _range(argument: Argument, roles: Roles) -> tuple[int, int] | None:
     """The valid values of an integer input; without a table, those between the example's."""
     tensor = argument.tensor
     if argument.index in roles.valid or tensor.is_floating_point() or tensor.dtype == torch.bool:
         return roles.valid.get(argument.index)
     raise InputError(
-        f"input {argument.name!r} has integers that go into no nn.Embedding directly, so their "
-        f"range is unknown; name it: valid={{{argument.name!r}: (first, last)}}"
+        f"input {argument.name!r} has integers that do not all go, as they are, into nn.Embedding "
+        f"tables of one size, so their range is unknown; name it: valid={{{argument.name!r}: "
+        "(first, last)}, or make what goes into tables of other sizes an input of its own"
     )
+
+
+def _carry(
+    leaf: StateLeaf,
+    roles: Roles,
+    layers: Sequence[RecurrentLayer],
+    seen: Observation,
+    signature: Signature,
+) -> CarriedState:
+    """What becomes of a state argument in a call with LARGE sizes."""
+    ends = tuple(reach.find_last(seen, layers) for reach in roles.states[leaf.index])
+    name = next(a.name for a in signature.arguments.tensors if a.index == leaf.index)
+    return CarriedState(name, leaf.zeros(LARGE[0]).shape, ends)
 
 
 def _check_names(signature: Signature) -> None:
@@ -276,9 +219,3 @@ def _check_repeats(signature: Signature, module: nn.Module, first: Observation) 
                 "attribute or draws random numbers. Leave the state to the layers (call them "
                 "without one), or take it as an argument of forward and return it"
             )
-
-
-def first_line(error: BaseException | None) -> str:
-    """The first line of what an error says."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

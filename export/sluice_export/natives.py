@@ -164,25 +164,45 @@ class NativeConvolution(nn.Module):
             setattr(self, name, getattr(original, name))
         self.groups = original.groups
         self.weight = nn.Parameter(original.weight.detach(), requires_grad=False)
+        # [taps × channels, out channels]
+        matrix = original.weight.detach().permute(2, 1, 0).flatten(0, 1).contiguous()
+        self.matrix = nn.Parameter(matrix, requires_grad=False)
         bias = original.bias
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - as PyTorch's
         """As nn.Conv1d on one step with its padding: [rows, channels, padding + 1]."""
         convolution, carry = self._convolution[0], self._carry[0]
-        sequence = carry.unfold(input[..., -1]).transpose(1, 2)
-        joined = torch.cat([carry.before[convolution.part], sequence], dim=2)
-        module = convolution.module
-        y = functional.conv1d(
-            joined, self.weight, self.bias, dilation=module.dilation, groups=module.groups
-        )
+        before = carry.before[convolution.part].transpose(1, 2)
+        joined = torch.cat([before, carry.unfold(input[..., -1])], dim=1)
         ends = carry.lengths.long().unsqueeze(1) + torch.arange(convolution.width)
-        places = ends.unsqueeze(1).expand(-1, convolution.channels, -1)
-        carry.after[convolution.part] = joined.gather(2, places)
-        rows = y.transpose(1, 2).flatten(0, 1).unsqueeze(2)
+        places = ends.unsqueeze(2).expand(-1, -1, convolution.channels)
+        carry.after[convolution.part] = joined.gather(1, places).transpose(1, 2)
+        rows = self._convolve(joined).flatten(0, 1).unsqueeze(2)
         # What a convolution that pads both ends gives beyond the last step must be cut off.
         surplus = rows.expand(-1, -1, convolution.surplus) * torch.nan
         return torch.cat([rows, surplus], dim=2) if convolution.surplus else rows
+
+    def _convolve(self, joined: Tensor) -> Tensor:
+        """[batch, width + steps, channels] to [batch, steps, out channels].
+
+        ONNX Runtime's Conv adds in an order that depends on how long it is; a product with
+        constant weights never does. Only groups would make that one large and mostly zeros.
+        """
+        module, width = self._convolution[0].module, self._convolution[0].width
+        if module.groups > 1:
+            y = functional.conv1d(
+                joined.transpose(1, 2),
+                self.weight,
+                self.bias,
+                dilation=module.dilation,
+                groups=module.groups,
+            )
+            return y.transpose(1, 2)
+        starts = range(0, width + 1, module.dilation[0])
+        taps = [joined[:, start : start - width or None] for start in starts]
+        y = torch.cat(taps, dim=2) @ self.matrix
+        return y if self.bias is None else y + self.bias
 
 
 Carrier = RecurrentLayer | CausalConvolution

@@ -21,8 +21,7 @@ class OfflineError(Exception):
 def run_offline(model: Path, sequences: Sequence[Arrays]) -> list[dict[str, NDArray[Any]]]:
     """The outputs of each sequence, alone in plain ONNX Runtime: [steps, …] by name.
 
-    Of each sequence: [steps, …] for each input by name; `state` [state_size] where it does
-    not begin with zeros. Raises OfflineError.
+    Of each sequence: [steps, …] for each input by name. Raises OfflineError.
     """
     with tempfile.TemporaryDirectory() as folder:
         inputs, outputs = Path(folder, "inputs.npz"), Path(folder, "outputs.npz")

@@ -27,12 +27,12 @@ SLUICE = str(Path(sys.executable).with_name("sluice"))
 
 
 @pytest.fixture(scope="module")
-def server(lstm_file, multi_file, accumulator_file) -> Iterator[tuple[str, str, int]]:
+def server(lstm_file, rnn_file, multi_file, accumulator_file) -> Iterator[tuple[str, str, int]]:
     """A server's address, its metrics page and its process."""
     address, page = (f"127.0.0.1:{free_port()}" for _ in range(2))
     command = [SLUICE, "serve", "--listen", address, "--http", page]
-    models = {"lstm": lstm_file.path, "multi": multi_file.path, "sum": accumulator_file}
-    for name, path in models.items():
+    models = {"lstm": lstm_file.path, "rnn": rnn_file.path, "multi": multi_file.path}
+    for name, path in [*models.items(), ("sum", accumulator_file)]:
         command += ["--model", f"{name}={path}"]
     with running(command, ready=f"http://{page}/readyz") as process:
         yield address, page, process.pid
@@ -97,6 +97,10 @@ def test_models_with_several_inputs_and_outputs_are_verified(bench, multi_file) 
     found = bench("multi", "--steps", "1,4", "--verify", str(multi_file.path))
     assert found["verified_steps"] > 0
     assert found["chunk_latency_ms_by_steps"].keys() == {"1", "4"}
+
+
+def test_a_model_whose_bits_need_a_larger_batch_is_verified(bench, rnn_file) -> None:
+    assert bench("rnn", "--verify", str(rnn_file.path))["verified_steps"] > 0
 
 
 def test_an_open_loop_sends_at_its_rate_whatever_comes_of_it(server) -> None:

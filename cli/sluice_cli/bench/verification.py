@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 from sluice_cli.bench.inputs import Inputs
 from sluice_cli.bench.run import Result
 from sluice_cli.reference import OfflineError, run_offline
-from sluice_protos.contract_pb2 import ModelContract
 
 
 class DifferenceError(Exception):
@@ -19,13 +18,12 @@ class DifferenceError(Exception):
 def verify(model: Path, result: Result) -> int:
     """Compare all that was recorded; the steps that were compared. Raises DifferenceError."""
     inputs = Inputs(result.contract, result.plan.seed)
-    begin = initial_state(result.contract)
     answered = []
     sequences = []
     for recording in result.recordings:
         for row in np.flatnonzero(recording.counts).tolist():
             count = int(recording.counts[row])
-            sequences.append(inputs.whole(int(recording.offsets[row]), count) | begin)
+            sequences.append(inputs.whole(int(recording.offsets[row]), count))
             answered.append({name: y[row, :count] for name, y in recording.outputs.items()})
     if not sequences:
         raise DifferenceError("nothing was answered, so nothing can be compared")
@@ -36,15 +34,6 @@ def verify(model: Path, result: Result) -> int:
     for number, (mine, theirs) in enumerate(zip(answered, expected, strict=True)):
         compare(number, mine, theirs)
     return sum(len(next(iter(outputs.values()))) for outputs in answered)
-
-
-def initial_state(contract: ModelContract) -> dict[str, NDArray[np.float32]]:
-    """`state` [state_size], where some of it does not begin at zero."""
-    state = np.zeros(contract.state_size, np.float32)
-    for part in contract.state:
-        if part.initial:
-            state[part.offset : part.offset + len(part.initial)] = part.initial
-    return {"state": state} if state.any() else {}
 
 
 def compare(

@@ -49,6 +49,8 @@ def make_module(target: str, arguments: Mapping[str, Any]) -> nn.Module:
         raise FactoryError(
             f"{module_name} has no {attribute!r}; name a class or function"
         ) from error
+    except OSError as error:
+        raise _missing_file(target, error) from error
     return _call(factory, target, arguments)
 
 
@@ -61,9 +63,17 @@ def _call(factory: Callable[..., Any], target: str, arguments: Mapping[str, Any]
         raise FactoryError(
             f"{target} cannot be called ({error}); give its arguments with --arg name=value"
         ) from error
+    except OSError as error:
+        raise _missing_file(target, error) from error
     if not isinstance(module, nn.Module):
         raise FactoryError(f"{target} returns a {type(module).__name__}, not an nn.Module")
     return module
+
+
+def _missing_file(target: str, error: OSError) -> FactoryError:
+    return FactoryError(
+        f"{target} asks for what it does not get ({error}); run from the folder that it expects"
+    )
 
 
 def load_checkpoint(module: nn.Module, path: Path) -> None:

@@ -51,14 +51,14 @@ def verify(
     example_inputs: object = None,
     *,
     valid: Mapping[str, tuple[int, int]] | None = None,
-    tolerance: float = TOLERANCE,
+    tolerance: float | None = None,
     on_progress: Progress | None = None,
 ) -> list[Proof]:
     """Every proof of the file at `path`, made anew; none is left out where one fails.
 
     Compared with `module` on `example_inputs`, as export() takes them, or, where it
-    is None, with the file itself. Raises InputError where the file cannot be read or
-    is not of that module.
+    is None, with the file itself. `tolerance` is, left out, that of the export. Raises
+    InputError where the file cannot be read or is not of that module.
     """
     tell = on_progress or (lambda what, share: None)
     try:
@@ -68,6 +68,8 @@ def verify(
     source: Source = Alone(model)
     if module is not None:
         source = _reference(module, example_inputs, valid or {}, model.contract)
+    if tolerance is None:
+        tolerance = _tolerance_of(model.contract)
     evidence = Evidence(model, source, tolerance=tolerance)
     proofs = []
     for place, (what, prove) in enumerate(PROOFS.items()):
@@ -76,6 +78,12 @@ def verify(
     proofs.append(_measure_again(Path(path), model.contract))
     tell("done", 1.0)
     return proofs
+
+
+def _tolerance_of(contract: ModelContract) -> float:
+    """What the export allowed as a difference to its module or file."""
+    parities = [proof for proof in contract.proofs if proof.name.startswith("parity.")]
+    return max((proof.tolerance for proof in parities), default=TOLERANCE)
 
 
 def _measure_again(path: Path, contract: ModelContract) -> Proof:

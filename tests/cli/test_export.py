@@ -114,6 +114,17 @@ def test_an_option_written_wrongly_is_explained(run, option, value, hint):
     assert hint in result.stderr
 
 
+def test_a_file_that_the_factory_misses_is_named(run):
+    Path("reads_for_export.py").write_text("def make():\n    open('vocabulary.txt')\n")
+    Path("reads_at_once_for_export.py").write_text("open('vocabulary.txt')\n")
+    for target in ("reads_for_export:make", "reads_at_once_for_export:make"):
+        result = run(target, "-o", "model.onnx")
+        assert result.exit_code == 1
+        assert f"error: {target} asks for what it does not get" in result.stderr
+        assert "'vocabulary.txt'" in result.stderr
+        assert "written" not in result.stderr
+
+
 def test_a_place_that_cannot_be_written_is_named(run):
     Path("file").write_text("")
     result = run("tests.models:lstm_module", "--checkpoint", "lstm.pt", "-o", "file/model.onnx")

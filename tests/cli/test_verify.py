@@ -45,6 +45,23 @@ def test_other_weights_than_the_files_are_found_out(run, lstm_file):
     assert "held when the file was written and does not here" in result.output
 
 
+def test_what_the_export_allowed_is_allowed_again(run, lstm_file):
+    proto = onnx.load(lstm_file.path)
+    contract = read_contract(lstm_file.path)
+    for proof in contract.proofs:
+        if proof.name.startswith("parity."):
+            proof.tolerance = 1e6  # as after export --tolerance
+    write_contract(proto, contract)
+    onnx.save(proto, "model.onnx")
+    module = copy.deepcopy(lstm_file.module)
+    with torch.no_grad():
+        module.head.bias[0] += 0.5
+    torch.save(module.state_dict(), "other.pt")
+    factory = "tests.models:lstm_module"
+    result = run("verify", "model.onnx", "--against", factory, "--checkpoint", "other.pt")
+    assert result.exit_code == 0, result.output
+
+
 def test_another_model_is_no_reference(run, lstm_file):
     result = run("verify", str(lstm_file.path), "--against", "tests.models:gru_module")
     assert result.exit_code == 1

@@ -55,7 +55,10 @@ class Pipe:
         async with AsyncClient(address) as client:
             contract = await client.model(self._model)
             kind = JsonRows if is_json else CsvRows
-            rows = kind(contract, self._key)
+            try:
+                rows: Rows = kind(contract, self._key)
+            except RowError as error:
+                raise RowFailedError(str(error)) from None
             reader = asyncio.create_task(self._read(client, rows))
             try:
                 await self._write(rows, contract)
@@ -78,6 +81,7 @@ class Pipe:
                 number += 1
                 output: asyncio.Future[Any] = loop.create_future()
                 try:
+                    _require_text(line)
                     row = rows.read(line) if line.strip() else None
                 except RowError as error:
                     _refuse(output, error)
@@ -139,9 +143,9 @@ class Pipe:
     async def _lines(self) -> AsyncIterator[str]:
         """The lines of the source as they come, read by a thread: a file may block."""
         loop = asyncio.get_running_loop()
-        lines: asyncio.Queue[str | OSError | None] = asyncio.Queue()
+        lines: asyncio.Queue[str | Exception | None] = asyncio.Queue()
 
-        def hand_over(line: str | OSError | None) -> None:
+        def hand_over(line: str | Exception | None) -> None:
             with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
                 loop.call_soon_threadsafe(lines.put_nowait, line)
 
@@ -151,22 +155,33 @@ class Pipe:
                     for line in file:
                         self._room.acquire()
                         hand_over(line)
-            except OSError as error:
+            except Exception as error:  # whatever it is, nobody may wait for more
                 hand_over(error)
             hand_over(None)
 
         threading.Thread(target=read, daemon=True).start()
         while (line := await lines.get()) is not None:
-            if isinstance(line, OSError):
+            if isinstance(line, Exception):
                 raise line
             yield line
 
 
 def _open(source: str) -> TextIO:
+    """UTF-8, with or without a mark in front; bytes that are none are kept for `_require_text`."""
     if source == "-":
         # Not sys.stdin: at exit Python would wait for the thread that reads it.
-        return os.fdopen(sys.stdin.fileno(), encoding="utf-8", closefd=False)
-    return Path(source).open(encoding="utf-8")
+        return os.fdopen(
+            sys.stdin.fileno(), encoding="utf-8-sig", errors="surrogateescape", closefd=False
+        )
+    return Path(source).open(encoding="utf-8-sig", errors="surrogateescape")
+
+
+def _require_text(line: str) -> None:
+    """Raise RowError where bytes of `line` are not UTF-8."""
+    try:
+        line.encode()
+    except UnicodeEncodeError:
+        raise RowError("is not UTF-8; convert it, such as: iconv -f latin1 -t utf-8") from None
 
 
 def _refuse(output: "asyncio.Future[Any]", error: Exception) -> None:

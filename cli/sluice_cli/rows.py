@@ -4,7 +4,7 @@ import csv
 import io
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,8 @@ from sluice_protos.contract_pb2 import ModelContract, TensorSpec
 from sluice_protos.datatypes import DTYPES
 
 Array = NDArray[Any]
+
+_TRUTHS: Final = {"0": False, "1": True, "false": False, "true": True}
 
 
 class RowError(ValueError):
@@ -38,8 +40,8 @@ class Rows(Protocol):
 class CsvRows:
     """The values of all inputs side by side; a first line that is not numbers names the columns.
 
-    Named columns may come in any order: `x` for an input of one value, `x.0`, `x.1`,
-    … for one of several.
+    Named columns may come in any order, among others: `x` for an input of one value,
+    `x.0`, `x.1`, … for one of several. Truths are 0, 1, false and true.
     """
 
     def __init__(self, contract: ModelContract, key: str | None) -> None:
@@ -50,23 +52,26 @@ class CsvRows:
         # Where in a line each of `_columns` stands, and the key.
         self._order: list[int] | None = None
         self._key_at = -1
-        self._has_header = False
+        # How many columns the first line names, where it does.
+        self._width: int | None = None
+        _require_free(key, [name for spec in self._outputs for name in _columns(spec)])
 
     def read(self, line: str) -> tuple[str, dict[str, Array]] | None:
-        values = [value.strip() for value in next(csv.reader([line]))]
+        try:
+            values = [value.strip() for value in next(csv.reader([line]))]
+        except csv.Error as error:
+            raise RowError(f"is not CSV ({error})") from None
         if self._order is None and self._is_header(values):
             return None
         if self._order is None:
             raise RowError("--key needs a first line that names the columns")
-        width = len(self._columns) + (self._key is not None)
-        if len(values) < width:
+        if self._width is not None and len(values) != self._width:
+            raise RowError(f"{len(values)} values; the first line names {self._width} columns")
+        if self._width is None and len(values) != len(self._columns):
             raise RowError(
                 f"{len(values)} values; the model takes {len(self._columns)} "
                 f"({', '.join(_describe(spec) for spec in self._inputs)})"
-                + (f" beside the key {self._key!r}" if self._key is not None else "")
             )
-        if len(values) > width and not self._has_header:
-            raise RowError(f"{len(values)} values; the model takes {width}")
         key = values[self._key_at] if self._key is not None else ""
         return key, self._split([values[at] for at in self._order])
 
@@ -77,18 +82,14 @@ class CsvRows:
         return _join(cells)
 
     def head(self) -> str | None:
-        if not self._has_header:
+        if self._width is None:
             return None
         names = [name for spec in self._outputs for name in _columns(spec)]
         return _join([*([self._key] if self._key is not None else []), *names])
 
     def _is_header(self, values: Sequence[str]) -> bool:
         """Learn the columns from the first line; True when it names them."""
-        try:
-            list(map(float, values))
-        except ValueError:
-            self._has_header = True
-        else:
+        if all(map(_is_value, values)):
             if self._key is None:
                 self._order = list(range(len(self._columns)))
             return False
@@ -96,6 +97,7 @@ class CsvRows:
         missing = [name for name in wanted if name not in values]
         if missing:
             raise RowError(f"no column {', '.join(map(repr, missing))} among {', '.join(values)}")
+        self._width = len(values)
         self._order = [values.index(name) for name in self._columns]
         if self._key is not None:
             self._key_at = values.index(self._key)
@@ -118,12 +120,15 @@ class JsonRows:
         self._inputs = list(contract.inputs)
         self._outputs = list(contract.outputs)
         self._key = key
+        _require_free(key, [spec.name for spec in self._outputs])
 
     def read(self, line: str) -> tuple[str, dict[str, Array]] | None:
         try:
             value = json.loads(line)
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise RowError(f"is not JSON ({error})") from None
+        except RecursionError:
+            raise RowError("is nested too deeply") from None
         names = [spec.name for spec in self._inputs]
         key = ""
         if isinstance(value, dict):
@@ -152,6 +157,12 @@ class JsonRows:
         return None
 
 
+def _require_free(key: str | None, taken: Sequence[str]) -> None:
+    """Raise RowError where the key would stand under the name of an output."""
+    if key in taken:
+        raise RowError(f"--key {key!r} is the name of an output too; rename that column")
+
+
 def _columns(spec: TensorSpec) -> list[str]:
     size = _size(spec)
     return [spec.name] if size == 1 else [f"{spec.name}.{index}" for index in range(size)]
@@ -170,9 +181,19 @@ def _parse(spec: TensorSpec, values: Sequence[str]) -> Array:
     try:
         if kind == "f":
             return np.array([float(value) for value in values])
+        if kind == "b":
+            return np.array([_TRUTHS[value.lower()] for value in values])
         return np.array([int(value) for value in values])
-    except ValueError:
+    except (ValueError, KeyError):
         raise RowError(f"{', '.join(values)} is not {_describe(spec)}") from None
+
+
+def _is_value(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return text.lower() in _TRUTHS
+    return True
 
 
 def _join(cells: Sequence[str]) -> str:
@@ -182,7 +203,12 @@ def _join(cells: Sequence[str]) -> str:
 
 
 def _plain(array: Array) -> Any:
-    """Nested lists of Python's numbers; a float32 keeps the digits that tell it apart."""
+    """Nested lists of Python's numbers; a float32 keeps the digits that tell it apart.
+
+    JSON has no name for what is not a finite number (RFC 8259, 6): None.
+    """
     if array.ndim:
         return [_plain(part) for part in array]
-    return float(str(array[()])) if array.dtype.kind == "f" else array.item()
+    if array.dtype.kind == "f":
+        return float(str(array[()])) if np.isfinite(array) else None
+    return array.item()

@@ -12,7 +12,8 @@ HELP: Final = """Stream rows of text through a model: one row in, one row out, a
 
 A row is one step. Rows of CSV hold the values of all inputs side by side; a first
 line that is not numbers names the columns, in any order. Rows of JSON are the
-input itself, or an object with a value for each input.
+input itself, or an object with a value for each input; outputs that are no finite
+numbers are null there. Text is UTF-8.
 
     tail -f sensor.csv | sluice stream lstm
 

@@ -104,6 +104,7 @@ def test_each_output_comes_before_the_next_row_is_written(server) -> None:
         ("[1\n", ["sum", "--format", "jsonl"], "row 1: is not JSON"),
         ("[1, 2]\n", ["sum", "--format", "jsonl"], "takes float32 [1]"),
         ("[1]\n", ["multi", "--format", "jsonl"], "is not an object with 'features', 'tokens'"),
+        ("y,x\n1,2\n", ["sum", "--key", "y"], "--key 'y' is the name of an output too"),
         ("1\n", ["nothing"], "nothing"),
         ("", ["sum", "--input", "no-such-file.csv"], "no-such-file.csv"),
     ],
@@ -116,6 +117,28 @@ def test_what_is_wrong_is_said_with_its_row(server, tmp_path, text, arguments, m
     assert message in done.stderr
     assert done.exit_code == 1
     assert isinstance(done.exception, SystemExit)
+
+
+def test_a_mark_in_front_of_utf_8_is_no_part_of_the_first_row(stream, tmp_path) -> None:
+    assert stream("\ufeffx\n1\n", "sum") == "y\n1.0\n"
+    file = tmp_path / "rows.csv"
+    file.write_text("1\n2\n", encoding="utf-8-sig")
+    assert stream("", "sum", "--input", str(file)) == "1.0\n3.0\n"
+
+
+@pytest.mark.parametrize("text", ["1\n2\n3,\u00e9\n", "\u00e9\n"])
+def test_bytes_that_are_not_utf_8_end_the_command_with_their_row(server, tmp_path, text) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text(text, encoding="latin-1")
+    command = [SLUICE, "stream", "sum", "--address", server.address]
+    number = text.count("\n")
+    for arguments, source in ((["--input", str(file)], None), ([], file.read_bytes())):
+        done = subprocess.run(
+            [*command, *arguments], input=source, capture_output=True, check=False, timeout=60
+        )
+        assert done.returncode == 1
+        assert done.stderr.decode().startswith(f"row {number}: is not UTF-8; convert it")
+        assert done.stdout == b"1.0\n3.0\n"[: 4 * (number - 1)]
 
 
 def test_rows_before_a_bad_one_are_answered(stream) -> None:

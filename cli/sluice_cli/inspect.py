@@ -1,5 +1,6 @@
 """`sluice inspect`: what an exported model says of itself."""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -141,7 +142,7 @@ def _cells(contract: "ModelContract") -> Table:
 def _state(contract: "ModelContract") -> Table:
     table = _table("State row", "part", "floats", "starts at", numbers=("floats",))
     for part in contract.state:
-        first, last = part.offset, part.offset + sum(part.shape) - 1
+        first, last = part.offset, part.offset + math.prod(part.shape) - 1
         start = "its own values" if any(part.initial) else "zero"
         table.add_row(part.name, f"{first}–{last}", start)
     return table

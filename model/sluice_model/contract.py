@@ -123,8 +123,9 @@ def parse_contract(proto: onnx.ModelProto, *, name: str) -> ModelContract:
     texts = [entry.value for entry in proto.metadata_props if entry.key == METADATA_KEY]
     if not texts:
         raise ContractError(
-            f"{name}: has no Sluice contract; make one with "
-            "`sluice export package.module:factory --output model.onnx`"
+            f"{name}: has no Sluice contract; make one with `sluice export --onnx {name} --output "
+            "served.onnx`, or of a PyTorch module with `sluice export package.module:factory "
+            "--output model.onnx`"
         )
     try:
         contract = json_format.Parse(texts[0], ModelContract())

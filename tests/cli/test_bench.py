@@ -200,6 +200,7 @@ def test_the_server_may_be_named_by_its_process(bench, server) -> None:
         (("lstm", "--steps", "1:0"), "1:90,64:10"),
         (("lstm", "--streams", "9"), "raise --sequences"),
         (("lstm", "--pid", "999999999"), "cannot be read"),
+        (("lstm", "--http", "localhost:page"), "give the HOST:PORT of the server's --http"),
     ],
 )
 def test_what_cannot_be_measured_is_said(bench, arguments, message) -> None:

@@ -7,11 +7,13 @@ import sys
 import onnx
 import pytest
 from google.protobuf import json_format
+from rich.console import Console
 from typer.testing import CliRunner
 
+from sluice_cli.inspect import show
 from sluice_cli.main import app
 from sluice_model import read_contract
-from sluice_protos.contract_pb2 import ModelContract
+from sluice_protos.contract_pb2 import ModelContract, StatePart
 
 
 def run(*arguments):
@@ -39,6 +41,18 @@ def test_people_see_inputs_outputs_state_cells_and_proofs(multi_file):
         "torch 2",
     ]
     assert [text for text in expected if text not in result.stdout] == []
+
+
+def test_a_part_of_several_axes_ends_where_the_next_begins():
+    parts = [
+        StatePart(name="cache", offset=0, shape=[2, 3, 4]),
+        StatePart(name="count", offset=24),
+        StatePart(name="last", offset=25, shape=[5]),
+    ]
+    console = Console(record=True, width=120)
+    show(console, ModelContract(state_size=30, state=parts), parameters=0, size=0)
+    shown = console.export_text()
+    assert [place for place in ("0–23", "24–24", "25–29") if place not in shown] == []
 
 
 def test_the_parameters_shown_are_those_of_the_module(multi_file):

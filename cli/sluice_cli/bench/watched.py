@@ -5,6 +5,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 
 
@@ -36,18 +37,23 @@ def watch_page(address: str) -> Watch:
     """Read a server's usage from its metrics page. Raises OSError where it does not answer."""
 
     def read() -> Usage:
-        with urllib.request.urlopen(f"http://{address}/metrics", timeout=5) as response:
-            page: str = response.read().decode()
-        values = dict(
-            line.rsplit(" ", 1) for line in page.splitlines() if line.startswith("process_")
-        )
         try:
+            with urllib.request.urlopen(f"http://{address}/metrics", timeout=5) as response:
+                page: str = response.read().decode()
+            values = dict(
+                line.rsplit(" ", 1) for line in page.splitlines() if line.startswith("process_")
+            )
             return Usage(
                 float(values["process_cpu_seconds_total"]),
                 int(float(values["process_resident_memory_bytes"])),
             )
         except KeyError as missing:
             raise OSError(f"http://{address}/metrics has no {missing}") from None
+        except (HTTPException, ValueError) as error:
+            raise OSError(
+                f"http://{address}/metrics is no page of metrics ({error}); give the HOST:PORT of "
+                "the server's --http"
+            ) from error
 
     read()
     return read

@@ -5,6 +5,8 @@ import mmap
 import numpy as np
 from numpy.typing import NDArray
 
+from sluice_model import ModelError
+
 Slots = NDArray[np.int64]
 States = NDArray[np.float32]
 
@@ -30,7 +32,10 @@ class Arena:
     # Planes.
 
     def begin_plane(self, initial: States) -> int:
-        """A new plane whose rows begin as `initial` [state_size], for all who begin from now on."""
+        """A new plane whose rows begin as `initial` [state_size], for all who begin from now on.
+
+        Raises ModelError where there is no room for it; nothing has changed then.
+        """
         number = max(self._planes, default=-1) + 1
         self._planes[number] = _Plane(number, self._slots, initial)
         self.turn_to(number)
@@ -145,9 +150,17 @@ def _reserve(slots: int, size: int) -> States:
     """Rows [slots, size] that take memory as they are written, a small page at a time.
 
     A huge page, which numpy would ask for, is cleared whole when it is first written to: that
-    takes 0.3 ms and, on a virtual machine that has to fetch it from its host, 9 ms.
+    takes 0.3 ms and, on a virtual machine that has to fetch it from its host, 9 ms. Raises
+    ModelError where there is no room.
     """
-    reserved = mmap.mmap(-1, max(1, 4 * slots * size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    length = max(1, 4 * slots * size)
+    try:
+        reserved = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, OverflowError) as error:
+        raise ModelError(
+            f"{slots:,} sequences with states of {4 * size:,} bytes are more than this machine's "
+            f"memory holds ({error}); lower --sequences-max"
+        ) from error
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
         reserved.madvise(mmap.MADV_NOHUGEPAGE)
     rows: States = np.frombuffer(reserved, np.float32, slots * size).reshape(slots, size)

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from sluice_model import ModelError
 from sluice_service.arena import Arena
 
 SLOTS = 6
@@ -106,6 +107,15 @@ class ArenaMachine(RuleBasedStateMachine):
 
 
 TestArena = ArenaMachine.TestCase
+
+
+@pytest.mark.parametrize("size", [2**42, 2**52])
+def test_states_that_no_memory_holds_are_refused_and_change_nothing(size) -> None:
+    arena = Arena(1024, INITIAL)
+    with pytest.raises(ModelError, match=r"1,024 sequences .* lower --sequences-max"):
+        arena.begin_plane(np.broadcast_to(np.float32(0), size))
+    slot = np.array([arena.allocate()])
+    assert arena.take(slot).tolist() == [INITIAL.tolist()]
 
 
 def test_a_freed_slot_holds_the_initial_state_for_the_next_sequence() -> None:

@@ -13,6 +13,7 @@ from sluice_export.comparison import Source
 from sluice_export.errors import ExportNotice, ParityError
 from sluice_export.minimums import measure_minimums
 from sluice_export.proofs import PROOFS, Evidence, is_required
+from sluice_export.tails import find_uneven
 from sluice_model.contract import write_contract
 from sluice_model.model import Model
 from sluice_protos.contract_pb2 import ModelContract, Proof
@@ -60,7 +61,7 @@ def set_minimums(proto: onnx.ModelProto, contract: ModelContract) -> Proof:
     contract.batch_min = contract.length_min = 1
     write_contract(proto, contract)
     model = Model(proto.SerializeToString(), contract)
-    contract.batch_min, contract.length_min, sizes = measure_minimums(model)
+    contract.batch_min, contract.length_min, sizes = measure_minimums(model, find_uneven(proto))
     return sizes
 
 

@@ -15,7 +15,8 @@ from sluice_export.minimums import measure_minimums
 from sluice_export.proofs import PROOFS, Evidence
 from sluice_export.reference import Reference
 from sluice_export.survey import take_survey
-from sluice_model.contract import part_size
+from sluice_export.tails import find_uneven
+from sluice_model.contract import load_proto, part_size
 from sluice_model.errors import ModelError
 from sluice_model.model import Array, Model
 from sluice_protos.contract_pb2 import ModelContract, Proof
@@ -91,7 +92,8 @@ def _measure_again(path: Path, contract: ModelContract) -> Proof:
     bare = ModelContract()
     bare.CopyFrom(contract)
     bare.batch_min = bare.length_min = 1
-    batch_min, length_min, proof = measure_minimums(Model(path.read_bytes(), bare))
+    uneven = find_uneven(load_proto(path))
+    batch_min, length_min, proof = measure_minimums(Model(path.read_bytes(), bare), uneven)
     if batch_min > contract.batch_min or length_min > contract.length_min:
         proof.passed = False
         proof.detail = (

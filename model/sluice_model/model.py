@@ -1,5 +1,6 @@
 """Runs a model: (inputs, lengths, state) → (outputs, state), a pure function on arrays."""
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from sluice_protos.contract_pb2 import ModelContract, TensorSpec
 from sluice_protos.datatypes import DTYPES
 
 Array = NDArray[Any]
+
+# Of the inputs and outputs of a run that nobody asked for.
+_VALUES_MAX = 2**25
 
 # The lengths of most runs: a view of them costs less than an array made anew.
 _ONES = np.ones(4096, np.int32)
@@ -35,6 +39,7 @@ class Model:
         self._session = open_session(data, name=contract.name, threads=threads)
         self.contract = contract
         self.initial_state = initial_row(contract)
+        self._bytes = len(data)
         # What every run asks of the contract, looked up once: protobuf fields cost time.
         self._is_one_step = contract.is_one_step
         self._inputs = [(spec.name, self._axes(spec)) for spec in contract.inputs]
@@ -155,6 +160,17 @@ class Model:
         if is_small:
             return [array[:batch, :steps] for array in outputs], state_out[:batch]
         return outputs, state_out
+
+    def affordable_cells(self, multiplications: int, *, at_least: int) -> int:
+        """How many rows × steps a run may have that is to take about so many multiply-adds.
+
+        `at_least` so many, if not so many that inputs and outputs would fill the memory.
+        """
+        specs = (*self.contract.inputs, *self.contract.outputs)
+        values = sum(math.prod(spec.shape) for spec in specs)
+        # A step multiplies with each weight once, and each has four bytes.
+        affordable = max(at_least, multiplications * 4 // self._bytes)
+        return max(1, min(affordable, _VALUES_MAX // max(1, values)))
 
     def _axes(self, spec: TensorSpec) -> tuple[int, int | None] | None:
         """Where the graph has the batch and, if any, the time axis; None: first and second."""

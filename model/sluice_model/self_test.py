@@ -8,8 +8,13 @@ import numpy as np
 
 from sluice_model.model import Array, Model, example_inputs
 
-_LENGTHS = np.array([7, 3, 1, 5, 7], np.int32)
+_LENGTHS = np.array([64, 7, 3, 1, 33, 5, 7], np.int32)
 _CUT = 4
+# As large as the runs of a server may be, and odd: operators that compute several values at a
+# time, or in several threads, round what is left over, or where two threads meet, another way.
+_ROWS_MAX = 1021
+# Of the largest run: about as long as a server lets one run take.
+_MULTIPLICATIONS_MAX = 2**28
 
 
 @dataclass(frozen=True)
@@ -23,13 +28,15 @@ class SelfTest:
 
 
 def run_self_test(model: Model) -> SelfTest:
-    """Run the same ragged sequences batched, alone and cut in two, and compare with `==`."""
-    inputs = example_inputs(model.contract, len(_LENGTHS), int(_LENGTHS.max()))
-    initial = np.tile(model.initial_state, (len(_LENGTHS), 1))
-    batched, state = model.run(inputs, _LENGTHS, initial)
+    """Run the same sequences ragged, alone, cut in two and in one large run; compare with `==`."""
+    cells = model.affordable_cells(_MULTIPLICATIONS_MAX, at_least=_ROWS_MAX)
+    lengths = np.minimum(_LENGTHS, max(1, cells // len(_LENGTHS)), dtype=np.int32)
+    inputs = example_inputs(model.contract, len(lengths), int(lengths.max()))
+    initial = np.tile(model.initial_state, (len(lengths), 1))
+    batched, state = model.run(inputs, lengths, initial)
     digest = hashlib.sha256(state.tobytes())
     is_bit_exact = True
-    for row, length in enumerate(_LENGTHS):
+    for row, length in enumerate(lengths):
         together = [array[row, :length] for array in batched]
         for array in together:
             digest.update(array.tobytes())
@@ -39,7 +46,31 @@ def run_self_test(model: Model) -> SelfTest:
             is_bit_exact &= all(map(np.array_equal, rows, together)) and np.array_equal(
                 last, state[row]
             )
+    few, many = _run_few_and_many(model, inputs, cells)
+    for one, other in zip(few, many, strict=True):
+        is_bit_exact &= np.array_equal(one, other)
+        digest.update(other.tobytes())
     return SelfTest(is_bit_exact=is_bit_exact, arithmetic=digest.hexdigest())
+
+
+def _run_few_and_many(
+    model: Model, inputs: list[Array], cells: int
+) -> tuple[list[Array], list[Array]]:
+    """What a run of few rows and one of copies of them, as many as `cells` allow, give each copy.
+
+    The outputs and the last state.
+    """
+    count, steps_max = inputs[0].shape[:2]
+    rows_max = min(cells, model.contract.batch_max or _ROWS_MAX, _ROWS_MAX)
+    steps = max(1, min(cells // rows_max, steps_max))
+    copies = np.arange(rows_max) % count
+    results: list[list[Array]] = []
+    for rows in (np.arange(count), copies):
+        state = np.tile(model.initial_state, (len(rows), 1))
+        outputs, last = model.run([array[rows, :steps] for array in inputs], None, state)
+        results.append([*outputs, last])
+    few, many = results
+    return [array[copies] for array in few], many
 
 
 def _run_cut(model: Model, rows: list[Array], *, cuts: list[int]) -> tuple[list[Array], Array]:

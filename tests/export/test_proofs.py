@@ -1,18 +1,15 @@
 """Each proof refuses a file with the defect that it is there for."""
 
-import numpy as np
-import onnx
 import pytest
 import torch
-from onnx import TensorProto, helper
 from torch import Tensor, nn
 
 from sluice_export import ExportNotice, ParityError, TraceError, export, layers, natives
 from sluice_export.minimums import measure_minimums
-from sluice_model import Model, write_contract
-from sluice_protos.contract_pb2 import ModelContract, StatePart, TensorSpec
+from sluice_model import Model
 from tests.export.torch_models import ConvolutionsOnly, LastStep, Projected
 from tests.models import gru_module, lstm_module, rnn_module
+from tests.sized import less, sizes_model
 
 X = torch.zeros(1, 5, 8)
 
@@ -170,53 +167,6 @@ def test_a_smaller_tolerance_than_arithmetic_allows_is_refused(tmp_path):
         export(lstm_module(), X, tmp_path / "model.onnx", tolerance=1e-12)
 
 
-def sizes_model(condition: list[onnx.NodeProto]) -> Model:
-    """y = x, plus one where `condition` (from the scalars `batch` and `steps`) is one."""
-    nodes = [
-        helper.make_node("Shape", ["x"], ["batch"], start=0, end=1),
-        helper.make_node("Shape", ["x"], ["steps"], start=1, end=2),
-        *condition,
-        helper.make_node("Cast", ["found"], ["addend"], to=TensorProto.FLOAT),
-        helper.make_node("Add", ["x", "addend"], ["y"]),
-        helper.make_node("Identity", ["state"], ["state_out"]),
-    ]
-    shape = ["batch", "steps", 1]
-    graph = helper.make_graph(
-        nodes,
-        "sizes",
-        [
-            helper.make_tensor_value_info("x", TensorProto.FLOAT, shape),
-            helper.make_tensor_value_info("lengths", TensorProto.INT32, ["batch"]),
-            helper.make_tensor_value_info("state", TensorProto.FLOAT, ["batch", 1]),
-        ],
-        [
-            helper.make_tensor_value_info("y", TensorProto.FLOAT, shape),
-            helper.make_tensor_value_info("state_out", TensorProto.FLOAT, ["batch", 1]),
-        ],
-        [onnx.numpy_helper.from_array(np.array([n], np.int64), f"n{n}") for n in (1, 2, 3, 30)],
-    )
-    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    spec = {"datatype": "FP32", "shape": [1], "batch_axis": 0, "time_axis": 1}
-    contract = ModelContract(
-        name="sizes",
-        inputs=[TensorSpec(name="x", **spec)],
-        outputs=[TensorSpec(name="y", **spec)],
-        state_input="state",
-        state_output="state_out",
-        lengths_input="lengths",
-        state_size=1,
-        state=[StatePart(name="sum", shape=[1])],
-        batch_min=1,
-        length_min=1,
-    )
-    write_contract(proto, contract)
-    return Model(proto.SerializeToString(), contract)
-
-
-def less(name: str, limit: int) -> list[onnx.NodeProto]:
-    return [helper.make_node("Less", [name, f"n{limit}"], ["found"])]
-
-
 @pytest.mark.parametrize(
     "condition, expected",
     [
@@ -227,13 +177,13 @@ def less(name: str, limit: int) -> list[onnx.NodeProto]:
     ],
 )
 def test_the_smallest_exact_batch_and_length_are_measured(condition, expected):
-    batch_min, length_min, proof = measure_minimums(sizes_model(condition))
+    batch_min, length_min, proof = measure_minimums(sizes_model(condition), [])
     assert (batch_min, length_min) == expected
     assert proof.passed
 
 
 def test_bits_that_depend_on_every_batch_are_not_called_exact():
-    batch_min, length_min, proof = measure_minimums(sizes_model(less("batch", 30)))
+    batch_min, length_min, proof = measure_minimums(sizes_model(less("batch", 30)), [])
     assert (batch_min, length_min) == (1, 1)
     assert not proof.passed
     assert proof.figure > 0
@@ -242,7 +192,7 @@ def test_bits_that_depend_on_every_batch_are_not_called_exact():
 def test_a_lone_row_of_an_rnn_is_never_called_exact_even_where_a_sample_agrees():
     model = sizes_model(less("batch", 1))
     model.contract.cells.add(kind="RNN_RELU")
-    batch_min, _, proof = measure_minimums(model)
+    batch_min, _, proof = measure_minimums(model, [])
     assert batch_min == 2
     assert proof.passed
 

@@ -106,6 +106,9 @@ class Custody:
                 await take_turns(map(land_one, requests), instant=self._runs.between_runs)
             finally:
                 promised.difference_update(names)
+                if kept:
+                    # A place that was promised may be free after all.
+                    self._sequences.on_gone()
                 await self._give_back(kept, answers)
 
     async def _give_back(

@@ -28,8 +28,8 @@ from sluice_protos.sequences_pb2 import (
 )
 from sluice_service.arena import Arena, Slots
 from sluice_service.clock import AwakeClock
-from sluice_service.custody import Answer, Custody, as_down
-from sluice_service.errors import ExistsError, InvalidInputError, LaneError
+from sluice_service.custody import Answer, Custody
+from sluice_service.errors import ExistsError, InvalidInputError, LaneError, StoreDownError
 from sluice_service.inputs import InputRules
 from sluice_service.keeper import Keeper
 from sluice_service.lanes import Lanes, Parting
@@ -252,7 +252,8 @@ class Host:
     @property
     def room(self) -> int:
         """How many more sequences may live here."""
-        return self._settings.sequences_max - len(self._sequences)
+        promised = len(self._openings.promised)
+        return self._settings.sequences_max - len(self._sequences) - promised
 
     def is_live(self, sequence_id: str) -> bool:
         """True when a sequence lives here, on a stream or parked."""
@@ -426,7 +427,7 @@ class Host:
 
     def is_finished(self, stream: Stream) -> bool:
         """True when nothing more will come of a stream whose client sends no more."""
-        is_waiting = bool(stream.gated) or stream.ending_lanes > 0
+        is_waiting = stream.ending_lanes > 0 or self._lanes.has_gated(stream)
         return not is_waiting and self._scheduler.is_stuck(stream.live_slots())
 
     def _wake_if_ready(self) -> None:
@@ -529,7 +530,10 @@ class Host:
             try:
                 verdicts = await keeper.close(partings)
             except StoreError as error:
-                raise as_down(error) from error
+                raise StoreDownError(
+                    f"the store does not answer ({error}); the sequence has left its lane, and "
+                    "ends once the store is back"
+                ) from error
             if Verdict.REFUSED in verdicts:
                 return await keeper.custody.close_elsewhere(sequence_id, ending)
         return step

@@ -105,7 +105,8 @@ class Keeper:
 
     def is_safe(self, slot: int) -> bool:
         """True when the store has all there is of a slot, or has nothing to do with it."""
-        return not self._is_wanted[slot]
+        table = self._sequences
+        return not self._is_wanted[slot] and bool(table.step[slot] <= table.durable[slot])
 
     async def flush(self) -> None:
         """Finish what is queued, and write every durable sequence once more.

@@ -158,14 +158,9 @@ class Lanes:
 
     def lose(self, sequence: Sequence) -> None:
         """Forget a sequence that is another process's now, or goes on from the store's copy."""
-        stream = None
         if sequence.phase is Phase.ATTACHED:
-            stream = self._stream_of(sequence)
-            self._leave(sequence, stream, Closed.FENCED)
+            self._leave(sequence, self._stream_of(sequence), Closed.FENCED)
         self.forget(sequence)
-        if stream is not None and stream.gated:
-            # A stream does not end while it has something to wait for.
-            self._release(stream)
 
     def forget(self, sequence: Sequence) -> None:
         """Drop what memory has of a sequence that is on no lane; the store knows the rest."""
@@ -295,16 +290,18 @@ class Lanes:
     def release(self) -> None:
         """Let go out what has become durable."""
         for stream in self._streams.values():
-            self._release(stream)
+            gated = stream.gated.copy()
+            stream.gated.clear()
+            for delivery in gated:
+                is_same = self._sequences.is_same(delivery.slots, delivery.generations)
+                # What is not the same any more was taken back when its lane ended.
+                self.deliver(delivery.only(is_same), stream.number)
+            self._tell_late(stream)
 
-    def _release(self, stream: Stream) -> None:
-        gated = stream.gated.copy()
-        stream.gated.clear()
-        for delivery in gated:
-            is_same = self._sequences.is_same(delivery.slots, delivery.generations)
-            # What is not the same any more was taken back when its lane ended.
-            self.deliver(delivery.only(is_same), stream.number)
-        self._tell_late(stream)
+    def has_gated(self, stream: Stream) -> bool:
+        """True while outputs of lanes that are still on a stream wait for the store."""
+        is_same = self._sequences.is_same
+        return any(is_same(one.slots, one.generations).any() for one in stream.gated)
 
     def _is_gated(self, delivery: Delivery) -> NDArray[np.bool_] | None:
         """[chunks] which may not leave yet, for want of the store; None: all may."""

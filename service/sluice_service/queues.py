@@ -19,6 +19,8 @@ from sluice_service.sequences import NONE
 _NODES_START = 1024
 # From so many bytes of inputs on, it is looked at how many of them are still waited for; …
 _COMPACTED_BYTES_MIN = 64 << 20
+# … in frames of this size, …
+_COMPACTED_FRAME_BYTES_MIN = 64 << 10
 # … and what waits is copied where it is less than this part of its frame.
 _SPARSE = 4
 
@@ -45,13 +47,9 @@ class Rows:
     """What is kept of a frame while some of its chunks wait."""
 
     arrays: list[Array]  # [rows, …] for each model input
+    bytes: int  # of all arrays
     arrived: float  # seconds, time.monotonic
     pending: int  # chunks in queues; at 0 it is forgotten
-
-    @property
-    def bytes(self) -> int:
-        """Of all arrays."""
-        return sum(array.nbytes for array in self.arrays)
 
 
 @dataclass(slots=True)
@@ -116,7 +114,7 @@ class Queues:
 
     def add(self, frame: Frame) -> Integers:
         """New nodes [chunks] for the chunks of a frame, on no queue yet."""
-        rows = Rows(frame.arrays, frame.arrived, len(frame.slots))
+        rows = Rows(frame.arrays, _bytes(frame.arrays), frame.arrived, len(frame.slots))
         number = self._frame_number = self._frame_number + 1
         self.frames[number] = rows
         self._bytes += rows.bytes
@@ -229,6 +227,8 @@ class Queues:
         if not rows.pending:
             del self.frames[number]
             self._bytes -= rows.bytes
+            if not self.frames:
+                self._compact_at = _COMPACTED_BYTES_MIN
 
     def _compact(self) -> None:
         """Copy what waits out of frames that are mostly done: a step that waits for long, such
@@ -238,11 +238,13 @@ class Queues:
         is_waiting[self._free[: self._free_count]] = False
         nodes = np.flatnonzero(is_waiting)
         nodes = nodes[np.argsort(self.frame[nodes], kind="stable")]
-        numbers, counts = np.unique(self.frame[nodes], return_counts=True)
-        ends = np.cumsum(counts)
-        for number, start, end in zip(numbers, ends - counts, ends, strict=True):
+        numbers = self.frame[nodes]
+        for number, rows in self.frames.items():
+            if rows.bytes < _COMPACTED_FRAME_BYTES_MIN:
+                continue
+            start, end = np.searchsorted(numbers, (number, number + 1))
             mine = nodes[start:end]
-            rows, steps = self.frames[int(number)], self.steps[mine]
+            steps = self.steps[mine]
             count = int(steps.sum())
             if any(_SPARSE * count > len(array) for array in rows.arrays):
                 continue
@@ -250,7 +252,9 @@ class Queues:
             index = np.repeat(self.row[mine] - starts, steps) + np.arange(count)
             rows.arrays = [array[index] for array in rows.arrays]
             self.row[mine] = starts
-        self._bytes = sum(rows.bytes for rows in self.frames.values())
+            self._bytes -= rows.bytes
+            rows.bytes = _bytes(rows.arrays)
+            self._bytes += rows.bytes
         # To look again only after as much has come again keeps this cheap.
         self._compact_at = max(_COMPACTED_BYTES_MIN, 2 * self._bytes)
 
@@ -265,3 +269,7 @@ class Queues:
             setattr(self, name, double(getattr(self, name)))
         self._free[self._free_count : self._free_count + count] = np.arange(count, 2 * count)
         self._free_count += count
+
+
+def _bytes(arrays: list[Array]) -> int:
+    return sum(array.nbytes for array in arrays)

@@ -110,7 +110,9 @@ class RunLoop:
     async def between_runs(self, action: Callable[[], T]) -> T:
         """What `action` returns, called at an instant when no run is in flight."""
         if not self._in_flight:
-            return action()
+            done = action()
+            self.settle()
+            return done
         result: asyncio.Future[T] = asyncio.get_running_loop().create_future()
 
         def act() -> None:

@@ -166,6 +166,34 @@ async def test_a_start_that_a_stop_has_overtaken_leaves_its_id_to_the_next_serve
     assert opened.applied == 0
 
 
+async def test_a_place_that_is_promised_is_taken_until_the_store_has_answered(
+    kept, monkeypatch
+) -> None:
+    served = await kept(sequences_max=1)
+    (host,) = served.server._hosts.values()
+    free = list[int]()
+    host.watch_room(lambda: free.append(host.room))
+    claims = Late(served, "claim", monkeypatch)
+    wire = served.wire(MODEL)
+    await wire.open(0, "live", durability=OFF)
+    await wire.send(close=[0])
+    await wire.next_closed(0)
+    await wire.send(open=[OpenSequence(lane=1, sequence_id="s", writer=ME, attempt=1)])
+    await eventually(lambda: claims.done)
+    assert host.room == 0
+    claims.answer()
+    await wire.next_opened(1)
+    assert host.room == 0
+    # Where the store does not answer, whoever waits for a place is told that it is free.
+    await wire.send(close=[1])
+    await wire.next_closed(1)
+    free.clear()
+    Away(served, monkeypatch, "claim")
+    await wire.send(open=[OpenSequence(lane=2, sequence_id="t", writer=ME, attempt=1)])
+    assert (await wire.next_fault(2)).reason == Fault.UNAVAILABLE
+    await eventually(lambda: free == [1])
+
+
 async def test_an_open_does_not_take_what_became_durable_while_the_store_was_asked_about_others(
     kept, monkeypatch
 ) -> None:

@@ -197,6 +197,45 @@ async def test_a_stream_that_has_sent_all_ends_when_what_it_waits_for_is_another
     may_write.set()
 
 
+async def test_a_stream_that_has_sent_all_ends_when_its_lane_goes_to_another_stream(
+    replica, held_writes
+) -> None:
+    served = await replica()
+    (host,) = served.server._hosts.values()
+    wire, other = served.wire(MODEL), served.wire(MODEL)
+    await wire.open(0, "s", writer=ME, attempt=1)
+    may_write = held_writes(served)
+    await wire.push(0, floats([1]), first=0)
+    (stream,) = host._lanes._streams.values()
+    ending = asyncio.ensure_future(wire.end())
+    await eventually(lambda: stream.gated and stream.is_half_closed)
+    await other.open(0, "s", mode=RESUME, writer=ME, attempt=2, received=0)
+    assert await ending == grpc.StatusCode.OK
+    assert wire.ended[0][0].reason == Closed.FENCED
+    may_write.set()
+    assert (await other.rows(0, 1)) == 1
+
+
+async def test_a_server_that_is_cut_off_calls_nothing_safe_that_is_not_stored(
+    replica, held_writes, monkeypatch
+) -> None:
+    first = await replica(durability="periodic", drain_seconds_max=0.05)
+    (host,) = first.server._hosts.values()
+    wire = first.wire(MODEL)
+    await wire.open(0, "s", writer=ME, attempt=1)
+    await sums(wire, 0, 0, [1, 2])
+    # It stops before what is queued is done, and before anything is written.
+    monkeypatch.setattr(host._runs, "idle", asyncio.Event().wait)
+    held_writes(first)
+    await first.server.stop()
+    first.is_stopped = True
+    await wire.status()
+    assert not wire.ended[0]
+    wire = (await replica(durability="periodic")).wire(MODEL)
+    opened = await wire.open(0, "s", mode=RESUME, writer=ME, attempt=2, received=2)
+    assert opened.applied == 0
+
+
 async def test_strict_nothing_leaves_while_the_store_does_not_answer(replica, monkeypatch) -> None:
     served = await replica()
     wire = served.wire(MODEL)

@@ -113,6 +113,13 @@ async def test_a_first_message_that_cannot_be_is_told_of_while_the_limits_are_be
     assert set(statuses) == {StatusCode.INVALID_ARGUMENT}
 
 
+async def test_a_message_of_more_chunks_than_there_are_lanes_is_refused_unread(served) -> None:
+    wire = served.wire("accumulator")
+    await wire.send(lane=[0] * (2**20 + 1))
+    assert await wire.status() == StatusCode.INVALID_ARGUMENT
+    assert "send at most 1048576 in one" in await wire.call.details()
+
+
 async def test_an_unknown_lane_is_told_and_the_others_go_on(served) -> None:
     wire = served.wire("accumulator")
     await wire.open(0)

@@ -5,6 +5,7 @@ No sockets, no clock, no ONNX Runtime: a run here is what the scheduler says it 
 
 from collections import Counter, deque
 from dataclasses import dataclass, field
+from unittest.mock import patch
 
 import numpy as np
 from hypothesis import settings
@@ -15,7 +16,7 @@ from sluice_protos.contract_pb2 import ModelContract, TensorSpec
 from sluice_service.claims import Record
 from sluice_service.errors import GapError, InvalidInputError
 from sluice_service.inputs import InputRules
-from sluice_service.queues import Frame, Kind, Single
+from sluice_service.queues import Frame, Kind, Queues, Single
 from sluice_service.ragged import ones
 from sluice_service.scheduler import Ending, Run, Scheduler
 from sluice_service.sequences import ALL, NONE, Sequences
@@ -255,7 +256,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule()
     def compact(self) -> None:
         """Whatever waits in frames that are mostly done lies elsewhere now."""
-        self.scheduler._queues._compact()
+        with patch("sluice_service.queues._COMPACTED_FRAME_BYTES_MIN", 1):
+            self.scheduler._queues._compact()
 
     @rule(slot=st.integers(0, SLOTS - 1), share=st.floats(0, 1))
     def acknowledge(self, slot, share) -> None:
@@ -594,3 +596,16 @@ def test_messages_of_one_chunk_share_a_run_only_where_they_are_as_long() -> None
         scheduler.push_single(Single(1, slot, slot, steps, NONE, [bytes(4 * steps)], 0.0))
     done = [_next(table, scheduler), _next(table, scheduler)]
     assert done == [{0: 1, 1: 1, 2: 1}, {2: 1}]
+
+
+def test_chunks_that_claim_rows_they_do_not_have_are_no_work_when_frames_are_looked_through() -> (
+    None
+):
+    queues, rows = Queues(2), np.zeros((100_000, 1), np.float32)
+    error = {0: InvalidInputError("the inputs do not fit")}
+    claimed = np.array([1 << 40])
+    for arrays, steps, errors in (([], claimed, error), ([rows], np.array([10]), None)):
+        slots, starts = np.array([0]), np.zeros(1, np.int64)
+        queues.add(Frame(1, slots, slots, steps, starts, None, arrays, errors, 0, 0.0))
+    queues._compact()
+    assert [one.bytes for one in queues.frames.values()] == [0, 40]

@@ -27,6 +27,8 @@ from sluice_service.streams import Delivery, Notice
 # What a response has beside the rows, at the most, for each chunk in it.
 _CHUNK_BYTES = 24
 _RESPONSE_BYTES = 1024
+# A message beyond this takes long for other reasons than to be understood.
+_BARE_BYTES_MAX = 1 << 16
 # What one response tells of at the most: more would hold the event loop up.
 _NOTICES_MAX = 256
 _RANK = {Limits: 0, Opened: 0, Durable: 1, Fault: 2, Closed: 3}
@@ -120,6 +122,8 @@ def is_bare(request: InferRequest, data: bytes) -> bool:
 
     And when `data`, its bytes, are written as everybody writes them: the rows come last.
     """
+    if len(data) > _BARE_BYTES_MAX:
+        return False
     fields = [field.name for field, _ in request.ListFields()]
     if fields not in (["lane", "inputs"], ["lane", "steps", "inputs"]) or len(request.inputs) != 1:
         return False

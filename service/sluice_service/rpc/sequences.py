@@ -26,7 +26,7 @@ from sluice_service.rpc.frames import Chunks, Encoder, is_bare, parse, read_chun
 from sluice_service.rpc.status import as_status
 from sluice_service.rpc.wire import Repeat
 from sluice_service.sequences import NONE
-from sluice_service.streams import Delivery
+from sluice_service.streams import LANES_MAX, Delivery
 from sluice_service.turns import rest
 
 log = structlog.get_logger()
@@ -218,6 +218,7 @@ class _Session:
         if request.lane:
             single = read_single(request, host.inputs)
             if single is None:
+                self._check_count(len(request.lane))
                 await self._submit(read_chunks(request, host.inputs))
             else:
                 host.submit_singles(stream, [single])
@@ -232,6 +233,12 @@ class _Session:
             await self._end_after(request.close, Kind.CLOSE)
         if request.park:
             await self._end_after(request.park, Kind.PARK)
+
+    def _check_count(self, chunks: int) -> None:
+        """Refuse more chunks than anybody within his credit has, before they are looked at."""
+        chunks_max = max(self._host.limits.credit_steps, LANES_MAX)
+        if chunks > chunks_max:
+            raise RequestError(f"a message of {chunks} chunks; send at most {chunks_max} in one")
 
     # What may be very much comes in parts, between which others have the event loop, and
     # which wait while the client is ahead: one message holds nobody up for longer than many do.

@@ -10,6 +10,8 @@ from sluice_model.model import Array, Model, example_inputs
 
 _LENGTHS = np.array([64, 7, 3, 1, 33, 5, 7], np.int32)
 _CUT = 4
+# The proof that bits depend on no size of a run.
+_SIZES = "bits.sizes"
 # As large as the runs of a server may be, and odd: operators that compute several values at a
 # time, or in several threads, round what is left over, or where two threads meet, another way.
 _ROWS_MAX = 1021
@@ -35,7 +37,8 @@ def run_self_test(model: Model) -> SelfTest:
     initial = np.tile(model.initial_state, (len(lengths), 1))
     batched, state = model.run(inputs, lengths, initial)
     digest = hashlib.sha256(state.tobytes())
-    is_bit_exact = True
+    # An export that found operators of which a sample seldom sees a differing value says so.
+    is_bit_exact = all(proof.passed for proof in model.contract.proofs if proof.name == _SIZES)
     for row, length in enumerate(lengths):
         together = [array[row, :length] for array in batched]
         for array in together:

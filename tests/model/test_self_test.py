@@ -30,3 +30,10 @@ def test_a_model_of_large_inputs_is_tested_with_few_rows_and_steps():
     model.contract.outputs[0].shape[:] = [2**21]
     assert model.affordable_cells(2**28, at_least=1021) == 15
     assert run_self_test(model).is_bit_exact
+
+
+def test_a_model_whose_export_did_not_prove_its_bits_is_not_called_exact():
+    """Where so few values differ that a sample may miss them, the contract knows better."""
+    model = sizes_model(less("batch", 1))
+    model.contract.proofs.add(name="bits.sizes", passed=False)
+    assert not run_self_test(model).is_bit_exact

@@ -94,7 +94,10 @@ def _spec(value: onnx.ValueInfoProto | None, *, is_one_step: bool) -> TensorSpec
     if value is None or value.type.tensor_type.elem_type != onnx.TensorProto.FLOAT:
         return None
     dims = [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
-    if dims.count("batch") != 1 or any(d not in {"batch", "steps"} for d in dims if _is_text(d)):
+    # Steps against steps, as attention has them: no rows of steps to compare.
+    if dims.count("batch") != 1 or dims.count("steps") > 1:
+        return None
+    if any(d not in {"batch", "steps"} for d in dims if _is_text(d)):
         return None
     if is_one_step:
         return TensorSpec(name=value.name, datatype="FP32", batch_axis=dims.index("batch"))

@@ -10,7 +10,7 @@ from typing import Final
 import onnx
 
 from sluice_export.comparison import Source
-from sluice_export.errors import ExportNotice, ParityError
+from sluice_export.errors import ExportNotice, ParityError, first_line
 from sluice_export.minimums import measure_minimums
 from sluice_export.proofs import PROOFS, Evidence, is_required
 from sluice_export.tails import find_uneven
@@ -74,10 +74,21 @@ def prove(evidence: Evidence, explain: Explain, tell: Progress) -> list[Proof]:
         if not proof.passed and is_required(proof):
             raise ParityError(
                 f"{proof.name} failed: {proof.figure:.3g}, at most {proof.tolerance:.3g} is "
-                f"allowed ({proof.detail}). {explain(evidence)}"
+                f"allowed ({proof.detail}). {_explain(explain, evidence)}"
             )
         proofs.append(proof)
     return proofs
+
+
+def _explain(explain: Explain, evidence: Evidence) -> str:
+    """Why a proof failed; that it did is told, whatever becomes of the search for the cause."""
+    try:
+        return explain(evidence)
+    except Exception as error:
+        return (
+            f"What in the model is at fault was not found out ({first_line(error)}): look for what "
+            "reads other steps, other rows or a state that no layer carries"
+        )
 
 
 def notify(message: str) -> None:

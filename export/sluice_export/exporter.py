@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sluice_export.culprit import explain_failure
 from sluice_export.delivery import TOLERANCE, Progress, deliver, notify
@@ -77,8 +77,16 @@ def prepare(module: nn.Module) -> nn.Module:
             "the module is in training mode; it is exported as in eval mode: dropout off, also "
             "between recurrent layers, and batch normalisation by its running statistics"
         )
+    # What weight_norm and the like compute into an attribute keeps its way back to the weights,
+    # and is not copied with it; forward computes it anew.
+    computed = {
+        id(value): value.detach().clone()
+        for child in module.modules()
+        for value in vars(child).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
     try:
-        original = copy.deepcopy(module).cpu().eval()
+        original = copy.deepcopy(module, computed).cpu().eval()
     except (RuntimeError, TypeError) as error:
         raise UnsupportedModuleError(
             f"the module cannot be copied ({error}); build it afresh, load its state_dict and "

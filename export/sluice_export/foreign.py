@@ -64,13 +64,42 @@ def export_onnx(
     """
     tell = on_progress or (lambda what, share: None)
     tell("looking at the file", 0.0)
-    path = Path(path)
     proto = load_file(Path(source), fixed or {})
-    pairs = pair_states(proto, states or {})
-    layout = find_layout(proto.graph, [pair.input for pair in pairs], axes or {})
+    try:
+        return _export(
+            proto,
+            Path(path),
+            name or Path(path).stem,
+            states=states or {},
+            axes=axes or {},
+            valid=valid or {},
+            tolerance=tolerance,
+            tell=tell,
+        )
+    except (ModelError, onnx.shape_inference.InferenceError) as error:
+        raise InputError(
+            f"{source}: does not run in ONNX Runtime, which serves it ({error}); export it again "
+            "with standard operators and opset 17, and see what onnx.checker says of it"
+        ) from error
+
+
+def _export(
+    proto: onnx.ModelProto,
+    path: Path,
+    name: str,
+    *,
+    states: Mapping[str, str],
+    axes: Mapping[str, Axes],
+    valid: Mapping[str, tuple[int, int]],
+    tolerance: float,
+    tell: Progress,
+) -> ModelContract:
+    """As export_onnx, of a file that was read. Raises ModelError where it does not run."""
+    pairs = pair_states(proto, states)
+    layout = find_layout(proto.graph, [pair.input for pair in pairs], axes)
     known = layout.inputs | layout.states
     declare_axes(proto.graph.input, known, has_batch=layout.has_batch)
-    ranges = _find_ranges(proto.graph, layout, valid or {})
+    ranges = _find_ranges(proto.graph, layout, valid)
     given = _parts(proto.graph, layout, pairs)
     kept = {pair.output for pair in pairs}
     outputs = [value.name for value in proto.graph.output if value.name not in kept]
@@ -84,12 +113,12 @@ def export_onnx(
         hidden = expose_states(bare, layout)
     if not pairs and not hidden:
         raise NoRecurrentLayerError(
-            f"{source}: no state was found in it: no input comes back as an output, and no LSTM, "
+            "no state was found in the file: no input comes back as an output, and no LSTM, "
             "GRU or RNN runs over a time axis; name it: --state input=output"
         )
     layout.states.update({pair.input: (1, BATCH, _hidden(bare.graph, pair)) for pair in hidden})
     parts = _parts(bare.graph, layout, [*pairs, *hidden])
-    draft = Draft(bare, name or path.stem, layout, parts, found, ranges)
+    draft = Draft(bare, name, layout, parts, found, ranges)
     tell("packing the state", 0.1)
     proto, contract = _choose_form(draft, original, tolerance)
     noted = onnx.shape_inference.infer_shapes(proto)

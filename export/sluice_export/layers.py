@@ -7,7 +7,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from sluice_export.errors import BidirectionalError
+from sluice_export.errors import BidirectionalError, LayerError
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,11 @@ class RecurrentLayer:
         return replace(self, module=module)
 
     @property
+    def is_altered(self) -> bool:
+        """Whether it is of a class with a forward of its own, of which the graph knows nothing."""
+        return not type(self.module).forward.__module__.startswith("torch.")
+
+    @property
     def depth(self) -> int:
         """How many layers deep it is."""
         return self.module.num_layers if isinstance(self.module, nn.RNNBase) else 1
@@ -86,7 +91,7 @@ class RecurrentLayer:
 def find_layers(module: nn.Module) -> list[RecurrentLayer]:
     """The recurrent layers and cells of `module`, in the order in which it registers them.
 
-    Raises BidirectionalError for what needs the future.
+    Raises BidirectionalError for what needs the future, LayerError for cells of another kind.
     """
     layers = []
     for path, child in module.named_modules():
@@ -100,13 +105,19 @@ def find_layers(module: nn.Module) -> list[RecurrentLayer]:
                 )
             layers.append(layer)
         elif isinstance(child, nn.RNNCellBase):
-            layers.append(RecurrentLayer(path, child, _kind_of_cell(child)))
+            layers.append(RecurrentLayer(path, child, _kind_of_cell(path, child)))
     return layers
 
 
-def _kind_of_cell(cell: nn.RNNCellBase) -> CellKind:
+def _kind_of_cell(path: str, cell: nn.RNNCellBase) -> CellKind:
     if isinstance(cell, nn.RNNCell):
         return _KINDS[f"RNN_{cell.nonlinearity.upper()}"]
+    if not isinstance(cell, (nn.LSTMCell, nn.GRUCell)):
+        raise LayerError(
+            f"{path or 'the module'} is a {type(cell).__name__}, a cell of another kind than "
+            "nn.LSTMCell, nn.GRUCell and nn.RNNCell, and ONNX has an operator for these alone; "
+            "train the model with one of them"
+        )
     return LSTM if isinstance(cell, nn.LSTMCell) else GRU
 
 

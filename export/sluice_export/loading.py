@@ -54,6 +54,7 @@ def _take_in_weights(proto: onnx.ModelProto, source: Path) -> None:
     folder = source.resolve().parent
     inner = (graph for node in walk_nodes(proto.graph) for graph in subgraphs(node))
     tensors = [tensor for graph in (proto.graph, *inner) for tensor in graph.initializer]
+    tensors += [a.t for node in walk_nodes(proto.graph) for a in node.attribute if a.HasField("t")]
     for tensor in filter(external_data_helper.uses_external_data, tensors):
         place = external_data_helper.ExternalDataInfo(tensor).location
         if not (folder / place).resolve().is_relative_to(folder):

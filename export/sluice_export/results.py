@@ -4,6 +4,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -12,6 +13,7 @@ from sluice_export.delivery import notify
 from sluice_export.errors import LayerError, OutputError
 from sluice_export.observation import Observation
 from sluice_export.signature import OutputLeaf
+from sluice_protos.datatypes import DATATYPES
 
 # Batch and steps of two calls. All that can follow from them differ, so that
 # an axis which follows one of them shows it.
@@ -20,6 +22,7 @@ LARGE: Final = (5, 11)
 
 _BATCH: Final = (SMALL[0], LARGE[0])
 _STEPS: Final = (SMALL[1], LARGE[1])
+_TYPES: Final = frozenset(torch.from_numpy(np.empty(0, kind)).dtype for kind in DATATYPES)
 _MERGED: Final = (SMALL[0] * SMALL[1], LARGE[0] * LARGE[1])
 
 
@@ -144,6 +147,11 @@ def _find_axes(one: Tensor, two: Tensor, index: int) -> dict[tuple[int, int], in
 
 
 def _output(index: int, name: str, tensor: Tensor, axes: dict[tuple[int, int], int]) -> OutputLeaf:
+    if tensor.dtype not in _TYPES:
+        raise OutputError(
+            f"result {index} of forward is of {tensor.dtype}, which no client reads; cast it in "
+            "forward: .to(torch.float32), of a complex one its .real and .imag"
+        )
     shape = tuple(size for axis, size in enumerate(tensor.shape) if axis not in axes.values())
     if axes.keys() == {_BATCH, _STEPS}:
         return OutputLeaf(index, name, tensor.dtype, shape, axes[_BATCH], axes[_STEPS])

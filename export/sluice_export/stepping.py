@@ -86,6 +86,13 @@ def explain_step(module: nn.Module, survey: Survey, evidence: Evidence) -> str:
                 "from that step and the state that layers carry. The first value that does not "
                 f"follow from them comes from {place}"
             )
+    altered = [layer for layer in survey.layers if layer.is_altered]
+    if altered:
+        return (
+            f"{altered[0].name} is a {type(altered[0].module).__name__} with a forward of its own, "
+            f"but the graph has that of {altered[0].kind.operator} alone; do what it adds to the "
+            "output outside of it, and leave the state as the cell gives it"
+        )
     hidden = [f"the c of {layer.name}" for layer in survey.layers if layer.kind is LSTM]
     hidden += [
         f"what {convolution.name} gives beyond the last step"
@@ -146,7 +153,8 @@ def _continue_layer(layer: RecurrentLayer, calls: Sequence[LayerCall]) -> Callab
     def give(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         states = [state[:, -1:] for state in next(waiting).after]
         states = [state[0] for state in states] if is_cell else states
-        return args[:1], {**kwargs, "hx": tuple(states) if len(states) > 1 else states[0]}
+        step = args[0] if args else kwargs["input"]
+        return (step, tuple(states) if len(states) > 1 else states[0]), {}
 
     return give
 

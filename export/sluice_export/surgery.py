@@ -54,8 +54,10 @@ def constants_of(graph: onnx.GraphProto) -> dict[str, np.ndarray[Any, Any]]:
     """The values that are known before any run, by name: weights and Constant nodes."""
     known = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     for node in graph.node:
-        if node.op_type == "Constant" and node.attribute[0].name == "value":
-            known[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
+        if node.op_type == "Constant":
+            for attribute in node.attribute:
+                if attribute.name == "value":
+                    known[node.output[0]] = numpy_helper.to_array(attribute.t)
     return known
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import nn
 
 from sluice_export.comparison import Expected, Source
@@ -14,12 +15,14 @@ from sluice_export.exporter import prepare
 from sluice_export.minimums import measure_minimums
 from sluice_export.proofs import PROOFS, Evidence
 from sluice_export.reference import Reference
+from sluice_export.signature import Signature
 from sluice_export.survey import take_survey
 from sluice_export.tails import find_uneven
 from sluice_model.contract import load_proto, part_size
 from sluice_model.errors import ModelError
 from sluice_model.model import Array, Model
 from sluice_protos.contract_pb2 import ModelContract, Proof
+from sluice_protos.datatypes import DATATYPES
 
 
 class Alone:
@@ -71,11 +74,16 @@ def verify(
         source = _reference(module, example_inputs, valid or {}, model.contract)
     if tolerance is None:
         tolerance = _tolerance_of(model.contract)
-    evidence = Evidence(model, source, tolerance=tolerance)
     proofs = []
-    for place, (what, prove) in enumerate(PROOFS.items()):
-        tell(what, place / len(PROOFS))
-        proofs.append(prove(evidence))
+    try:
+        evidence = Evidence(model, source, tolerance=tolerance)
+        for place, (what, prove) in enumerate(PROOFS.items()):
+            tell(what, place / len(PROOFS))
+            proofs.append(prove(evidence))
+    except ModelError as error:
+        raise InputError(
+            f"{path}: does not run on inputs that its contract allows ({error}); export it again"
+        ) from error
     proofs.append(_measure_again(Path(path), model.contract))
     tell("done", 1.0)
     return proofs
@@ -126,4 +134,19 @@ def _reference(
             f"the module's states are {parts}, the file's {[p.name for p in contract.state]}: "
             "not the same model"
         )
+    _check_outputs(survey.signature.as_float(), contract)
     return Reference(original, survey)
+
+
+def _check_outputs(signature: Signature, contract: ModelContract) -> None:
+    """Raise InputError unless the module's outputs are the file's, whatever they are called."""
+    found = [
+        (DATATYPES[torch.empty(0, dtype=leaf.dtype).numpy().dtype], list(leaf.shape))
+        for leaf in signature.outputs
+    ]
+    expected = [(spec.datatype, list(spec.shape)) for spec in contract.outputs]
+    if found != expected:
+        raise InputError(
+            f"the module gives {found}, the file {expected}: not the same model; give the module "
+            "that the file was exported from, or export this one again"
+        )

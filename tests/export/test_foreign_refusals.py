@@ -190,7 +190,7 @@ REFUSED = [
     (texts, "'text' is of type object, which a stream does not carry"),
     (computed_weights, "GRU '/GRU_.* has computed weights; save the file with constant ones"),
     (nothing_but_states, "each input would be a state .h_in.*--state h_in=h_out"),
-    (no_state, "no state was found in it.*--state input=output"),
+    (no_state, "no state was found in the file.*--state input=output"),
     (two_alike, "which of the inputs a, b is the state cannot be told.*--state"),
     (two_named_alike, "may come out of h_out: each fits by name; say which: --state"),
     (backwards, "GRU '/GRU_.* has direction reverse.*future"),

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from sluice_protos.open_inference_pb2 import InferTensorContents, ModelInferRequest
+from sluice_protos.sequences_pb2 import RESUME, OpenSequence
 from tests.compat.caller import SECONDS, Caller, request, values
 from tests.service.wire import eventually, floats
 
@@ -241,6 +242,27 @@ async def test_more_than_may_wait_is_answered_all_the_same(sums) -> None:
     stream = caller.stream()
     answers = await stream.ask(request([[[1], [number]]]) for number in range(100))
     assert answers == [[1, 1 + number] for number in range(100)]
+
+
+async def test_who_is_overtaken_is_not_told_to_start_again(gate, sums) -> None:
+    served = await sums()
+    caller = Caller(served.channel)
+    stream, other = caller.stream(), served.wire("accumulator")
+    await stream.send(request(1, sequence_id=1, sequence_start=True))
+    await gate.let_through()
+    assert await stream.take(1) == [[1]]
+    await stream.send(*(request(1, sequence_id=1) for _ in range(2)))
+    exchange = served.server._open_inference._models["accumulator"].exchange
+    await eventually(lambda: exchange._waiting_steps == 2)
+    await gate.reached()
+    await other.send(open=[OpenSequence(lane=0, sequence_id="int64:1", mode=RESUME)])
+    (host,) = served.server._hosts.values()
+    await eventually(lambda: host._runs._waiting)
+    await gate.let_through()
+    assert (await other.next_opened(0)).applied == 2
+    assert not (await stream.read()).error_message
+    error = (await stream.read()).error_message
+    assert "taken over" in error and "START" not in error
 
 
 async def test_a_stop_answers_what_was_asked_and_refuses_what_comes_after(

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from sluice_protos.sequences_pb2 import Closed, Fault, Opened
 from sluice_service.errors import (
     BacklogError,
+    FencedError,
     GapError,
     LaneError,
     ModelNotFoundError,
@@ -147,6 +148,11 @@ def ended(request: Request, closed: Closed) -> ServiceError:
     """What a request is told whose sequence ended before its turn."""
     if closed.reason == Closed.DRAINING:
         return StoppingError("this server is stopping; ask another")
+    if closed.reason == Closed.FENCED:
+        return FencedError(
+            f"sequence {request.sequence} was taken over by another stream or server before this "
+            "request was run; it goes on there: stop the other, or ask again to take it back"
+        )
     return NotFoundError(
         f"sequence {request.sequence} was ended ({Closed.Reason.Name(closed.reason)}) before this "
         "request was run; start it again with the START flag"

@@ -254,7 +254,8 @@ class RedisStore:
     def _asking(self) -> Iterator[None]:
         try:
             yield
-        except (RedisError, OSError) as error:
+        except (RedisError, OSError, RuntimeError) as error:
+            # RuntimeError: how uvloop says that a connection was closed meanwhile.
             raise StoreError(f"the Redis store {self._name} did not answer: {error}") from error
 
 

@@ -134,6 +134,21 @@ async def test_what_redis_acknowledged_is_there_after_kill_9_of_redis(
         await check_promises(store, lines)
 
 
+async def test_a_connection_that_the_event_loop_has_closed_is_a_store_that_is_away(
+    redis_process, opened, monkeypatch
+) -> None:
+    store = await opened(f"redis://127.0.0.1:{redis_process.port}/0")
+
+    async def find_closed(*_: object) -> None:
+        raise RuntimeError("unable to perform operation on <TCPTransport>; the handler is closed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store._redis, "eval", find_closed)
+        with pytest.raises(StoreError, match="did not answer"):
+            await claim(store, ask())
+    await claim(store, ask())
+
+
 async def test_a_redis_that_was_away_is_found_again_without_a_word(redis_process, opened) -> None:
     store = await opened(f"redis://127.0.0.1:{redis_process.port}/0?{PATIENCE}")
     granted = await claim(store, ask())

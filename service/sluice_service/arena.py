@@ -82,13 +82,13 @@ class Arena:
         Raises IndexError when the arena is full.
         """
         plane = self._newest if plane_number is None else self._planes[plane_number]
+        if self.is_full:
+            raise IndexError("the arena is full")
         if self._freed:
             slot = self._freed.pop()
-        elif self._untouched < self._slots:
+        else:
             slot = self._untouched
             self._untouched += 1
-        else:
-            raise IndexError("the arena is full")
         self._plane[slot] = plane.number
         # Written even where it is zero already: memory that is first written by a run, for
         # hundreds of sequences at once, holds everybody up.

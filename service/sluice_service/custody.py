@@ -9,7 +9,7 @@ import numpy as np
 
 from sluice_protos.sequences_pb2 import OFF, RESUME, START_OR_RESUME, TAKEOVER, OpenSequence
 from sluice_service.claims import Claim
-from sluice_service.errors import LaneError, LimitError, NotFoundError, StoreDownError
+from sluice_service.errors import LaneError, NotFoundError, StoreDownError
 from sluice_service.lanes import Parting
 from sluice_service.openings import Openings, is_blind, lost
 from sluice_service.runs import RunLoop
@@ -81,7 +81,6 @@ class Custody:
         for batch in _distinct(requests):
             admitted = [one for one in batch if self._openings.admits(stream, one)]
             await self.open(admitted, partial(self._openings.open, stream))
-            self._runs.settle()
 
     async def open(
         self, requests: Sequence[OpenSequence], land: Callable[[OpenSequence, Answer], None]
@@ -148,12 +147,8 @@ class Custody:
         """
         if self._sequences.get(request.sequence_id) is not None:
             return None
-        full: LaneError | None = None
-        try:
-            self._openings.require_room()
-        except LimitError as error:
-            full = error
-        else:
+        full = self._openings.check_room()
+        if full is None:
             self._openings.promised.add(request.sequence_id)
         if request.mode != RESUME:
             return full

@@ -252,8 +252,7 @@ class Host:
     @property
     def room(self) -> int:
         """How many more sequences may live here."""
-        promised = len(self._openings.promised)
-        return self._settings.sequences_max - len(self._sequences) - promised
+        return self._openings.room
 
     def is_live(self, sequence_id: str) -> bool:
         """True when a sequence lives here, on a stream or parked."""
@@ -311,7 +310,6 @@ class Host:
             # Where the stream ends meanwhile: what the store was asked is brought to its end.
             work = self._open_in_store(self._keeper, stream, requests)
             await asyncio.shield(self._start(work))
-        self._runs.settle()
 
     def _end_lane(self, stream: Stream, lane: int) -> None:
         if (slot := stream.slot(lane)) >= 0:
@@ -513,28 +511,27 @@ class Host:
     async def _close(self, sequence_id: str) -> int:
         keeper, ending = self._keeper, "CloseSequence closed it"
 
-        def close() -> tuple[int, list[Parting]]:
+        def close() -> tuple[int, Parting | None]:
             sequence = self._listing.find(sequence_id)
-            step, before = int(self._sequences.step[sequence.slot]), len(self._lanes.closings)
+            step = int(self._sequences.step[sequence.slot])
+            if sequence.is_durable:
+                # The store is asked from here, for its answer is the caller's.
+                return step, self._lanes.begin_end(sequence, Closed.CLIENT, ending)
             self._lanes.end(sequence, Closed.CLIENT, ending)
-            # The store is asked from here, for its answer is the caller's.
-            partings = self._lanes.closings[before:]
-            del self._lanes.closings[before:]
-            return step, partings
+            return step, None
 
         if keeper is not None and not self.is_live(sequence_id):
             return await keeper.custody.close_elsewhere(sequence_id, ending)
-        step, partings = await self._runs.between_runs(close)
-        self._runs.settle()
-        if keeper is not None and partings:
+        step, parting = await self._runs.between_runs(close)
+        if keeper is not None and parting is not None:
             try:
-                verdicts = await keeper.close(partings)
+                (verdict,) = await keeper.close([parting])
             except StoreError as error:
                 raise StoreDownError(
                     f"the store does not answer ({error}); the sequence has left its lane, and "
                     "ends once the store is back"
                 ) from error
-            if Verdict.REFUSED in verdicts:
+            if verdict is Verdict.REFUSED:
                 return await keeper.custody.close_elsewhere(sequence_id, ending)
         return step
 

@@ -146,8 +146,7 @@ class Lanes:
         A durable one is dropped once the store has dropped it.
         """
         if sequence.is_durable:
-            self.closings.append(self._leave_quietly(sequence, reason, ending))
-            self._sequences.active[sequence.slot] = self._clock.now()
+            self.closings.append(self.begin_end(sequence, reason, ending))
             return
         if sequence.phase is Phase.ATTACHED:
             self._leave(sequence, self._stream_of(sequence), reason)
@@ -155,6 +154,11 @@ class Lanes:
             self._metrics.closed(Reason.Name(reason).lower())
         self._sequences.end(sequence, ending, self._clock.now())
         self._arena.free(sequence.slot)
+
+    def begin_end(self, sequence: Sequence, reason: "Reason.ValueType", ending: str) -> Parting:
+        """Take a durable sequence that ends from its lane; what the store is to be told."""
+        self._sequences.active[sequence.slot] = self._clock.now()
+        return self._leave_quietly(sequence, reason, ending)
 
     def lose(self, sequence: Sequence) -> None:
         """Forget a sequence that is another process's now, or goes on from the store's copy."""
@@ -397,14 +401,9 @@ class Lanes:
     def _hold_chunk(self, delivery: Delivery, index: int) -> None:
         """As `_hold`, of one chunk."""
         table, slot = self._sequences, int(delivery.slots[index])
-        first, steps = int(delivery.first[index]), int(delivery.lengths[index])
         is_same = table.generation[slot] == delivery.generations[index]
-        if is_same and table.received[slot] < first + steps:
-            start = int(delivery.lengths[:index].sum())
-            outputs = [
-                cut(output, delivery.rows, start, start + steps) for output in delivery.outputs
-            ]
-            table.at(slot).held.append(Held(first, steps, outputs))
+        if is_same and table.received[slot] < delivery.first[index] + delivery.lengths[index]:
+            table.at(slot).held.append(Held(*delivery.chunk(index)))
 
     def resend(self, stream: Stream, sequence: Sequence, lane: int) -> None:
         """Send what is held from `received` on, once, on the new lane."""

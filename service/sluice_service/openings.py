@@ -133,18 +133,23 @@ class Openings:
             self._inputs.state_row(request.state)
 
     @property
-    def is_full(self) -> bool:
-        """True when no more sequences may live here."""
-        return self._arena.live + len(self.promised) >= len(self._sequences.step)
+    def room(self) -> int:
+        """How many more sequences may live here."""
+        return len(self._sequences.step) - len(self._sequences) - len(self.promised)
 
     def require_room(self) -> None:
         """Raise LimitError when no more sequences may live here."""
-        if self.is_full:
-            raise LimitError(
-                f"{self._arena.live + len(self.promised)} sequences are alive or being opened, "
-                "as many as sequences_max allows; "
-                "close some, or serve with a higher --sequences-max"
-            )
+        if (full := self.check_room()) is not None:
+            raise full
+
+    def check_room(self) -> LimitError | None:
+        """Why no more sequences may live here, if so."""
+        if self.room > 0:
+            return None
+        return LimitError(
+            f"{len(self._sequences) + len(self.promised)} sequences are alive or being opened, "
+            "as many as sequences_max allows; close some, or serve with a higher --sequences-max"
+        )
 
     def durability(self, request: OpenSequence) -> "Durability.ValueType":
         """What a sequence has, or else gets. Raises InvalidInputError where that is too much."""

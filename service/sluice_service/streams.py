@@ -43,6 +43,12 @@ class Delivery:
             yield index, first, steps, [cut(output, rows, start, end) for output in self.outputs]
             start = end
 
+    def chunk(self, index: int) -> tuple[int, int, list[bytes]]:
+        """One chunk: (first, steps, outputs), the bytes copied."""
+        steps, start = int(self.lengths[index]), int(self.lengths[:index].sum())
+        outputs = [cut(output, self.rows, start, start + steps) for output in self.outputs]
+        return int(self.first[index]), steps, outputs
+
     def only(self, chosen: NDArray[np.bool_]) -> "Delivery":
         """The same without the chunks that were not chosen [chunks]."""
         row_bytes = [len(output) // self.rows for output in self.outputs]

@@ -11,12 +11,12 @@ from sluice_service.rpc.wire import Repeat, encode_outputs
 
 numbers_32 = st.one_of(st.integers(0, 300), st.integers(0, 2**32 - 1))
 steps_64 = st.one_of(st.integers(0, 300), st.integers(0, 2**63 - 1))
-chunks = st.lists(st.tuples(numbers_32, numbers_32, steps_64), min_size=1, max_size=40)
+chunks = st.lists(st.tuples(numbers_32, numbers_32, steps_64), min_size=1, max_size=80)
 
 
 @given(chunks, st.lists(st.binary(max_size=300), max_size=3))
 @example([(2**32 - 1, 2**14, 2**63 - 1)], [bytes(2**14), b""])
-@example([(number, 1 << number, number << 14) for number in range(32)], [bytes(2**14), b""])
+@example([(number, 1 << number, number << 14) for number in range(32)] * 2, [bytes(2**14), b""])
 def test_outputs_are_encoded_as_protobuf_does(chunks, outputs) -> None:
     lanes, steps, first = (list(column) for column in zip(*chunks, strict=True))
     expected = InferResponse(

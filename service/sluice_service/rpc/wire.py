@@ -8,8 +8,9 @@ from sluice_service.ragged import Integers
 
 # Tags of sluice.v1: number of the field, and that its length follows.
 _LANE, _STEPS, _FIRST_STEP, _OUTPUTS, _DATA = b"\x12", b"\x1a", b"\x22", b"\x2a", b"\x22"
-# From so many numbers on, arrays are faster than one number after another.
-_MANY = 16
+# From so many numbers on, arrays are faster than one number after another, in the mixture that
+# a response has: lanes and steps of one byte, first steps of two.
+_MANY = 48
 
 
 class Repeat:

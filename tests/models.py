@@ -116,48 +116,58 @@ def write_accumulator(path: Path) -> None:
         helper.make_node("Slice", ["sums", "axis_one", "end", "axis_one"], ["y"]),
         helper.make_node("Gather", ["sums", "last"], ["state_out"], axis=1),
     ]
+    weights = {
+        "zero": np.array(0, np.int64),
+        "one": np.array(1, np.int64),
+        "last": np.array(-1, np.int64),
+        "axis_one": np.array([1], np.int64),
+        "axis_two": np.array([2], np.int64),
+        "end": np.array([np.iinfo(np.int64).max], np.int64),
+        "nothing": np.array(0, np.float32),
+    }
+    model, _ = scalar_model("accumulator", cells, weights)
+    onnx.checker.check_model(model, full_check=True)
+    path.write_bytes(model.SerializeToString())
+
+
+def scalar_model(
+    name: str, nodes: list[onnx.NodeProto], weights: dict[str, NDArray[Any]]
+) -> tuple[onnx.ModelProto, ModelContract]:
+    """A graph with its contract: x and y are [batch, steps, 1], the state is [batch, 1].
+
+    `nodes` make "y" and "state_out" of "x", "lengths" and "state".
+    """
+    rows, states = ["batch", "steps", 1], ["batch", 1]
     graph = helper.make_graph(
-        cells,
-        "accumulator",
+        nodes,
+        name,
         [
-            helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", "steps", 1]),
+            helper.make_tensor_value_info("x", TensorProto.FLOAT, rows),
             helper.make_tensor_value_info("lengths", TensorProto.INT32, ["batch"]),
-            helper.make_tensor_value_info("state", TensorProto.FLOAT, ["batch", 1]),
+            helper.make_tensor_value_info("state", TensorProto.FLOAT, states),
         ],
         [
-            helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", "steps", 1]),
-            helper.make_tensor_value_info("state_out", TensorProto.FLOAT, ["batch", 1]),
+            helper.make_tensor_value_info("y", TensorProto.FLOAT, rows),
+            helper.make_tensor_value_info("state_out", TensorProto.FLOAT, states),
         ],
-        [
-            onnx.numpy_helper.from_array(np.array(value, dtype), name)
-            for name, value, dtype in (
-                ("zero", 0, np.int64),
-                ("one", 1, np.int64),
-                ("last", -1, np.int64),
-                ("axis_one", [1], np.int64),
-                ("axis_two", [2], np.int64),
-                ("end", [np.iinfo(np.int64).max], np.int64),
-                ("nothing", 0, np.float32),
-            )
-        ],
+        [onnx.numpy_helper.from_array(value, key) for key, value in weights.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    onnx.checker.check_model(model, full_check=True)
     spec = {"datatype": "FP32", "shape": [1], "batch_axis": 0, "time_axis": 1}
     contract = ModelContract(
-        name="accumulator",
+        name=name,
         inputs=[TensorSpec(name="x", **spec)],
         outputs=[TensorSpec(name="y", **spec)],
         state_input="state",
         state_output="state_out",
         lengths_input="lengths",
         state_size=1,
-        state=[StatePart(name="sum", offset=0, shape=[1])],
+        state=[StatePart(name="sum", shape=[1])],
         batch_min=1,
         length_min=1,
     )
     write_contract(model, contract)
-    path.write_bytes(model.SerializeToString())
+    return model, contract
 
 
 def write_stateless(path: Path) -> None:

@@ -4,8 +4,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from sluice_model import Model, write_contract
-from sluice_protos.contract_pb2 import ModelContract, StatePart, TensorSpec
+from sluice_model import Model
+from tests.models import scalar_model
 
 LIMITS = (1, 2, 3, 30, 60, 1000)
 
@@ -20,36 +20,8 @@ def sizes_model(condition: list[onnx.NodeProto]) -> Model:
         helper.make_node("Add", ["x", "addend"], ["y"]),
         helper.make_node("Identity", ["state"], ["state_out"]),
     ]
-    shape = ["batch", "steps", 1]
-    graph = helper.make_graph(
-        nodes,
-        "sizes",
-        [
-            helper.make_tensor_value_info("x", TensorProto.FLOAT, shape),
-            helper.make_tensor_value_info("lengths", TensorProto.INT32, ["batch"]),
-            helper.make_tensor_value_info("state", TensorProto.FLOAT, ["batch", 1]),
-        ],
-        [
-            helper.make_tensor_value_info("y", TensorProto.FLOAT, shape),
-            helper.make_tensor_value_info("state_out", TensorProto.FLOAT, ["batch", 1]),
-        ],
-        [onnx.numpy_helper.from_array(np.array([n], np.int64), f"n{n}") for n in LIMITS],
-    )
-    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    spec = {"datatype": "FP32", "shape": [1], "batch_axis": 0, "time_axis": 1}
-    contract = ModelContract(
-        name="sizes",
-        inputs=[TensorSpec(name="x", **spec)],
-        outputs=[TensorSpec(name="y", **spec)],
-        state_input="state",
-        state_output="state_out",
-        lengths_input="lengths",
-        state_size=1,
-        state=[StatePart(name="sum", shape=[1])],
-        batch_min=1,
-        length_min=1,
-    )
-    write_contract(proto, contract)
+    weights = {f"n{limit}": np.array([limit], np.int64) for limit in LIMITS}
+    proto, contract = scalar_model("sizes", nodes, weights)
     return Model(proto.SerializeToString(), contract)
 
 

@@ -11,15 +11,15 @@ from grpc_reflection.v1alpha import reflection
 
 from sluice_protos import open_inference_pb2, sequences_pb2
 from sluice_protos.sequences_pb2_grpc import add_ModelsServicer_to_server
-from sluice_service import memory
-from sluice_service.hosts import Hosts
 from sluice_service.metrics import Metrics, as_info
+from sluice_service.models.registry import Hosts
+from sluice_service.models.repository import Repository
 from sluice_service.pages import make_app
-from sluice_service.repository import Repository
 from sluice_service.rpc.health import Health
-from sluice_service.rpc.models import ModelsService
-from sluice_service.rpc.open_inference import OpenInferenceService
-from sluice_service.rpc.sequences import SequencesService
+from sluice_service.rpc.native.models import ModelsService
+from sluice_service.rpc.native.sequences import SequencesService
+from sluice_service.rpc.open_inference.service import OpenInferenceService
+from sluice_service.runtime import memory
 from sluice_service.settings import Settings
 from sluice_service.store import Store, open_store
 

@@ -22,10 +22,10 @@ Call = Callable[[Sequence[Any]], Awaitable[list[Any]]]
 
 def trace_work(trace: Trace) -> None:
     """Note what is applied and what leaves, and close the traps at these instants."""
-    from sluice_service.lanes import Lanes
-    from sluice_service.rpc.sequences import _Session
-    from sluice_service.runs import RunLoop
-    from sluice_service.sequences import Sequences
+    from sluice_service.rpc.native.sequences import _Session
+    from sluice_service.sequences.table import Sequences
+    from sluice_service.serving.attachments import Lanes
+    from sluice_service.serving.run_loop import RunLoop
 
     apply, sending, write = RunLoop._apply, Lanes.sending, _Session._write_next
     forget = Sequences.forget

@@ -6,8 +6,8 @@ from typing import Any
 
 def forget_duplicates() -> None:
     """V7: steps that are applied already are applied again."""
-    from sluice_service.queues import Kind
-    from sluice_service.scheduler import Scheduler
+    from sluice_service.batching.queues import Kind
+    from sluice_service.batching.scheduler import Scheduler
 
     choose = Scheduler._drop_unrunnable
 
@@ -33,7 +33,7 @@ def forget_claims() -> None:
 
 def forget_outputs() -> None:
     """V11: outputs that have not been acknowledged are not sent again."""
-    from sluice_service.lanes import Lanes
+    from sluice_service.serving.attachments import Lanes
 
     def forget(self: Any, stream: Any, sequence: Any, lane: int) -> None:
         sequence.held.clear()
@@ -43,7 +43,7 @@ def forget_outputs() -> None:
 
 def forget_durability() -> None:
     """V12: outputs of strict sequences leave before the store has them."""
-    from sluice_service.lanes import Lanes
+    from sluice_service.serving.attachments import Lanes
 
     Lanes._is_gated = lambda self, delivery: None
 

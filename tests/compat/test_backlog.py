@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from sluice_protos.sequences_pb2 import Fault, OpenSequence
-from sluice_service.rpc.open_inference_backlog import Backlog
-from sluice_service.rpc.open_inference_lanes import Lane
-from sluice_service.rpc.open_inference_requests import Request
+from sluice_service.rpc.open_inference.backlog import Backlog
+from sluice_service.rpc.open_inference.lanes import Lane
+from sluice_service.rpc.open_inference.requests import Request
 from sluice_service.settings import Settings
 from tests.compat.caller import Caller, request, values
 from tests.service.test_durability import crash
@@ -140,7 +140,7 @@ def test_the_line_is_put_in_order_once_however_many_come_back(line, monkeypatch)
         sorts.append(len(items))
         return sorted(items, **options)
 
-    monkeypatch.setattr("sluice_service.rpc.open_inference_backlog.sorted", sort, raising=False)
+    monkeypatch.setattr("sluice_service.rpc.open_inference.backlog.sorted", sort, raising=False)
     for lane in reversed(line.call(room=50)):
         line.put_back(lane)
         assert line.call(room=0) == []

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from sluice_protos.open_inference_pb2 import ModelInferRequest
-from sluice_service.rpc.open_inference_requests import Request
+from sluice_service.rpc.open_inference.requests import Request
 from sluice_service.store import Key, StoreError, unpack
 from tests.client.server_process import ServerProcess
 from tests.client.test_streaming import run_offline
@@ -314,7 +314,7 @@ async def count(caller: Caller, parts: Iterable[list[float]], *, at: int = 0) ->
 async def test_strict_a_sequence_goes_on_when_the_store_is_back(
     replica, monkeypatch, counts
 ) -> None:
-    monkeypatch.setattr("sluice_service.keeper._PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr("sluice_service.durability.checkpointer._PATIENCE_SECONDS", 0.0)
     served = await replica()
     caller = Caller(served.channel)
     step = {"sequence_step": 1} if counts else {}
@@ -340,7 +340,7 @@ async def test_strict_a_sequence_goes_on_when_the_store_is_back(
 
 
 async def test_strict_what_the_store_held_up_goes_to_nobody_else(replica, monkeypatch) -> None:
-    monkeypatch.setattr("sluice_service.keeper._PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr("sluice_service.durability.checkpointer._PATIENCE_SECONDS", 0.0)
     served = await replica()
     caller = Caller(served.channel)
     # What no store holds up keeps the stream to the host in use.
@@ -351,7 +351,7 @@ async def test_strict_what_the_store_held_up_goes_to_nobody_else(replica, monkey
     code, _ = await caller.fails(request(1, sequence_id=1, sequence_start=True))
     assert code is Code.UNAVAILABLE
     # The next sequence gets the lane of that one, and waits for the store as well.
-    monkeypatch.setattr("sluice_service.keeper._PATIENCE_SECONDS", 1e6)
+    monkeypatch.setattr("sluice_service.durability.checkpointer._PATIENCE_SECONDS", 1e6)
     task = asyncio.ensure_future(caller.infer(20, sequence_id=2, sequence_start=True))
 
     def is_applied() -> bool:

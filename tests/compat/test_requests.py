@@ -29,7 +29,7 @@ async def test_a_batch_is_as_many_sequences_of_their_own(caller) -> None:
 
 async def test_requests_that_come_together_share_a_run(gate, sums, monkeypatch) -> None:
     # All of them begin at one instant, however slow this machine is.
-    monkeypatch.setattr("sluice_service.turns._TURN_SECONDS", 1e6)
+    monkeypatch.setattr("sluice_service.runtime.cooperative._TURN_SECONDS", 1e6)
     served = await sums()
     caller = Caller(served.channel)
     (host,) = served.server._hosts.values()

@@ -8,8 +8,8 @@ import pytest
 
 from sluice_protos.open_inference_pb2 import InferParameter
 from sluice_protos.sequences_pb2 import OpenSequence
-from sluice_service.rpc.open_inference_answers import _digest
-from sluice_service.rpc.open_inference_requests import Request
+from sluice_service.rpc.open_inference.answers import _digest
+from sluice_service.rpc.open_inference.requests import Request
 from tests.compat.caller import Caller, request, values
 from tests.service.wire import eventually, floats
 
@@ -247,7 +247,7 @@ async def test_live_sequences_go_on_above_thousands_that_were_abandoned(
     hands, sums, monkeypatch
 ) -> None:
     # Turns have a time, not a size: with none, each is as short as it can be.
-    monkeypatch.setattr("sluice_service.turns._TURN_SECONDS", -1.0)
+    monkeypatch.setattr("sluice_service.runtime.cooperative._TURN_SECONDS", -1.0)
     served = await sums(sequence_idle_seconds_max=60)
     caller = Caller(served.channel)
     (host,) = served.server._hosts.values()
@@ -349,7 +349,7 @@ async def test_the_inputs_of_a_request_are_looked_through_once(caller, monkeypat
         digests.append(_digest(one))
         return digests[-1]
 
-    monkeypatch.setattr("sluice_service.rpc.open_inference_answers._digest", digest)
+    monkeypatch.setattr("sluice_service.rpc.open_inference.answers._digest", digest)
     for step in range(3):
         fields = {"sequence_start": step == 0, "sequence_step": step}
         assert await caller.infer(1, sequence_id=132, **fields) == [step + 1]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from sluice_service.clock import AwakeClock
+from sluice_service.runtime.clock import AwakeClock
 from tests.service.hands import Gate, Hands
 from tests.service.wire import SECONDS, Served
 
@@ -67,10 +67,11 @@ def hands(monkeypatch) -> Hands:
     """The clock of every server that is made hereafter."""
     hands = Hands()
     monkeypatch.setattr(
-        "sluice_service.host.AwakeClock", lambda **_: AwakeClock(gap_max=2.0, monotonic=hands)
+        "sluice_service.models.host.AwakeClock",
+        lambda **_: AwakeClock(gap_max=2.0, monotonic=hands),
     )
     # Nobody but the test looks for idle sequences.
-    monkeypatch.setattr("sluice_service.host._TICK_SECONDS", 1e6)
+    monkeypatch.setattr("sluice_service.models.host._TICK_SECONDS", 1e6)
     return hands
 
 
@@ -84,8 +85,8 @@ def unhurried(monkeypatch) -> None:
 def gate(monkeypatch) -> Gate:
     """Every server that is made hereafter takes all its runs through this gate."""
     gate = Gate()
-    monkeypatch.setattr("sluice_service.hosts.ThreadPoolExecutor", lambda **_: gate)
+    monkeypatch.setattr("sluice_service.models.registry.ThreadPoolExecutor", lambda **_: gate)
     # Runs that are expected to take long are never executed on the event loop.
-    monkeypatch.setattr("sluice_service.engine.Engine.estimate", lambda *_: float("inf"))
-    monkeypatch.setattr("sluice_service.runs._INLINE_ALONE_SECONDS_MAX", -1.0)
+    monkeypatch.setattr("sluice_service.batching.engine.Engine.estimate", lambda *_: float("inf"))
+    monkeypatch.setattr("sluice_service.serving.run_loop._INLINE_ALONE_SECONDS_MAX", -1.0)
     return gate

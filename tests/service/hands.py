@@ -6,7 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from typing import Any
 
-from sluice_service.clock import AwakeClock
+from sluice_service.runtime.clock import AwakeClock
 from sluice_service.store import StoreError
 from tests.service.wire import Served, eventually
 

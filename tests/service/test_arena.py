@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from sluice_model import ModelError
-from sluice_service.arena import Arena
+from sluice_service.sequences.states import Arena
 
 SLOTS = 6
 INITIAL = np.array([1, 2, 3], np.float32)

@@ -1,6 +1,6 @@
 """What a run waits for, turn by turn of an event loop that is not there."""
 
-from sluice_service.arrivals import Arrivals
+from sluice_service.batching.arrivals import Arrivals
 
 
 def _turns(arrivals: Arrivals, brought: int) -> int:

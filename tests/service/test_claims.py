@@ -13,7 +13,6 @@ from sluice_protos.sequences_pb2 import (
     OpenMode,
     OpenSequence,
 )
-from sluice_service.claims import Claim, Record, decide
 from sluice_service.errors import (
     ConflictError,
     ExistsError,
@@ -22,6 +21,7 @@ from sluice_service.errors import (
     SequenceClosedError,
     StaleError,
 )
+from sluice_service.store.claims import Claim, Record, decide
 
 EPOCH = 7
 

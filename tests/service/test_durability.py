@@ -261,7 +261,7 @@ async def test_strict_nothing_leaves_while_the_store_does_not_answer(replica, mo
 async def test_strict_a_lane_is_told_when_the_store_stays_away_and_loses_nothing(
     replica, monkeypatch
 ) -> None:
-    monkeypatch.setattr("sluice_service.keeper._PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr("sluice_service.durability.checkpointer._PATIENCE_SECONDS", 0.0)
     served = await replica()
     wire = served.wire(MODEL)
     await wire.open(0, "s", writer=ME, attempt=1)

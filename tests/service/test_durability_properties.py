@@ -28,14 +28,14 @@ from sluice_protos.sequences_pb2 import (
     Opened,
     OpenSequence,
 )
-from sluice_service.host import Host
+from sluice_service.batching.queues import Kind
+from sluice_service.batching.versions import ONLY, load_version
 from sluice_service.metrics import Metrics
-from sluice_service.queues import Kind
+from sluice_service.models.host import Host
+from sluice_service.sequences.stream import Delivery, Stream
 from sluice_service.settings import Settings
 from sluice_service.store import StoreError
 from sluice_service.store.memory import MemoryStore
-from sluice_service.streams import Delivery, Stream
-from sluice_service.versions import ONLY, load_version
 
 MODEL = "accumulator"
 WRITERS = 2
@@ -430,11 +430,11 @@ class Durability(RuleBasedStateMachine):
 def test_every_output_comes_once_through_crashes_and_takeovers(
     accumulator_file, monkeypatch
 ) -> None:
-    monkeypatch.setattr("sluice_service.keeper._RETRY_SECONDS", (0.0, 0.0))
+    monkeypatch.setattr("sluice_service.durability.checkpointer._RETRY_SECONDS", (0.0, 0.0))
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
     # One look is enough where no run is long enough for a thread, whatever was measured.
-    monkeypatch.setattr("sluice_service.engine._REPEATS", 1)
-    monkeypatch.setattr("sluice_service.engine.Engine.estimate", lambda *_: 0.0)
+    monkeypatch.setattr("sluice_service.batching.engine._REPEATS", 1)
+    monkeypatch.setattr("sluice_service.batching.engine.Engine.estimate", lambda *_: 0.0)
     Durability.path = accumulator_file
     machine = Durability.TestCase
     machine.settings = hypothesis_settings(

@@ -8,12 +8,12 @@ import pytest
 from grpc import StatusCode
 
 from sluice_protos.sequences_pb2 import RESUME, Closed, OpenSequence, Tensor
-from sluice_service.claims import Record
-from sluice_service.lanes import Parting
-from sluice_service.queues import Frame
-from sluice_service.rpc.sequences import _Session
-from sluice_service.sequences import Held, Sequence
-from sluice_service.streams import Delivery, Stream
+from sluice_service.batching.queues import Frame
+from sluice_service.rpc.native.sequences import _Session
+from sluice_service.sequences.stream import Delivery, Stream
+from sluice_service.sequences.table import Held, Sequence
+from sluice_service.serving.attachments import Parting
+from sluice_service.store.claims import Record
 from tests.service.wire import Served, eventually, floats
 
 MODEL = "accumulator"

@@ -6,8 +6,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sluice_protos.sequences_pb2 import InferRequest, InferResponse, OpenSequence, Tensor
-from sluice_service.rpc.frames import is_bare
-from sluice_service.rpc.wire import Repeat, encode_outputs
+from sluice_service.rpc.native.frames import is_bare
+from sluice_service.rpc.native.wire import Repeat, encode_outputs
 
 numbers_32 = st.one_of(st.integers(0, 300), st.integers(0, 2**32 - 1))
 steps_64 = st.one_of(st.integers(0, 300), st.integers(0, 2**63 - 1))

@@ -191,7 +191,7 @@ async def test_any_streaming_equals_one_offline_run(model, seed, served, request
 
 async def test_several_runs_at_once_change_no_bit(serve, lstm_file, monkeypatch) -> None:
     # However small a run is: in a thread, and in parts.
-    monkeypatch.setattr("sluice_service.engine.Engine.estimate", lambda *_: 1.0)
+    monkeypatch.setattr("sluice_service.batching.engine.Engine.estimate", lambda *_: 1.0)
     served = await serve({"lstm": lstm_file.path}, runs_at_once_max=3)
     generator = np.random.default_rng(5)
     walks = [

@@ -13,7 +13,7 @@ from sluice_protos.sequences_pb2 import (
     Closed,
     OpenSequence,
 )
-from sluice_service.host import Host
+from sluice_service.models.host import Host
 from sluice_service.store import Key
 from tests.service.hands import Away, Late
 from tests.service.wire import Served, eventually, floats

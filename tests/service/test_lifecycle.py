@@ -7,7 +7,7 @@ import pytest
 from grpc import StatusCode
 
 from sluice_protos.sequences_pb2 import RESUME, Closed, Fault, OpenSequence, Tensor
-from sluice_service.clock import AwakeClock
+from sluice_service.runtime.clock import AwakeClock
 from tests.models import run_offline
 from tests.service.hands import Hands
 from tests.service.wire import SECONDS, Served, floats
@@ -106,7 +106,7 @@ async def test_a_tombstone_is_forgotten_when_its_time_is_over(timed) -> None:
 
 
 async def test_a_server_looks_for_idle_sequences_by_itself(sums, monkeypatch) -> None:
-    monkeypatch.setattr("sluice_service.host._TICK_SECONDS", 0.02)
+    monkeypatch.setattr("sluice_service.models.host._TICK_SECONDS", 0.02)
     served = await sums(sequence_idle_seconds_max=0.05)
     wire = served.wire("accumulator")
     await wire.open(0, "idle")
@@ -116,7 +116,7 @@ async def test_a_server_looks_for_idle_sequences_by_itself(sums, monkeypatch) ->
 async def test_a_defect_in_looking_for_idle_sequences_does_not_end_the_looking(
     sums, monkeypatch
 ) -> None:
-    monkeypatch.setattr("sluice_service.host._TICK_SECONDS", 0.02)
+    monkeypatch.setattr("sluice_service.models.host._TICK_SECONDS", 0.02)
     looks = []
 
     def forget(*_: object, **__: object) -> None:
@@ -124,7 +124,7 @@ async def test_a_defect_in_looking_for_idle_sequences_does_not_end_the_looking(
         if len(looks) < 3:
             raise ZeroDivisionError
 
-    monkeypatch.setattr("sluice_service.sequences.Sequences.forget_tombstones", forget)
+    monkeypatch.setattr("sluice_service.sequences.table.Sequences.forget_tombstones", forget)
     served = await sums(sequence_idle_seconds_max=0.03)
     wire = served.wire("accumulator")
     await wire.open(0, "idle")

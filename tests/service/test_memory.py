@@ -4,13 +4,13 @@ import asyncio
 import subprocess
 import sys
 
-from sluice_service.memory import give_back_when_quiet
+from sluice_service.runtime.memory import give_back_when_quiet
 from tests.service.wire import eventually
 
 # Of a megabyte in many small pieces a few stay, so that no page range at the end is free.
 BURST = """
 from pathlib import Path
-from sluice_service.memory import give_back
+from sluice_service.runtime.memory import give_back
 
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
@@ -27,7 +27,7 @@ print(before, after, resident())
 # Pages that are touched for the first time while a message of ten megabytes comes and goes.
 BIG_MESSAGES = """
 import resource
-from sluice_service.memory import settle
+from sluice_service.runtime.memory import settle
 
 def pages_touched():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -55,7 +55,7 @@ def test_memory_of_a_big_message_is_used_again_by_the_next_one() -> None:
 
 
 async def test_memory_is_given_back_once_after_each_time_of_activity(monkeypatch) -> None:
-    monkeypatch.setattr("sluice_service.memory._QUIET_SECONDS", 0.0)
+    monkeypatch.setattr("sluice_service.runtime.memory._QUIET_SECONDS", 0.0)
     activity, given, looks = [0], list[int](), 0
 
     def look() -> int:

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sluice_service.ragged import (
+from sluice_service.arrays import (
     choose_steps,
     is_finite,
     is_ones,

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
 from sluice_protos.contract_pb2 import ModelContract, TensorSpec
-from sluice_service.claims import Record
+from sluice_service.arrays import ones
+from sluice_service.batching.inputs import InputRules
+from sluice_service.batching.queues import Frame, Kind, Queues, Single
+from sluice_service.batching.scheduler import Ending, Run, Scheduler
 from sluice_service.errors import GapError, InvalidInputError
-from sluice_service.inputs import InputRules
-from sluice_service.queues import Frame, Kind, Queues, Single
-from sluice_service.ragged import ones
-from sluice_service.scheduler import Ending, Run, Scheduler
-from sluice_service.sequences import ALL, NONE, Sequences
+from sluice_service.sequences.table import ALL, NONE, Sequences
+from sluice_service.store.claims import Record
 
 SLOTS = 6
 STREAMS = 2
@@ -256,7 +256,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule()
     def compact(self) -> None:
         """Whatever waits in frames that are mostly done lies elsewhere now."""
-        with patch("sluice_service.queues._COMPACTED_FRAME_BYTES_MIN", 1):
+        with patch("sluice_service.batching.queues._COMPACTED_FRAME_BYTES_MIN", 1):
             self.scheduler._queues._compact()
 
     @rule(slot=st.integers(0, SLOTS - 1), share=st.floats(0, 1))

@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from sluice_service.claims import Record
-from sluice_service.sequences import NONE, Event, IllegalTransitionError, Phase, Sequences
+from sluice_service.sequences.table import NONE, Event, IllegalTransitionError, Phase, Sequences
+from sluice_service.store.claims import Record
 
 # Written again here: from where, by what, to where. Every other move is illegal.
 LEGAL = {

@@ -22,7 +22,7 @@ from sluice_protos.sequences_pb2 import (
     Received,
     Tensor,
 )
-from sluice_service.streams import Delivery
+from sluice_service.sequences.stream import Delivery
 from tests.service.wire import SECONDS, Wire, eventually, floats
 
 MINE = {"writer": b"mine"}
@@ -640,7 +640,7 @@ async def test_what_is_acknowledged_twice_or_for_nobody_counts_once(sums) -> Non
 async def test_a_step_that_waits_for_long_does_not_keep_the_messages_it_came_in(
     sums, monkeypatch
 ) -> None:
-    monkeypatch.setattr("sluice_service.queues._COMPACTED_BYTES_MIN", 1 << 20)
+    monkeypatch.setattr("sluice_service.batching.queues._COMPACTED_BYTES_MIN", 1 << 20)
     served = await sums(unacknowledged_steps_max=8)
     (host,) = served.server._hosts.values()
     wire = served.wire("accumulator")

@@ -6,7 +6,7 @@ import itertools
 import pytest
 
 from sluice_protos.sequences_pb2 import RESUME, OpenSequence, Tensor
-from sluice_service.turns import take_turns
+from sluice_service.runtime.cooperative import take_turns
 from tests.service.wire import eventually, floats
 
 MODEL = "accumulator"
@@ -16,7 +16,7 @@ MINE = {"writer": b"mine"}
 @pytest.fixture
 def short_turns(monkeypatch) -> None:
     """Each turn does the least there is to do."""
-    monkeypatch.setattr("sluice_service.turns._TURN_SECONDS", -1.0)
+    monkeypatch.setattr("sluice_service.runtime.cooperative._TURN_SECONDS", -1.0)
 
 
 class Rests:
@@ -47,13 +47,13 @@ class Rests:
 def rests(monkeypatch, short_turns) -> Rests:
     """In the test's hands, with turns that do the least there is to do."""
     rests = Rests()
-    monkeypatch.setattr("sluice_service.turns.rest", rests)
-    monkeypatch.setattr("sluice_service.host.rest", rests)
+    monkeypatch.setattr("sluice_service.runtime.cooperative.rest", rests)
+    monkeypatch.setattr("sluice_service.models.host.rest", rests)
     return rests
 
 
 async def test_short_work_is_one_turn(monkeypatch) -> None:
-    monkeypatch.setattr("sluice_service.turns._TURN_SECONDS", 1e6)
+    monkeypatch.setattr("sluice_service.runtime.cooperative._TURN_SECONDS", 1e6)
     done, turns = list[int](), list[int]()
 
     async def instant(turn):

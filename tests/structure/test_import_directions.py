@@ -23,22 +23,16 @@ MAY_IMPORT = {
     },
 }
 
-# Inside the service a module imports only from the lines above its own.
+# Inside the service a module imports only from the lines above its own, and from its own package.
 SERVICE_LAYERS = (
-    ("errors", "settings", "ragged", "clock", "memory", "metrics", "turns"),
-    ("arena", "arrivals", "claims", "inputs", "logs"),
+    ("errors", "settings", "arrays", "metrics"),
+    ("runtime", "logs"),
     ("store",),
-    ("sequences", "streams"),
-    ("queues",),
-    ("scheduler",),
-    ("engine", "lanes"),
-    ("versions",),
-    ("openings", "snapshots", "runs"),
-    ("custody",),
-    ("keeper", "listing"),
-    ("host",),
-    ("hosts",),
-    ("repository",),
+    ("sequences",),
+    ("batching",),
+    ("serving",),
+    ("durability",),
+    ("models",),
     ("rpc", "pages"),
     ("server",),
     ("workers",),

@@ -5,8 +5,8 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 
-from sluice_service.clock import AwakeClock
 from sluice_service.errors import LaneError
+from sluice_service.runtime.clock import AwakeClock
 from sluice_service.store.protocol import (
     ClaimRequest,
     Closing,

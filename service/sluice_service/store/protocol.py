@@ -13,8 +13,8 @@ from enum import Enum, auto
 from typing import NamedTuple, Protocol
 
 from sluice_protos.sequences_pb2 import OpenSequence
-from sluice_service.claims import Claim
 from sluice_service.errors import LaneError
+from sluice_service.store.claims import Claim
 
 
 class Key(NamedTuple):

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from sluice_service.claims import Claim, Record, decide
+from sluice_service.store.claims import Claim, Record, decide
 from sluice_service.store.protocol import ClaimRequest, Granted, Packed
 
 

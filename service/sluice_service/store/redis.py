@@ -12,8 +12,8 @@ from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialWithJitterBackoff
 from redis.exceptions import RedisError
 
-from sluice_service.claims import Claim, Record
 from sluice_service.errors import LaneError
+from sluice_service.store.claims import Claim, Record
 from sluice_service.store.protocol import (
     ClaimRequest,
     Closing,

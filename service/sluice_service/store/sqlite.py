@@ -5,8 +5,8 @@ from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
-from sluice_service.claims import Claim, Record
 from sluice_service.errors import LaneError
+from sluice_service.store.claims import Claim, Record
 from sluice_service.store.commits import Commits
 from sluice_service.store.protocol import (
     ClaimRequest,

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from sluice_protos.sequences_pb2 import OpenMode
-from sluice_service.claims import Claim
 from sluice_service.errors import ConflictError, StaleError
 from sluice_service.store import (
     ClaimRequest,
@@ -24,6 +23,7 @@ from sluice_service.store import (
     Verdict,
     Write,
 )
+from sluice_service.store.claims import Claim
 from tests.service.store.conftest import make_place
 from tests.service.store.places import RECORD_SECONDS, TOMBSTONE_SECONDS, Place, ask, key
 from tests.service.store.test_table import CLAIMS, REFUSALS

@@ -5,7 +5,6 @@ import asyncio
 import pytest
 
 from sluice_protos.sequences_pb2 import RESTART, RESUME, START, START_OR_RESUME, TAKEOVER
-from sluice_service.claims import Claim
 from sluice_service.errors import (
     ConflictError,
     FencedError,
@@ -14,6 +13,7 @@ from sluice_service.errors import (
     StaleError,
 )
 from sluice_service.store import Closing, Key, Packed, Store, Stored, Verdict, Write
+from sluice_service.store.claims import Claim
 from tests.service.store.places import (
     RECORD_SECONDS,
     TOMBSTONE_SECONDS,

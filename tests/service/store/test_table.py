@@ -4,7 +4,6 @@ import itertools
 
 import pytest
 
-from sluice_service.claims import Claim
 from sluice_service.errors import (
     ConflictError,
     ExistsError,
@@ -14,6 +13,7 @@ from sluice_service.errors import (
     SequenceClosedError,
 )
 from sluice_service.store import Closing, Granted, Packed, Stored
+from sluice_service.store.claims import Claim
 from tests.service.store.places import ask, claim, key, write
 from tests.service.test_claims import FOUND, TABLE
 

@@ -1,0 +1,198 @@
+"""Which version of its model each sequence runs on: the newest when it began, until it ends."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from sluice_model import ContractError, Model, ModelError, SelfTest, run_self_test
+from sluice_protos.contract_pb2 import TensorSpec
+from sluice_service.batching.engine import Engine, Outcome
+from sluice_service.batching.scheduler import Run
+from sluice_service.errors import LaneError
+from sluice_service.sequences.states import Arena, Slots
+
+# Of a model that was named by its file alone.
+ONLY = 1
+
+
+@dataclass(eq=False)
+class Version:
+    """One file of a model, loaded, tested and warmed up."""
+
+    number: int
+    path: Path
+    model: Model
+    self_test: SelfTest
+    engine: Engine
+    seconds: float  # that it took
+    plane: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        # What every checkpoint asks, looked up once: protobuf fields cost time.
+        self.contract = self.model.contract
+        self.digest = self.contract.digest
+        self.state_size = self.contract.state_size
+        self.arithmetic = self.self_test.arithmetic
+
+
+def load_version(path: Path, number: int, *, threads: int, refuses_non_finite: bool) -> Version:
+    """Load a file, test it and warm it up, which takes seconds; safe in any thread.
+
+    Raises ModelError when it cannot be served.
+    """
+    started = time.monotonic()
+    try:
+        model = Model.load(path, threads=threads)
+        self_test = run_self_test(model)
+        engine = Engine(model, refuses_non_finite=refuses_non_finite)
+    except ModelError:
+        raise
+    except Exception as error:
+        # Whatever a file brings about is that file's: the server and its other models go on.
+        raise ContractError(
+            f"{path}: cannot be loaded and tested ({type(error).__name__}: {error}); where that is "
+            "not for want of memory, export it again"
+        ) from error
+    return Version(number, path, model, self_test, engine, time.monotonic() - started)
+
+
+class Versions:
+    """The versions of one model that are loaded, oldest first, and who runs on which."""
+
+    def __init__(self, first: Version, arena: Arena) -> None:
+        """`arena` has its first plane for the version `first`."""
+        self._arena = arena
+        self._by_plane = {first.plane: first}
+        self.newest = first
+
+    def __iter__(self) -> Iterator[Version]:
+        return iter(self._by_plane.values())
+
+    def __len__(self) -> int:
+        return len(self._by_plane)
+
+    def of(self, slot: int) -> Version:
+        """The version on which the sequence in a slot runs."""
+        return self._by_plane[self._arena.plane_of(slot)]
+
+    def of_each(self, slots: Slots) -> list[Version]:
+        """The version of each of `slots` [n]."""
+        if len(self._by_plane) == 1:
+            return [self.newest] * len(slots)
+        return [self._by_plane[plane] for plane in self._arena.planes(slots).tolist()]
+
+    def find(self, digest: str) -> Version | None:
+        """The version of that content; the newest, where several have it."""
+        found = [version for version in self if version.digest == digest]
+        return self.newest if self.newest in found else next(iter(found), None)
+
+    def state_sizes(self) -> dict[str, int]:
+        """The floats of a state, by the digest of each version."""
+        return {version.digest: version.state_size for version in self}
+
+    def state_bytes(self, alive: Slots) -> int:
+        """The bytes of the states of the slots `alive` [n]."""
+        planes, counts = np.unique(self._arena.planes(alive), return_counts=True)
+        return sum(
+            self._by_plane[plane].model.initial_state.nbytes * count
+            for plane, count in zip(planes.tolist(), counts.tolist(), strict=True)
+        )
+
+    # What comes and goes; all of it between two runs.
+
+    def adopt(self, version: Version) -> None:
+        """Let sequences begin on `version` from now on. Raises ContractError where they cannot.
+
+        One that is loaded already, by number and content, is taken up again.
+        """
+        self.check(version)
+        for known in self:
+            is_same = known.digest == version.digest
+            if is_same and known.number == version.number:
+                version = known
+                self._arena.turn_to(known.plane)
+                break
+        else:
+            version.plane = self._arena.begin_plane(version.model.initial_state)
+            self._by_plane[version.plane] = version
+        self.newest = version
+
+    def check(self, version: Version) -> None:
+        """Raise ContractError where clients of the newest version could not go on with another."""
+        for kind, before, after in (
+            ("inputs", self.newest.contract.inputs, version.contract.inputs),
+            ("outputs", self.newest.contract.outputs, version.contract.outputs),
+        ):
+            if list(map(_signature, before)) != list(map(_signature, after)):
+                raise ContractError(
+                    f"{version.path}: its {kind} are not those of version {self.newest.number}, "
+                    "which clients hold streams to; serve it under another name, or unload the "
+                    "model before"
+                )
+
+    def sweep(self, alive: Slots) -> list[Version]:
+        """Let go of versions on which no sequence runs, nor begins; `alive` [n] are all in use."""
+        if len(self._by_plane) == 1:
+            return []
+        used = {*np.unique(self._arena.planes(alive)).tolist(), self.newest.plane}
+        gone = [version for version in self if version.plane not in used]
+        for version in gone:
+            del self._by_plane[version.plane]
+            self._arena.drop_plane(version.plane)
+        return gone
+
+    # Runs.
+
+    def estimate(self, sequences: int, steps: int) -> float:
+        """Seconds that a run of that size is expected to take."""
+        return self.newest.engine.estimate(sequences, steps)
+
+    def cells_within(self, seconds: float) -> int:
+        """How many sequences × steps a run of that many seconds can hold."""
+        return self.newest.engine.cells_within(seconds)
+
+    def execute(self, run: Run) -> Outcome:
+        """What becomes of a run: one call for each version that its sequences run on.
+
+        Reads the arena and changes nothing: to apply the outcome is the run loop's.
+        """
+        if len(self._by_plane) == 1:
+            return self.newest.engine.execute(run, self._arena.take(run.slots))
+        planes = self._arena.planes(run.slots)
+        numbers = np.unique(planes).tolist()
+        if len(numbers) == 1:
+            return self._by_plane[numbers[0]].engine.execute(run, self._arena.take(run.slots))
+        parts = []
+        for number in numbers:
+            rows = np.flatnonzero(planes == number)
+            part = run.only(rows)
+            outcome = self._by_plane[number].engine.execute(part, self._arena.take(part.slots))
+            parts.append((rows, outcome))
+        return _join(run, parts, self._arena.row_size)
+
+    def failed(self, run: Run) -> Outcome:
+        """The outcome of a run that gave nothing, through no fault of its rows."""
+        return self.newest.engine.failed(run)
+
+
+def _join(run: Run, parts: list[tuple[Slots, Outcome]], state_size: int) -> Outcome:
+    """One outcome of those of a run's parts, each with the rows [n] that it has."""
+    batch = len(run.slots)
+    states = np.zeros((batch, state_size), np.float32)
+    outputs = [np.zeros((batch, *o.shape[1:]), o.dtype) for o in parts[0][1].outputs]
+    errors: dict[int, LaneError] = {}
+    for rows, outcome in parts:
+        states[rows, : outcome.states.shape[1]] = outcome.states
+        for output, result in zip(outputs, outcome.outputs, strict=True):
+            output[rows] = result
+        errors |= {int(rows[index]): error for index, error in outcome.errors.items()}
+    return Outcome(outputs, states, errors, sum(o.seconds for _, o in parts))
+
+
+def _signature(spec: TensorSpec) -> tuple[object, ...]:
+    """What a client has to know of an input or output."""
+    valid = (spec.valid.min, spec.valid.max) if spec.HasField("valid") else None
+    return spec.name, spec.datatype, tuple(spec.shape), valid

@@ -1,0 +1,1 @@
+"""What is written to the store and when, and which process owns a sequence."""

@@ -1,0 +1,131 @@
+"""Takes live sequences out of memory as checkpoints, each whole, at an instant between two runs."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from sluice_protos.sequences_pb2 import OpenSequence
+from sluice_service.batching.inputs import InputRules
+from sluice_service.batching.versions import Version, Versions
+from sluice_service.sequences.states import Arena, Slots
+from sluice_service.sequences.table import Sequence, Sequences
+from sluice_service.serving.attachments import Lanes
+from sluice_service.store import Checkpoint, Packed, pack
+
+
+@dataclass(slots=True)
+class Snapshot:
+    """One sequence as it stood, under the claim it had."""
+
+    sequence: Sequence
+    claim_id: bytes
+    is_clean: bool
+    packed: Packed
+
+
+class Snapshots:
+    """The way from the arena, the columns and the streams to checkpoints."""
+
+    def __init__(
+        self,
+        arena: Arena,
+        sequences: Sequences,
+        lanes: Lanes,
+        inputs: InputRules,
+        versions: Versions,
+    ) -> None:
+        self._arena = arena
+        self._sequences = sequences
+        self._lanes = lanes
+        self._inputs = inputs
+        self._versions = versions
+        self._outputs = len(versions.newest.contract.outputs)
+        self._initial: tuple[Version, Packed] | None = None
+        self._place = np.full(len(sequences.step), -1, np.int64)  # scratch
+
+    def initial(self, request: OpenSequence) -> Packed:
+        """What a new sequence begins with. Raises LaneError for a state it cannot have."""
+        newest = self._versions.newest
+        if request.HasField("state"):
+            row = self._inputs.state_row(request.state)
+            version = self._versions.find(request.state.model_digest) or newest
+            return self._begin(version, row.tobytes(), request.state.step)
+        if self._initial is None or self._initial[0] is not newest:
+            row = newest.model.initial_state.astype("<f4")
+            self._initial = newest, self._begin(newest, row.tobytes(), 0)
+        return self._initial[1]
+
+    def _begin(self, version: Version, row: bytes, step: int) -> Packed:
+        nothing = (b"",) * self._outputs
+        checkpoint = Checkpoint(version.digest, version.arithmetic, step, step, b"", row, nothing)
+        return Packed(step, pack(checkpoint))
+
+    def take(self, slots: Slots, *, is_parked: bool = False) -> list[Snapshot]:
+        """The durable sequences of `slots`, each once; between runs only.
+
+        `is_parked`: nothing of them runs any more. Where that is so, or nothing leaves
+        that is not durable, a caller that numbers no steps may go on from the checkpoint.
+        """
+        table = self._sequences
+        slots = slots[table.is_alive[slots]]
+        steps = table.step[slots]
+        rows = self._arena.take(slots)
+        kept = zip(
+            map(table.at, slots.tolist()),
+            steps.tolist(),
+            np.minimum(table.received[slots], steps).tolist(),
+            (table.is_strict[slots] | is_parked).tolist(),
+            rows,
+            self._versions.of_each(slots),
+            self._held(slots),
+            strict=True,
+        )
+        taken = []
+        for sequence, step, floor, is_clean, row, version, outputs in kept:
+            if not sequence.is_durable:
+                continue
+            claim_id = sequence.claim_id
+            checkpoint = Checkpoint(
+                version.digest,
+                version.arithmetic,
+                step,
+                floor,
+                claim_id if is_clean else b"",
+                row[: version.state_size].tobytes(),
+                tuple([b"".join(pieces) for pieces in outputs]),
+            )
+            packed = Packed(step, pack(checkpoint))
+            taken.append(Snapshot(sequence, claim_id, is_clean, packed))
+        return taken
+
+    def _held(self, slots: Slots) -> list[list[list[bytes]]]:
+        """For each of `slots`, for each output: what its client may still ask for, in order."""
+        found: list[list[list[bytes]]] = [[[] for _ in range(self._outputs)] for _ in slots]
+        received = self._sequences.received[slots].tolist()
+        for place, first, steps, outputs in self._pieces(slots, received):
+            skipped = max(received[place] - first, 0)
+            for pieces, output in zip(found[place], outputs, strict=True):
+                pieces.append(output[len(output) // steps * skipped :] if skipped else output)
+        return found
+
+    def _pieces(
+        self, slots: Slots, received: list[int]
+    ) -> Iterator[tuple[int, int, int, list[bytes]]]:
+        """(place in `slots`, first step, steps, outputs), oldest first, of what is still due."""
+        table = self._sequences
+        for place, slot in enumerate(slots.tolist()):
+            for held in table.at(slot).held:
+                if held.first + held.steps > received[place]:
+                    yield place, held.first, held.steps, held.outputs
+        self._place[slots] = np.arange(len(slots))
+        try:
+            for delivery in self._lanes.due(table.stream[slots]):
+                places = self._place[delivery.slots]
+                wanted = places >= 0
+                if wanted.any():
+                    chosen = places[wanted].tolist()
+                    for index, first, steps, outputs in delivery.only(wanted).chunks():
+                        yield chosen[index], first, steps, outputs
+        finally:
+            self._place[slots] = -1

@@ -1,0 +1,91 @@
+"""Answers what may be asked about the sequences of one model: which there are, and their states."""
+
+from collections.abc import AsyncIterator, Iterator
+
+from sluice_protos.sequences_pb2 import SequenceInfo, SequenceState
+from sluice_service.batching.versions import Versions
+from sluice_service.durability.ownership import Custody
+from sluice_service.errors import NotFoundError
+from sluice_service.runtime.clock import AwakeClock
+from sluice_service.sequences.states import Arena
+from sluice_service.sequences.table import Phase, Sequence, Sequences
+
+
+class Listing:
+    """Everything that is known of live sequences, here and in the store."""
+
+    def __init__(
+        self,
+        model: str,
+        arena: Arena,
+        sequences: Sequences,
+        versions: Versions,
+        custody: Custody | None,
+        clock: AwakeClock,
+    ) -> None:
+        self._model = model
+        self._arena = arena
+        self._sequences = sequences
+        self._versions = versions
+        self._custody = custody
+        self._clock = clock
+
+    def here(self) -> Iterator[SequenceInfo]:
+        """Every live sequence of this server, as it stands now."""
+        now, table = self._clock.now(), self._sequences
+        for sequence in list(table):
+            if sequence.phase is Phase.ENDED:  # while the list went out
+                continue
+            slot = sequence.slot
+            yield SequenceInfo(
+                model=self._model,
+                sequence_id=sequence.sequence_id,
+                step=int(table.step[slot]),
+                epoch=sequence.record.epoch,
+                is_parked=sequence.phase is Phase.PARKED,
+                idle_seconds=now - float(table.active[slot]),
+                held_steps=int(table.step[slot]) - table.held_from(slot),
+            )
+
+    async def all(self) -> AsyncIterator[SequenceInfo]:
+        """Every live sequence of this server, then those that only the store knows."""
+        seen = set()
+        for info in self.here():
+            seen.add(info.sequence_id)
+            yield info
+        if self._custody is not None:
+            async for stored in self._custody.list_stored():
+                if stored.key.sequence_id not in seen:
+                    yield SequenceInfo(
+                        model=self._model,
+                        sequence_id=stored.key.sequence_id,
+                        step=stored.checkpoint.step,
+                        epoch=stored.epoch,
+                        is_elsewhere=True,
+                    )
+
+    async def state(self, sequence_id: str) -> SequenceState:
+        """The state after the last applied step; of a sequence elsewhere, the last durable one.
+
+        Raises NotFoundError.
+        """
+        if self._custody is not None and self._sequences.get(sequence_id) is None:
+            stored = await self._custody.read(sequence_id)
+            return SequenceState(model_digest=stored.model_digest, step=stored.step, row=stored.row)
+
+        slot = self.find(sequence_id).slot
+        return SequenceState(
+            model_digest=self._versions.of(slot).digest,
+            step=int(self._sequences.step[slot]),
+            row=self._arena.row(slot).tobytes(),
+        )
+
+    def find(self, sequence_id: str) -> Sequence:
+        """The live sequence of that id. Raises NotFoundError."""
+        sequence = self._sequences.get(sequence_id)
+        if sequence is None:
+            raise NotFoundError(
+                f"model {self._model!r} has no live sequence {sequence_id!r}; "
+                "ListSequences tells those it has"
+            )
+        return sequence

@@ -1,0 +1,135 @@
+"""The models that are served: each has a host, which may come and go while the server runs."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import structlog
+
+from sluice_service.batching.versions import ONLY, Version, load_version
+from sluice_service.metrics import Metrics
+from sluice_service.models.host import Host
+from sluice_service.settings import Settings
+from sluice_service.store import Store
+
+log = structlog.get_logger()
+
+
+class Hosts(Mapping[str, Host]):
+    """Every host by its model's name."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        metrics: Metrics,
+        store: Store | None,
+        on_change: Callable[[str], Awaitable[None]],
+    ) -> None:
+        """`on_change(name)` is called when a model has come, has another version, or has gone."""
+        self._settings = settings
+        self._metrics = metrics
+        self._store = store
+        self._on_change = on_change
+        self._hosts: dict[str, Host] = {}
+        self._threads: dict[str, ThreadPoolExecutor] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._is_started = False
+
+    def __getitem__(self, name: str) -> Host:
+        return self._hosts[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._hosts)
+
+    def __len__(self) -> int:
+        return len(self._hosts)
+
+    def load(self, path: Path, number: int = ONLY) -> Version:
+        """Load a file, which takes seconds; safe in any thread. Raises ModelError."""
+        return load_version(
+            path,
+            number,
+            threads=self._settings.run_threads,
+            refuses_non_finite=self._settings.non_finite == "refuse",
+        )
+
+    def add(self, name: str, version: Version) -> None:
+        """Serve a model that was not served before."""
+        metrics = self._metrics.model(name)
+        # As many threads as runs at once, and no more: each keeps memory of its own, and a pool
+        # that may grow does so whenever a run is given to it before the last one's thread rests.
+        threads = ThreadPoolExecutor(
+            max_workers=self._settings.runs_at_once_max, thread_name_prefix=f"run-{name}"
+        )
+        self._threads[name] = threads
+        self._hosts[name] = Host(name, version, self._settings, metrics, threads, self._store)
+        self._tell(name, version)
+        if self._is_started:
+            self._tasks[name] = asyncio.create_task(self._hosts[name].live())
+
+    async def adopt(self, name: str, version: Version) -> None:
+        """Let sequences of a model begin on `version` from now on. Raises ModelError."""
+        if name in self._hosts:
+            await self._hosts[name].adopt(version)
+            self._tell(name, version)
+        else:
+            self.add(name, version)
+        await self._on_change(name)
+
+    async def unload(self, name: str) -> None:
+        """Let no sequence of a model begin; it is gone once the last has ended."""
+        self._hosts[name].close()
+        log.info("model_unloading", model=name)
+        await self._on_change(name)
+        await self.sweep()
+
+    async def sweep(self) -> None:
+        """Take away the models that are unloaded and that no sequence runs on any more."""
+        for name, host in list(self._hosts.items()):
+            await host.sweep()
+            if host.is_deserted and self._hosts.get(name) is host:
+                # All that is its own goes at once: the model may be loaded again meanwhile.
+                del self._hosts[name]
+                task, threads = self._tasks.pop(name, None), self._threads.pop(name)
+                self._metrics.forget(name)
+                await host.drain()
+                if task is not None:
+                    task.cancel()
+                threads.shutdown(wait=False)
+                log.info("model_unloaded", model=name)
+                await self._on_change(name)
+
+    def activity(self) -> dict[str, tuple[float, int]]:
+        """Of each model its runs so far and its live sequences: the same while nothing happens."""
+        return {name: host.activity for name, host in self.items()}
+
+    def start(self) -> None:
+        """Let all hosts live."""
+        self._is_started = True
+        for name, host in self._hosts.items():
+            self._tasks[name] = asyncio.create_task(host.live())
+
+    async def drain(self) -> None:
+        """Drain all of them."""
+        await asyncio.gather(*(host.drain() for host in self._hosts.values()))
+
+    def stop(self) -> None:
+        """Nobody lives on."""
+        for task in self._tasks.values():
+            task.cancel()
+        for threads in self._threads.values():
+            threads.shutdown(wait=False)
+
+    def _tell(self, name: str, version: Version) -> None:
+        self._metrics.load_seconds.labels(name).set(version.seconds)
+        log.info(
+            "model_loaded",
+            model=name,
+            version=version.number,
+            path=str(version.path),
+            digest=version.digest[:12],
+            is_bit_exact=version.self_test.is_bit_exact,
+            arithmetic=version.arithmetic[:12],
+            seconds=round(version.seconds, 3),
+        )

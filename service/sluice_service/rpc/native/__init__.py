@@ -1,0 +1,1 @@
+"""The protocol sluice.v1: streams of frames, and single calls."""

@@ -1,0 +1,191 @@
+"""The messages of a stream: requests into arrays, deliveries and notices into responses."""
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from google.protobuf.message import DecodeError
+
+from sluice_protos.sequences_pb2 import (
+    Closed,
+    Durable,
+    Fault,
+    InferRequest,
+    InferResponse,
+    Limits,
+    Opened,
+    Tensor,
+)
+from sluice_service.arrays import Array, Integers, ones
+from sluice_service.batching.inputs import STEPS_MAX, InputRules
+from sluice_service.errors import InvalidInputError, RequestError
+from sluice_service.rpc.native.wire import encode_outputs
+from sluice_service.sequences.stream import Delivery, Notice
+from sluice_service.sequences.table import NONE
+
+# What a response has beside the rows, at the most, for each chunk in it.
+_CHUNK_BYTES = 24
+_RESPONSE_BYTES = 1024
+# A message beyond this takes long for other reasons than to be understood.
+_BARE_BYTES_MAX = 1 << 16
+# What one response tells of at the most: more would hold the event loop up.
+_NOTICES_MAX = 256
+_RANK = {Limits: 0, Opened: 0, Durable: 1, Fault: 2, Closed: 3}
+RESPONSE_BYTES_DEFAULT = 4 * 2**20
+
+
+def parse(data: bytes) -> InferRequest:
+    """A request from its bytes. Raises RequestError: such bytes end the stream."""
+    try:
+        return InferRequest.FromString(data)
+    except DecodeError as error:
+        raise RequestError(
+            "a message that is not a sluice.v1.InferRequest (truncated, or of another service)"
+        ) from error
+
+
+@dataclass(slots=True)
+class Chunks:
+    """Chunks of a message: [chunks], [chunks], [chunks] or None, one [sum(steps), …] an input.
+
+    An error that is all chunks' may take the place of the inputs.
+    """
+
+    lanes: Integers
+    steps: Integers
+    first: Integers | None
+    inputs: list[Array] | InvalidInputError
+
+    def parts(self, chunks_max: int) -> "Iterator[Chunks]":
+        """The same, in pieces of at most so many chunks; none of them keeps the whole."""
+        if len(self.lanes) <= chunks_max:
+            yield self
+            return
+        row = 0
+        for start in range(0, len(self.lanes), chunks_max):
+            part = slice(start, start + chunks_max)
+            steps = self.steps[part]
+            rows = slice(row, row := row + int(steps.sum()))
+            yield Chunks(
+                self.lanes[part],
+                steps,
+                None if self.first is None else self.first[part],
+                self.inputs
+                if isinstance(self.inputs, InvalidInputError)
+                else [array[rows].copy() for array in self.inputs],
+            )
+
+
+def read_chunks(request: InferRequest, rules: InputRules) -> Chunks:
+    """The chunks of a request."""
+    count = len(request.lane)
+    lanes: Integers = np.fromiter(request.lane, np.int64, count)
+    steps, first = ones(count), None
+    inputs: list[Array] | InvalidInputError
+    try:
+        if request.steps:
+            steps = _parallel("steps", np.array(request.steps, np.int64), count)
+        if request.first_step:
+            named = np.minimum(np.array(request.first_step, np.uint64), STEPS_MAX)
+            first = _parallel("first_step", named.astype(np.int64), count)
+        rows = int(steps.sum()) if request.steps else count
+        inputs = rules.as_rows(rules.check(request.inputs, rows))
+    except InvalidInputError as error:
+        # Without its traceback, which would keep all of the message.
+        inputs = error.with_traceback(None)
+    return Chunks(lanes, steps, first, inputs)
+
+
+def read_single(
+    request: InferRequest, rules: InputRules
+) -> tuple[int, int, int, list[bytes]] | None:
+    """The lane, steps, first step (or NONE) and rows of a request of one chunk.
+
+    None where it has more, or anything is out of the ordinary: then `read_chunks` tells what.
+    """
+    lanes, lengths, named = request.lane, request.steps, request.first_step
+    if len(lanes) != 1 or len(lengths) > 1 or len(named) > 1:
+        return None
+    steps = lengths[0] if lengths else 1
+    first = named[0] if named else NONE
+    if not 1 <= steps <= rules.chunk_steps_max or first > STEPS_MAX:
+        return None
+    try:
+        return lanes[0], steps, first, rules.check(request.inputs, steps)
+    except InvalidInputError:
+        return None
+
+
+def is_bare(request: InferRequest, data: bytes) -> bool:
+    """True when a request is the rows of one input, and where they follow goes without saying.
+
+    And when `data`, its bytes, are written as everybody writes them: the rows come last.
+    """
+    if len(data) > _BARE_BYTES_MAX:
+        return False
+    fields = [field.name for field, _ in request.ListFields()]
+    if fields not in (["lane", "inputs"], ["lane", "steps", "inputs"]) or len(request.inputs) != 1:
+        return False
+    told = request.inputs[0]
+    tensor = Tensor(name=told.name, datatype=told.datatype, shape=told.shape, data=told.data)
+    bare = InferRequest(lane=request.lane, steps=request.steps, inputs=[tensor])
+    return bare.SerializeToString() == data
+
+
+def _parallel(name: str, values: Integers, count: int) -> Integers:
+    if len(values) != count:
+        raise InvalidInputError(
+            f"{len(values)} values in {name} for {count} chunks in lane; give one for each chunk"
+        )
+    return values
+
+
+class Encoder:
+    """Packs what waits in an outbox into as few responses as order and size allow."""
+
+    def __init__(self, rules: InputRules, *, response_bytes_max: int) -> None:
+        # However little a client takes, a response carries one row or one notice.
+        budget = max(1, (response_bytes_max or RESPONSE_BYTES_DEFAULT) - _RESPONSE_BYTES)
+        self._bytes_max = budget
+        self._rows_max = max(1, budget // (rules.output_step_bytes + _CHUNK_BYTES))
+
+    def notices(self, outbox: "deque[Notice | Delivery]") -> bytes:
+        """One response with the notices that stand first in the outbox, taken out of it.
+
+        A client reads a response's opens before its faults before its ends; what
+        happened in another order goes into another response.
+        """
+        response = InferResponse()
+        rank, size = 0, 0
+        for _ in range(min(len(outbox), _NOTICES_MAX)):
+            notice = outbox[0]
+            if size > self._bytes_max:
+                break
+            if isinstance(notice, Delivery) or _RANK[type(notice)] < rank:
+                break
+            outbox.popleft()
+            rank = _RANK[type(notice)]
+            size += notice.ByteSize() + _CHUNK_BYTES
+            match notice:
+                case Opened():
+                    response.opened.append(notice)
+                case Durable():
+                    response.durable.append(notice)
+                case Fault():
+                    response.faults.append(notice)
+                case Closed():
+                    response.closed.append(notice)
+                case Limits():
+                    response.limits.CopyFrom(notice)
+        return response.SerializeToString()
+
+    def frames(self, delivery: Delivery) -> list[bytes]:
+        """The responses that carry one delivery's outputs."""
+        if delivery.rows <= self._rows_max:
+            return [_encode(delivery)]
+        return [_encode(part) for part in delivery.split(self._rows_max)]
+
+
+def _encode(delivery: Delivery) -> bytes:
+    return encode_outputs(delivery.lanes, delivery.lengths, delivery.first, delivery.outputs)

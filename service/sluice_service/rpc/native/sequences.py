@@ -1,0 +1,306 @@
+"""The service sluice.v1.Sequences: the Infer stream, and single questions about sequences."""
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import grpc
+import numpy as np
+import structlog
+
+from sluice_protos.sequences_pb2 import (
+    CloseSequenceRequest,
+    CloseSequenceResponse,
+    ForkRequest,
+    ForkResponse,
+    GetStateRequest,
+    ListSequencesRequest,
+    Received,
+    SequenceInfo,
+    SequenceState,
+)
+from sluice_service.batching.queues import Kind
+from sluice_service.errors import ModelNotFoundError, RequestError
+from sluice_service.models.host import Host
+from sluice_service.rpc.native.frames import (
+    Chunks,
+    Encoder,
+    is_bare,
+    parse,
+    read_chunks,
+    read_single,
+)
+from sluice_service.rpc.native.wire import Repeat
+from sluice_service.rpc.status import as_status
+from sluice_service.runtime.cooperative import rest
+from sluice_service.sequences.stream import LANES_MAX, Delivery
+from sluice_service.sequences.table import NONE
+
+log = structlog.get_logger()
+
+# What one message names, lanes or chunks, of which more are taken in turns.
+_ENTRIES_AT_ONCE = 4096
+
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+
+def find_host(hosts: Mapping[str, Host], name: str) -> Host:
+    """The host of that model. Raises ModelNotFoundError, which names those there are."""
+    host = hosts.get(name)
+    if host is None:
+        raise ModelNotFoundError(
+            f"no model {name!r} is served here; there are: {', '.join(sorted(hosts)) or 'none'}"
+        )
+    return host
+
+
+class SequencesService:
+    """Answers the calls of sluice.v1.Sequences."""
+
+    def __init__(self, hosts: Mapping[str, Host]) -> None:
+        self._hosts = hosts
+
+    def handler(self) -> "grpc.GenericRpcHandler[Any, Any]":
+        """What a server registers. Infer is handed bytes, so that bad ones get a clear answer."""
+        return grpc.method_handlers_generic_handler(
+            "sluice.v1.Sequences",
+            {
+                "Infer": grpc.stream_stream_rpc_method_handler(self.infer, None, None),
+                "GetState": grpc.unary_unary_rpc_method_handler(
+                    self.get_state,
+                    GetStateRequest.FromString,
+                    SequenceState.SerializeToString,
+                ),
+                "Fork": grpc.unary_unary_rpc_method_handler(
+                    self.fork,
+                    ForkRequest.FromString,
+                    ForkResponse.SerializeToString,
+                ),
+                "CloseSequence": grpc.unary_unary_rpc_method_handler(
+                    self.close_sequence,
+                    CloseSequenceRequest.FromString,
+                    CloseSequenceResponse.SerializeToString,
+                ),
+                "ListSequences": grpc.unary_stream_rpc_method_handler(
+                    self.list_sequences,
+                    ListSequencesRequest.FromString,
+                    SequenceInfo.SerializeToString,
+                ),
+            },
+        )
+
+    async def infer(self, _: AsyncIterator[bytes], context: Context) -> None:
+        """Serve one stream until either side ends it."""
+        async with as_status(context):
+            session = await self._begin(context)
+            if session is not None:
+                await session.serve()
+
+    async def _begin(self, context: Context) -> "_Session | None":
+        """What serves a stream, once its first message is here; None where none comes."""
+        # Read from the context, which costs less than the iterator around it.
+        if not isinstance(data := await context.read(), bytes):
+            return None
+        first = parse(data)
+        if not first.model:
+            raise RequestError("the first message of a stream names its model")
+        host = find_host(self._hosts, first.model)
+        return _Session(host, context, data, response_bytes_max=first.response_bytes_max)
+
+    async def get_state(self, request: GetStateRequest, context: Context) -> SequenceState:
+        """The state of a live sequence."""
+        async with as_status(context):
+            return await find_host(self._hosts, request.model).listing.state(request.sequence_id)
+        raise AssertionError
+
+    async def fork(self, request: ForkRequest, context: Context) -> ForkResponse:
+        """Copy a live sequence to a new id."""
+        async with as_status(context):
+            return await find_host(self._hosts, request.model).fork(request)
+        raise AssertionError
+
+    async def close_sequence(
+        self, request: CloseSequenceRequest, context: Context
+    ) -> CloseSequenceResponse:
+        """Drop a live sequence."""
+        async with as_status(context):
+            host = find_host(self._hosts, request.model)
+            return CloseSequenceResponse(step=await host.close_sequence(request.sequence_id))
+        raise AssertionError
+
+    async def list_sequences(
+        self, request: ListSequencesRequest, context: Context
+    ) -> AsyncIterator[SequenceInfo]:
+        """Every live sequence of one model, or of all."""
+        async with as_status(context):
+            names = [request.model] if request.model else sorted(self._hosts)
+            for name in names:
+                async for info in find_host(self._hosts, name).listing.all():
+                    yield info
+
+
+class _Session:
+    """One Infer stream: a reader that feeds the host, a writer that empties the outbox."""
+
+    def __init__(
+        self, host: Host, context: Context, first: bytes, *, response_bytes_max: int
+    ) -> None:
+        self._host = host
+        self._context = context
+        self._first = first
+        self._changed = asyncio.Event()
+        self._may_read = asyncio.Event()
+        self._stream = host.attach(self._notice)
+        self._encoder = Encoder(host.inputs, response_bytes_max=response_bytes_max)
+        self._repeat = Repeat()
+        self._responses = 0
+        self._is_broken = False  # by a message that cannot be
+
+    async def serve(self) -> None:
+        """Until the client sends no more and has all its outputs, or the server drains."""
+        reader = asyncio.ensure_future(self._read())
+        writer = asyncio.ensure_future(self._write())
+        try:
+            await asyncio.wait((reader, writer), return_when=asyncio.FIRST_COMPLETED)
+            if reader.done():
+                if reader.exception() is not None:
+                    self._break_off()
+                # gRPC cannot send a status before it has sent what it was given.
+                await writer
+                reader.result()
+            writer.result()
+        finally:
+            for task in (reader, writer):
+                task.cancel()
+            self._host.detach(self._stream)
+
+    def _break_off(self) -> None:
+        """Send nothing more: what waits is kept for another stream."""
+        self._is_broken = True
+        self._host.detach(self._stream)
+        self._changed.set()
+
+    def _notice(self) -> None:
+        """Have reader and writer look again: the host has done something for this stream."""
+        self._changed.set()
+        self._may_read.set()
+
+    async def _read(self) -> None:
+        """Take what the client sends until it ends."""
+        stream, context = self._stream, self._context
+        data, self._first = self._first, b""
+        while True:
+            await self._take(data)
+            del data  # a client that is silent costs nothing
+            if stream.outbox:
+                await asyncio.sleep(0)  # what came of it goes out before more is asked for
+            await self._until_not_ahead()
+            if not isinstance(data := await context.read(), bytes):
+                break
+        stream.is_half_closed = True
+        self._changed.set()
+
+    async def _until_not_ahead(self) -> None:
+        while self._stream.is_ahead:
+            self._may_read.clear()
+            await self._may_read.wait()
+
+    async def _take(self, data: bytes) -> None:
+        """Apply one message."""
+        host, stream, repeat = self._host, self._stream, self._repeat
+        if (rows := repeat.rows(data)) is not None:
+            host.submit_singles(stream, [(repeat.lane, repeat.steps, NONE, [rows])])
+            return
+        request = parse(data)
+        if request.model and request.model != host.name:
+            raise RequestError(
+                f"this stream serves model {host.name!r}; open another for {request.model!r}"
+            )
+        if request.received_responses:
+            host.acknowledge_responses(stream, request.received_responses)
+        if request.received:
+            await self._acknowledge(request.received)
+        if request.open:
+            await host.open(stream, request.open)
+        if request.lane:
+            single = read_single(request, host.inputs)
+            if single is None:
+                self._check_count(len(request.lane))
+                await self._submit(read_chunks(request, host.inputs))
+            else:
+                host.submit_singles(stream, [single])
+                if is_bare(request, data):
+                    lane, steps, _, single_rows = single
+                    repeat.learn(data, lane, steps, single_rows[0])
+        elif request.inputs or request.steps or request.first_step:
+            raise RequestError(
+                "a message has chunks that belong to no lane; `lane` names one for each chunk"
+            )
+        if request.close:
+            await self._end_after(request.close, Kind.CLOSE)
+        if request.park:
+            await self._end_after(request.park, Kind.PARK)
+
+    def _check_count(self, chunks: int) -> None:
+        """Refuse more chunks than anybody within his credit has, before they are looked at."""
+        chunks_max = max(self._host.limits.credit_steps, LANES_MAX)
+        if chunks > chunks_max:
+            raise RequestError(f"a message of {chunks} chunks; send at most {chunks_max} in one")
+
+    # What may be very much comes in parts, between which others have the event loop, and
+    # which wait while the client is ahead: one message holds nobody up for longer than many do.
+
+    async def _acknowledge(self, received: Sequence[Received]) -> None:
+        for start in range(0, len(received), _ENTRIES_AT_ONCE):
+            await self._until_turn(start)
+            part = received[start : start + _ENTRIES_AT_ONCE]
+            lanes = np.array([entry.lane for entry in part], np.int64)
+            steps = np.array([entry.step for entry in part], np.uint64)
+            self._host.acknowledge(self._stream, lanes, steps.astype(np.int64))
+
+    async def _submit(self, chunks: Chunks) -> None:
+        for number, part in enumerate(chunks.parts(_ENTRIES_AT_ONCE)):
+            await self._until_turn(number)
+            self._host.submit(self._stream, part.lanes, part.steps, part.first, part.inputs)
+
+    async def _end_after(self, lanes: Sequence[int], kind: Kind) -> None:
+        for start in range(0, len(lanes), _ENTRIES_AT_ONCE):
+            await self._until_turn(start)
+            part = np.array(lanes[start : start + _ENTRIES_AT_ONCE], np.int64)
+            self._host.end_after(self._stream, part, kind)
+
+    async def _until_turn(self, number: int) -> None:
+        """Return when the next part may be taken; at once before the first one, number 0."""
+        if number:
+            await rest()
+            await self._until_not_ahead()
+
+    async def _write(self) -> None:
+        """Send what waits, until the stream is over."""
+        host, stream = self._host, self._stream
+        while True:
+            while stream.outbox and not self._is_broken:
+                await self._write_next()
+                self._may_read.set()
+            if (
+                self._is_broken
+                or stream.is_drained
+                or (stream.is_half_closed and host.is_finished(stream))
+            ):
+                return
+            self._changed.clear()
+            await self._changed.wait()
+
+    async def _write_next(self) -> None:
+        """Send the oldest of the outbox: one delivery, or the notices before the next one."""
+        outbox = self._stream.outbox
+        if not isinstance(outbox[0], Delivery):
+            self._responses += 1
+            await self._context.write(self._encoder.notices(outbox))
+            return
+        item = self._stream.take_delivery()
+        frames = self._encoder.frames(item)
+        self._host.lanes.sending(self._stream, item, self._responses + len(frames))
+        for frame in frames:
+            self._responses += 1
+            await self._context.write(frame)

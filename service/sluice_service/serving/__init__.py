@@ -1,0 +1,1 @@
+"""What happens to a sequence here: opened, attached, run, answered, ended."""

@@ -1,0 +1,268 @@
+"""The run loop: when a run ends, the next one takes whatever is ready, without a timer."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor
+from typing import TypeVar
+
+import numpy as np
+import structlog
+from numpy.typing import NDArray
+
+from sluice_protos.sequences_pb2 import Closed
+from sluice_service.arrays import unpad
+from sluice_service.batching.arrivals import Arrivals
+from sluice_service.batching.engine import Outcome
+from sluice_service.batching.scheduler import Ending, Run, Scheduler
+from sluice_service.batching.versions import Versions
+from sluice_service.metrics import ModelMetrics
+from sluice_service.runtime.clock import AwakeClock
+from sluice_service.sequences.states import Arena, Slots
+from sluice_service.sequences.stream import Delivery
+from sluice_service.sequences.table import Sequences
+from sluice_service.serving.attachments import Lanes
+
+log = structlog.get_logger()
+T = TypeVar("T")
+
+# Below this a hop to a thread and back costs more than it can overlap; while one
+# stream is alone there is little to overlap with.
+_INLINE_SECONDS_MAX = 0.0003
+_INLINE_ALONE_SECONDS_MAX = 0.003
+# Where several runs may be in flight: what is as long as two of these is run in parts.
+_PART_SECONDS_MIN = 0.001
+
+
+class RunLoop:
+    """Takes runs from the scheduler, has the versions execute them, applies what comes out."""
+
+    def __init__(
+        self,
+        arena: Arena,
+        sequences: Sequences,
+        scheduler: Scheduler,
+        lanes: Lanes,
+        versions: Versions,
+        clock: AwakeClock,
+        metrics: ModelMetrics,
+        executor: Executor,
+        on_applied: Callable[[Slots], None] | None,
+        *,
+        runs_at_once_max: int,
+    ) -> None:
+        self._arena = arena
+        self._sequences = sequences
+        self._scheduler = scheduler
+        self._lanes = lanes
+        self._versions = versions
+        self._clock = clock
+        self._metrics = metrics
+        self._executor = executor
+        self._on_applied = on_applied
+        self._runs_at_once_max = runs_at_once_max
+        self._in_flight = 0
+        self._is_pump_due = False
+        self._arrivals = Arrivals()
+        self._waiting: list[Callable[[], None]] = []
+        self._idle = asyncio.Event()
+
+    @property
+    def is_idle(self) -> bool:
+        """True when nothing runs and nothing could."""
+        return not self._in_flight and not self._scheduler.has_ready
+
+    async def idle(self) -> None:
+        """Return once nothing runs and nothing could."""
+        while not self.is_idle:
+            self._idle.clear()
+            self._pump_soon()
+            await self._idle.wait()
+
+    def wake(self, *, is_alone: bool = False) -> None:
+        """Something has arrived: look what can run, once this turn of the event loop is over.
+
+        Whatever else arrives in the same turn joins the run, and in the next ones where
+        that has brought more; a stream that is alone has nothing else to wait for.
+        """
+        self._arrivals.count += 1
+        if is_alone and not self._is_pump_due and not self._arrivals.may_bring_more():
+            self._pump()
+        else:
+            self._pump_soon()
+
+    def _pump_soon(self) -> None:
+        if not self._is_pump_due and self._may_start:
+            self._is_pump_due = True
+            asyncio.get_running_loop().call_soon(self._pump_unless_more)
+
+    def _pump_unless_more(self) -> None:
+        if self._arrivals.may_bring_more():
+            asyncio.get_running_loop().call_soon(self._pump_unless_more)
+        else:
+            self._pump()
+
+    @property
+    def _may_start(self) -> bool:
+        """False while as many runs are in flight as may be, or somebody waits for their end."""
+        return self._in_flight < self._runs_at_once_max and not self._waiting
+
+    async def between_runs(self, action: Callable[[], T]) -> T:
+        """What `action` returns, called at an instant when no run is in flight."""
+        if not self._in_flight:
+            done = action()
+            self.settle()
+            return done
+        result: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+
+        def act() -> None:
+            if result.cancelled():  # whoever asked is gone: its stream has ended
+                return
+            try:
+                result.set_result(action())
+            except Exception as error:
+                result.set_exception(error)
+
+        self._waiting.append(act)
+        return await result
+
+    def settle(self) -> None:
+        """Act on what the scheduler met: faults, endings, steps that will never run."""
+        scheduler, lanes = self._scheduler, self._lanes
+        if scheduler.faults:
+            for slot, error in _drain(scheduler.faults):
+                lanes.fault(slot, error)
+        if scheduler.endings:
+            for slot, ending in _drain(scheduler.endings):
+                sequence = self._sequences.at(slot)
+                if ending is Ending.CLOSE:
+                    lanes.end(sequence, Closed.CLIENT, "its writer closed it")
+                else:
+                    lanes.part(sequence, Closed.PARKED)
+        if scheduler.dropped:
+            for number, steps in _drain(scheduler.dropped):
+                lanes.finish_steps(number, steps)
+
+    def _pump(self) -> None:
+        """Start the next run, if there is one and it may start."""
+        self._is_pump_due = False
+        if not self._may_start:
+            return
+        began = time.monotonic()
+        run = self._scheduler.next_run()
+        self.settle()
+        if run is None:
+            if not self._in_flight:
+                self._idle.set()
+            return
+        self._metrics.run_started(began, run.arrived, run.weights)
+        sequences, steps = run.inputs[0].shape[:2]
+        is_alone = len(self._lanes) == 1
+        inline_max = _INLINE_ALONE_SECONDS_MAX if is_alone else _INLINE_SECONDS_MAX
+        estimate = self._versions.estimate(sequences, steps)
+        if estimate <= inline_max:
+            self._land(run, self._execute(run))
+            return
+        parts = min(
+            self._runs_at_once_max - self._in_flight, sequences, estimate // _PART_SECONDS_MIN
+        )
+        for part in run.split(int(parts)) if parts > 1 else [run]:
+            self._start(part)
+        if self._scheduler.has_ready:
+            self._pump_soon()
+
+    def _start(self, run: Run) -> None:
+        """Have a thread execute a run."""
+        self._in_flight += 1
+        self._scheduler.set_apart(run)
+        future = asyncio.get_running_loop().run_in_executor(self._executor, self._execute, run)
+        future.add_done_callback(lambda done: self._land(run, done.result()))
+
+    def _execute(self, run: Run) -> Outcome:
+        try:
+            return self._versions.execute(run)
+        except Exception:
+            # A defect of ours: its rows get a fault, the server goes on.
+            log.exception("run_broke")
+            return self._versions.failed(run)
+
+    def _land(self, run: Run, outcome: Outcome) -> None:
+        """Apply a run, then what waited for that instant."""
+        if run.is_apart:
+            self._in_flight -= 1
+        self._apply(run, outcome)
+        self.settle()
+        if self._waiting and not self._in_flight:
+            waiting, self._waiting = self._waiting, []
+            for act in waiting:
+                act()
+            self.settle()
+        if self._scheduler.has_ready:
+            self._pump_soon()
+        elif not self._in_flight:
+            self._idle.set()
+
+    def _apply(self, run: Run, outcome: Outcome) -> None:
+        """Make a run's states the sequences' own and hand its outputs to their streams."""
+        began = time.monotonic()
+        table, slots = self._sequences, run.slots
+        table.active[slots] = self._clock.now()
+        applied: NDArray[np.bool_] | None = None
+        if outcome.errors:
+            applied = np.ones(len(slots), np.bool_)
+            applied[list(outcome.errors)] = False
+            table.step[slots] += np.where(applied, run.lengths, 0)
+            self._arena.put(slots[applied], outcome.states[applied])
+        else:
+            table.step[slots] = run.first + run.lengths
+            self._arena.put(slots, outcome.states)
+        self._scheduler.finish(run, applied)
+        if self._on_applied is not None:
+            self._on_applied(slots)
+        steps = self._deliver(run, outcome, applied)
+        for index, error in outcome.errors.items():
+            self._lanes.fault(int(slots[index]), error)
+        cells = run.inputs[0].shape[0] * run.inputs[0].shape[1]
+        self._metrics.run_ended(len(slots), steps, cells, outcome.seconds)
+        self._metrics.delivered(began, run.arrived, run.weights)
+
+    def _deliver(self, run: Run, outcome: Outcome, applied: NDArray[np.bool_] | None) -> int:
+        """Cut a run's outputs at the borders between streams; the steps applied."""
+        generations = self._sequences.generation[run.slots]
+        each = run.steps_each
+        rows = [
+            unpad(output, run.lengths, is_whole=bool(each)).tobytes() for output in outcome.outputs
+        ]
+        ends = np.cumsum(run.lengths) if not each else None
+        total = each * len(run.slots) if ends is None else int(ends[-1])
+        row_bytes = [len(output) // total for output in rows]
+        start = row_start = applied_steps = 0
+        for number, stop in run.streams:
+            row_stop = stop * each if ends is None else int(ends[stop - 1])
+            delivery = Delivery(
+                run.slots[start:stop],
+                generations[start:stop],
+                run.lanes[start:stop],
+                run.first[start:stop],
+                run.lengths[start:stop],
+                row_stop - row_start,
+                [
+                    output[row_start * size : row_stop * size]
+                    for output, size in zip(rows, row_bytes, strict=True)
+                ],
+            )
+            self._lanes.finish_steps(number, delivery.rows)
+            if applied is not None:
+                delivery = delivery.only(applied[start:stop])
+            if delivery.rows:
+                self._lanes.deliver(delivery, number)
+            applied_steps += delivery.rows
+            start, row_start = stop, row_stop
+        return applied_steps
+
+
+def _drain(items: "list[T]") -> "list[T]":
+    """The items, taken out of their list."""
+    taken = items.copy()
+    items.clear()
+    return taken

@@ -34,8 +34,6 @@ from typing import ClassVar
 
 from grpc import StatusCode
 
-from sluice_protos.sequences_pb2 import Fault
-
 _MESSAGE_CHARACTERS_MAX = 1000
 
 
@@ -83,140 +81,136 @@ class RepositoryError(ServiceError):
 class LaneError(ServiceError):
     """A fault of one lane; a CONFLICT tells the `epoch`, a loss the last durable step."""
 
-    reason: ClassVar["Fault.Reason.ValueType"] = Fault.UNSPECIFIED
+    # The name that clients and metrics know the error by: of sluice.v1.Fault.Reason.
+    reason: ClassVar[str] = "UNSPECIFIED"
 
     def __init__(self, message: str, *, epoch: int = 0, expected_step: int = 0) -> None:
         super().__init__(message)
         self.epoch = epoch
         self.expected_step = expected_step
 
-    @classmethod
-    def reason_name(cls) -> str:
-        """The reason in lower case, as metrics have it."""
-        return Fault.Reason.Name(cls.reason).lower()
-
 
 class InvalidInputError(LaneError):
     """Wrong datatype, shape, name, size or value."""
 
     status = StatusCode.INVALID_ARGUMENT
-    reason = Fault.INVALID_INPUT
+    reason = "INVALID_INPUT"
 
 
 class UnknownLaneError(LaneError):
     """No open has named this lane on this stream."""
 
     status = StatusCode.NOT_FOUND
-    reason = Fault.UNKNOWN_LANE
+    reason = "UNKNOWN_LANE"
 
 
 class LaneInUseError(LaneError):
     """An open named a lane that has a sequence."""
 
     status = StatusCode.ALREADY_EXISTS
-    reason = Fault.LANE_IN_USE
+    reason = "LANE_IN_USE"
 
 
 class GapError(LaneError):
     """A chunk follows more steps than were applied."""
 
     status = StatusCode.FAILED_PRECONDITION
-    reason = Fault.GAP
+    reason = "GAP"
 
 
 class RunFailedError(LaneError):
     """The model's run failed on this chunk."""
 
     status = StatusCode.INTERNAL
-    reason = Fault.RUN_FAILED
+    reason = "RUN_FAILED"
 
 
 class NonFiniteError(LaneError):
     """The run gave a state with NaN or infinity."""
 
     status = StatusCode.INVALID_ARGUMENT
-    reason = Fault.NON_FINITE
+    reason = "NON_FINITE"
 
 
 class ExistsError(LaneError):
     """START of an id that is alive under another writer."""
 
     status = StatusCode.ALREADY_EXISTS
-    reason = Fault.ALREADY_EXISTS
+    reason = "ALREADY_EXISTS"
 
 
 class NotFoundError(LaneError):
     """No such sequence."""
 
     status = StatusCode.NOT_FOUND
-    reason = Fault.NOT_FOUND
+    reason = "NOT_FOUND"
 
 
 class SequenceClosedError(LaneError):
     """This writer's sequence has ended."""
 
     status = StatusCode.FAILED_PRECONDITION
-    reason = Fault.SEQUENCE_CLOSED
+    reason = "SEQUENCE_CLOSED"
 
 
 class FencedError(LaneError):
     """Another writer has taken the sequence over."""
 
     status = StatusCode.FAILED_PRECONDITION
-    reason = Fault.FENCED
+    reason = "FENCED"
 
 
 class StaleError(LaneError):
     """A later attempt of this writer has come already."""
 
     status = StatusCode.ABORTED
-    reason = Fault.STALE
+    reason = "STALE"
 
 
 class ConflictError(LaneError):
     """Ask again with the epoch this error carries."""
 
     status = StatusCode.ABORTED
-    reason = Fault.CONFLICT
+    reason = "CONFLICT"
 
 
 class OutOfRangeError(LaneError):
     """Outputs the client asks for are no longer held."""
 
     status = StatusCode.OUT_OF_RANGE
-    reason = Fault.OUT_OF_RANGE
+    reason = "OUT_OF_RANGE"
 
 
 class WrongModelError(LaneError):
     """A state made by another model."""
 
     status = StatusCode.FAILED_PRECONDITION
-    reason = Fault.WRONG_MODEL
+    reason = "WRONG_MODEL"
 
 
 class LimitError(LaneError):
     """A limit of the server is reached."""
 
     status = StatusCode.RESOURCE_EXHAUSTED
-    reason = Fault.LIMIT
+    reason = "LIMIT"
 
 
 class DrainingError(LaneError):
     """The server stops and opens nothing new."""
 
     status = StatusCode.UNAVAILABLE
-    reason = Fault.DRAINING
+    reason = "DRAINING"
 
 
 class StoreDownError(LaneError):
     """The store does not answer; nothing was changed."""
 
     status = StatusCode.UNAVAILABLE
-    reason = Fault.UNAVAILABLE
+    reason = "UNAVAILABLE"
 
 
 class DataLossError(LaneError):
     """What the store has of a sequence cannot be used."""
 
     status = StatusCode.DATA_LOSS
-    reason = Fault.DATA_LOSS
+    reason = "DATA_LOSS"

@@ -8,11 +8,12 @@ import grpc
 import numpy as np
 import pytest
 
-from sluice_protos.sequences_pb2 import Fault, OpenSequence
+from sluice_protos.sequences_pb2 import Fault
 from sluice_service.rpc.open_inference.backlog import Backlog
 from sluice_service.rpc.open_inference.lanes import Lane
 from sluice_service.rpc.open_inference.requests import Request
 from sluice_service.settings import Settings
+from sluice_service.store.claims import OpenRequest
 from tests.compat.caller import Caller, request, values
 from tests.service.test_durability import crash
 from tests.service.wire import Served, eventually, floats
@@ -274,13 +275,13 @@ async def test_a_place_that_the_first_in_line_did_not_need_is_the_next_ones(sums
     served = await sums(sequences_max=2)
     caller, (host,) = Caller(served.channel), served.server._hosts.values()
     stream = host.attach(lambda: None)
-    await host.open(stream, [OpenSequence(lane=lane) for lane in (0, 1)])
+    await host.open(stream, [OpenRequest(lane=lane) for lane in (0, 1)])
     tasks = [asked(caller, 5, 2)]
     await waiting(served, 1)
     tasks.append(asked(caller, 6, 3))
     await waiting(served, 2)
     # In one turn two places become free, and the first sequence in line begins to live.
-    await host.open(stream, [OpenSequence(lane=2, sequence_id="int64:2")], closing=[0, 1])
+    await host.open(stream, [OpenRequest(lane=2, sequence_id="int64:2")], closing=[0, 1])
     assert [await task for task in tasks] == [[5], [6]]
 
 

@@ -19,22 +19,16 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from sluice_protos.sequences_pb2 import (
-    RESUME,
-    START_OR_RESUME,
-    Closed,
-    Durable,
-    Fault,
-    Opened,
-    OpenSequence,
-)
 from sluice_service.batching.queues import Kind
 from sluice_service.batching.versions import ONLY, load_version
+from sluice_service.errors import ConflictError, FencedError, StoreDownError
 from sluice_service.metrics import Metrics
 from sluice_service.models.host import Host
-from sluice_service.sequences.stream import Delivery, Stream
+from sluice_service.sequences.events import Durable, Ended, Failed, Opened, Outputs
+from sluice_service.sequences.stream import Stream
 from sluice_service.settings import Settings
 from sluice_service.store import StoreError
+from sluice_service.store.claims import OpenMode, OpenRequest
 from sluice_service.store.memory import MemoryStore
 
 MODEL = "accumulator"
@@ -175,12 +169,12 @@ class Durability(RuleBasedStateMachine):
     def open(self, number: int, place: int) -> None:
         writer = self.writers[number]
         writer.leave()
-        mode = RESUME if writer.is_started else START_OR_RESUME
+        mode = OpenMode.RESUME if writer.is_started else OpenMode.START_OR_RESUME
         writer.attempt += 1
         self.lanes += 1
         host = writer.host = self.hosts[place]
         writer.stream, writer.lane = host.attach(lambda: None), self.lanes
-        request = OpenSequence(
+        request = OpenRequest(
             lane=writer.lane,
             sequence_id="s",
             mode=mode,
@@ -367,7 +361,7 @@ class Durability(RuleBasedStateMachine):
         for writer in list(getattr(self, "writers", ())):
             while writer.stream is not None and writer.stream.outbox:
                 item = writer.stream.outbox[0]
-                if isinstance(item, Delivery):
+                if isinstance(item, Outputs):
                     assert writer.host is not None
                     delivery = writer.stream.take_delivery()
                     writer.host.lanes.sending(writer.stream, delivery, 0)
@@ -376,7 +370,7 @@ class Durability(RuleBasedStateMachine):
                     writer.stream.outbox.popleft()
                     self._read(writer, item)
 
-    def _receive(self, writer: Writer, delivery: Delivery) -> None:
+    def _receive(self, writer: Writer, delivery: Outputs) -> None:
         for _, first, steps, (data,) in delivery.chunks():
             assert first <= writer.received, "an output is missing"
             outputs = np.frombuffer(data, "<f4")
@@ -401,15 +395,15 @@ class Durability(RuleBasedStateMachine):
             case Durable():
                 assert item.step >= writer.durable
                 writer.durable = item.step
-            case Fault() if item.reason == Fault.CONFLICT:
-                writer.expected_epoch = item.epoch
+            case Failed(error=ConflictError()):
+                writer.expected_epoch = item.error.epoch
                 writer.leave()
-            case Fault():
-                assert item.reason in (Fault.UNAVAILABLE, Fault.FENCED), item
-                if item.reason == Fault.FENCED:
+            case Failed():
+                assert isinstance(item.error, StoreDownError | FencedError), item
+                if isinstance(item.error, FencedError):
                     self._begin_anew(self.writers.index(writer))
                 writer.leave()
-            case Closed():
+            case Ended():
                 writer.leave()
 
     def teardown(self) -> None:

@@ -22,7 +22,7 @@ from sluice_protos.sequences_pb2 import (
     Received,
     Tensor,
 )
-from sluice_service.sequences.stream import Delivery
+from sluice_service.sequences.events import Outputs
 from tests.service.wire import SECONDS, Wire, eventually, floats
 
 MINE = {"writer": b"mine"}
@@ -766,7 +766,7 @@ async def test_a_client_that_never_reads_takes_no_memory_without_bound(serve, ls
     (stream,) = served.server._hosts["lstm"].lanes._streams.values()
 
     def waiting() -> int:
-        deliveries = [item for item in stream.outbox if isinstance(item, Delivery)]
+        deliveries = [item for item in stream.outbox if isinstance(item, Outputs)]
         return sum(len(output) for item in deliveries for output in item.outputs)
 
     await eventually(lambda: waiting() > bound // 2)

@@ -1,17 +1,31 @@
 """Judges what clients send against the contract: datatype, shape, size and value."""
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 
 from sluice_protos.contract_pb2 import ModelContract, TensorSpec
 from sluice_protos.datatypes import DTYPES
-from sluice_protos.sequences_pb2 import SequenceState, Tensor
 from sluice_service.arrays import Array, Buffers, Integers, is_finite, is_ones
 from sluice_service.errors import InvalidInputError, LaneError, LimitError, WrongModelError
+from sluice_service.store.claims import State
 
 # Numbers of steps beyond this are nonsense, and sums of two of them still fit.
 STEPS_MAX = 1 << 61
+
+
+class Tensor(Protocol):
+    """Rows of one input as they came: sluice.v1.Tensor has these fields."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def datatype(self) -> str: ...
+    @property
+    def shape(self) -> Sequence[int]: ...
+    @property
+    def data(self) -> bytes: ...
 
 
 class _Rule:
@@ -139,7 +153,7 @@ class InputRules:
                 errors.setdefault(index, _bad_value(rule, step))
         return errors
 
-    def state_row(self, state: SequenceState) -> Array:
+    def state_row(self, state: State) -> Array:
         """The row [state_size] of a state a client brings.
 
         Raises WrongModelError or InvalidInputError.

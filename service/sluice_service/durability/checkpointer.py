@@ -9,12 +9,12 @@ from functools import partial
 import numpy as np
 import structlog
 
-from sluice_protos.sequences_pb2 import Closed, Durable
 from sluice_service.batching.scheduler import Scheduler
 from sluice_service.durability.ownership import Custody
 from sluice_service.durability.snapshots import Snapshot, Snapshots
 from sluice_service.errors import StoreDownError
 from sluice_service.metrics import ModelMetrics
+from sluice_service.sequences.events import Durable, EndReason
 from sluice_service.sequences.states import Slots
 from sluice_service.sequences.table import ALL, NONE, Phase, Sequences
 from sluice_service.sequences.table import Sequence as KeptSequence
@@ -253,7 +253,7 @@ class Keeper:
         table = self._sequences
         stream = self._lanes.stream(int(table.stream[slot]))
         if stream is not None and not table.at(slot).is_anonymous:
-            stream.send(Durable(lane=int(table.lane[slot]), step=int(table.durable[slot])))
+            stream.send(Durable(int(table.lane[slot]), int(table.durable[slot])))
 
     def _lose(self, slot: int) -> None:
         """Another process has claimed a sequence: what is here is not the truth any more."""
@@ -270,7 +270,7 @@ class Keeper:
             if is_same and self._is_wanted[parting.sequence.slot]:
                 waiting.append(parting)
             else:
-                self._lanes.conclude(parting, Closed.PARKED if is_same else Closed.FENCED)
+                self._lanes.conclude(parting, EndReason.PARKED if is_same else EndReason.FENCED)
         self._parks = waiting
 
     # Ends and renewals.
@@ -307,7 +307,7 @@ class Keeper:
                 self._is_wanted[parting.sequence.slot] = False
                 self._lanes.forget(parting.sequence)
             is_done = verdict is Verdict.DONE
-            self._lanes.conclude(parting, parting.reason if is_done else Closed.FENCED)
+            self._lanes.conclude(parting, parting.reason if is_done else EndReason.FENCED)
 
     async def _renew(self) -> None:
         """Say of all sequences that they live; learn which are another's. Raises StoreError."""

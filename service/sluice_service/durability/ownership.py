@@ -7,7 +7,6 @@ from functools import partial
 
 import numpy as np
 
-from sluice_protos.sequences_pb2 import OFF, RESUME, START_OR_RESUME, TAKEOVER, OpenSequence
 from sluice_service.durability.snapshots import Snapshots
 from sluice_service.errors import LaneError, NotFoundError, StoreDownError
 from sluice_service.runtime.cooperative import take_turns
@@ -28,7 +27,7 @@ from sluice_service.store import (
     Verdict,
     unpack,
 )
-from sluice_service.store.claims import Claim
+from sluice_service.store.claims import Claim, Durability, OpenMode, OpenRequest
 
 Answer = Granted | LaneError | None
 # The store is asked about so many opens at once.
@@ -76,26 +75,26 @@ class Custody:
         if asked:
             await asyncio.wait(asked)
 
-    async def open_all(self, stream: Stream, requests: Iterable[OpenSequence]) -> None:
+    async def open_all(self, stream: Stream, requests: Iterable[OpenRequest]) -> None:
         """Open sequences on a stream; those of one message may name one twice."""
         for batch in _distinct(requests):
             admitted = [one for one in batch if self._openings.admits(stream, one)]
             await self.open(admitted, partial(self._openings.open, stream))
 
     async def open(
-        self, requests: Sequence[OpenSequence], land: Callable[[OpenSequence, Answer], None]
+        self, requests: Sequence[OpenRequest], land: Callable[[OpenRequest, Answer], None]
     ) -> None:
         """Ask the store about opens of different sequences; `land` each with its answer.
 
         None is the answer for those that no store has. Lands between runs, many in turns.
         """
-        kept = [one for one in requests if self._openings.durability(one) != OFF]
+        kept = [one for one in requests if self._openings.durability(one) != Durability.OFF]
         async with self.exclusive(one.sequence_id for one in kept):
             answers: dict[str, Answer] = {}
             names = [one.sequence_id for one in kept]
             promised = self._openings.promised
 
-            def land_one(request: OpenSequence) -> None:
+            def land_one(request: OpenRequest) -> None:
                 promised.discard(request.sequence_id)
                 land(request, answers.get(request.sequence_id))
 
@@ -110,9 +109,7 @@ class Custody:
                     self._sequences.on_gone()
                 await self._give_back(kept, answers)
 
-    async def _give_back(
-        self, opens: Sequence[OpenSequence], answers: Mapping[str, Answer]
-    ) -> None:
+    async def _give_back(self, opens: Sequence[OpenRequest], answers: Mapping[str, Answer]) -> None:
         """End in the store what was created there and could not be opened here after all.
 
         A writer may have it when it asks again; any other caller would find its id taken.
@@ -129,7 +126,7 @@ class Custody:
             with suppress(StoreError):
                 await self._store.close(closings)
 
-    async def _claim(self, opens: Sequence[OpenSequence]) -> Sequence[Granted | LaneError]:
+    async def _claim(self, opens: Sequence[OpenRequest]) -> Sequence[Granted | LaneError]:
         try:
             refused = [await self._refuse_early(one) for one in opens]
             asked = [one for one, error in zip(opens, refused, strict=True) if error is None]
@@ -139,7 +136,7 @@ class Custody:
         except StoreError as error:
             return [as_down(error)] * len(opens)
 
-    async def _refuse_early(self, request: OpenSequence) -> LaneError | None:
+    async def _refuse_early(self, request: OpenRequest) -> LaneError | None:
         """Why a sequence cannot live here; where it can, a place is promised to it.
 
         For want of room, or because it lives at another server and its caller numbers no
@@ -150,7 +147,7 @@ class Custody:
         full = self._openings.check_room()
         if full is None:
             self._openings.promised.add(request.sequence_id)
-        if request.mode != RESUME:
+        if request.mode != OpenMode.RESUME:
             return full
         if full is None and not is_blind(request):
             return None
@@ -168,14 +165,14 @@ class Custody:
             return None
         return lost(request, checkpoint)
 
-    def _as_claim(self, request: OpenSequence) -> ClaimRequest:
+    def _as_claim(self, request: OpenRequest) -> ClaimRequest:
         """An open with what this process knows of its sequence."""
         sequence = self._sequences.get(request.sequence_id)
         initial = self._snapshots.initial(request)
         key = self._key(request.sequence_id)
         if sequence is None or not sequence.is_durable:
             return ClaimRequest(key, request, initial)
-        is_taken = request.mode in (TAKEOVER, START_OR_RESUME)
+        is_taken = request.mode in (OpenMode.TAKEOVER, OpenMode.START_OR_RESUME)
         snapshot = None
         if is_taken and request.writer != sequence.record.writer:
             snapshot = self._snapshots.take(np.array([sequence.slot]))[0].packed
@@ -223,9 +220,9 @@ class Custody:
         return checkpoint.step
 
 
-def _distinct(requests: Iterable[OpenSequence]) -> Iterator[list[OpenSequence]]:
+def _distinct(requests: Iterable[OpenRequest]) -> Iterator[list[OpenRequest]]:
     """The requests in their order, cut so that none names a sequence twice."""
-    batch: list[OpenSequence] = []
+    batch: list[OpenRequest] = []
     names: set[str] = set()
     for request in requests:
         if request.sequence_id in names or len(batch) == _OPENED_AT_ONCE_MAX:

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sluice_protos.sequences_pb2 import OpenSequence
 from sluice_service.batching.inputs import InputRules
 from sluice_service.batching.versions import Version, Versions
 from sluice_service.sequences.states import Arena, Slots
 from sluice_service.sequences.table import Sequence, Sequences
 from sluice_service.serving.attachments import Lanes
 from sluice_service.store import Checkpoint, Packed, pack
+from sluice_service.store.claims import OpenRequest
 
 
 @dataclass(slots=True)
@@ -44,10 +44,10 @@ class Snapshots:
         self._initial: tuple[Version, Packed] | None = None
         self._place = np.full(len(sequences.step), -1, np.int64)  # scratch
 
-    def initial(self, request: OpenSequence) -> Packed:
+    def initial(self, request: OpenRequest) -> Packed:
         """What a new sequence begins with. Raises LaneError for a state it cannot have."""
         newest = self._versions.newest
-        if request.HasField("state"):
+        if request.state is not None:
             row = self._inputs.state_row(request.state)
             version = self._versions.find(request.state.model_digest) or newest
             return self._begin(version, row.tobytes(), request.state.step)

@@ -11,21 +11,12 @@ import time
 from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator
 from concurrent.futures import Executor
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import structlog
 
 from sluice_protos.contract_pb2 import ModelContract
-from sluice_protos.sequences_pb2 import (
-    START,
-    Closed,
-    ForkRequest,
-    ForkResponse,
-    Limits,
-    ModelInfo,
-    OpenSequence,
-)
 from sluice_service.arrays import Array, Buffers, Integers, is_ones, starts_of
 from sluice_service.batching.inputs import InputRules
 from sluice_service.batching.queues import Frame, Kind, Single
@@ -39,6 +30,7 @@ from sluice_service.metrics import ModelMetrics
 from sluice_service.models.queries import Listing
 from sluice_service.runtime.clock import AwakeClock
 from sluice_service.runtime.cooperative import rest, take_turn, take_turns
+from sluice_service.sequences.events import EndReason, Limits
 from sluice_service.sequences.states import Arena, Slots
 from sluice_service.sequences.stream import Stream
 from sluice_service.sequences.table import ALL, Sequence, Sequences
@@ -47,11 +39,20 @@ from sluice_service.serving.opening import Openings
 from sluice_service.serving.run_loop import RunLoop
 from sluice_service.settings import Settings
 from sluice_service.store import Store, StoreError, Verdict
+from sluice_service.store.claims import OpenRequest
 
 log = structlog.get_logger()
 T = TypeVar("T")
 
 _TICK_SECONDS = 1.0
+
+
+class Forked(NamedTuple):
+    """The copy of a sequence: its id, the steps it holds, its epoch."""
+
+    sequence_id: str
+    step: int
+    epoch: int
 
 
 class Host:
@@ -192,16 +193,10 @@ class Host:
 
     # What is here.
 
-    def info(self) -> ModelInfo:
-        """What a client may know without asking for the contract."""
-        return ModelInfo(
-            name=self.name,
-            digest=self.contract.digest,
-            is_ready=self.is_welcoming,
-            sequences_live=len(self._sequences),
-            is_bit_exact=self.version.self_test.is_bit_exact,
-            arithmetic=self.version.arithmetic,
-        )
+    @property
+    def sequences_live(self) -> int:
+        """How many sequences have a state here."""
+        return len(self._sequences)
 
     @property
     def activity(self) -> tuple[float, int]:
@@ -291,7 +286,7 @@ class Host:
         return task
 
     async def open(
-        self, stream: Stream, requests: Iterable[OpenSequence], *, closing: Collection[int] = ()
+        self, stream: Stream, requests: Iterable[OpenRequest], *, closing: Collection[int] = ()
     ) -> None:
         """Give each request its lane and its sequence, or tell its fault.
 
@@ -313,10 +308,10 @@ class Host:
 
     def _end_lane(self, stream: Stream, lane: int) -> None:
         if (slot := stream.slot(lane)) >= 0:
-            self._lanes.end(self._sequences.at(slot), Closed.CLIENT, "its client ended it")
+            self._lanes.end(self._sequences.at(slot), EndReason.CLIENT, "its client ended it")
 
     async def _open_in_store(
-        self, keeper: Keeper, stream: Stream, requests: Iterable[OpenSequence]
+        self, keeper: Keeper, stream: Stream, requests: Iterable[OpenRequest]
     ) -> None:
         """As `open`, with the store's word on every sequence that it has or gets."""
         with contextlib.suppress(StoreError):
@@ -468,39 +463,31 @@ class Host:
 
     # The life of the sequences.
 
-    async def fork(self, request: ForkRequest) -> ForkResponse:
-        """Copy a live sequence; the copy is parked. Raises LaneError."""
+    async def fork(self, sequence_id: str, copy: OpenRequest) -> Forked:
+        """Copy a live sequence to what `copy` opens; the copy is parked. Raises LaneError."""
         # Where its caller goes away meanwhile, what the store was asked is brought to its end.
-        return await asyncio.shield(self._start(self._fork(request)))
+        return await asyncio.shield(self._start(self._fork(sequence_id, copy)))
 
-    async def _fork(self, request: ForkRequest) -> ForkResponse:
-        opening = OpenSequence(
-            sequence_id=request.fork_id,
-            mode=START,
-            writer=request.writer,
-            durability=request.durability,
-            state=await self._listing.state(request.sequence_id),
-        )
-        self._openings.check(opening)
-        self._openings.durability(opening)
-        if self._sequences.get(opening.sequence_id) is not None:
-            raise ExistsError(f"sequence {opening.sequence_id!r} is alive; fork to another id")
+    async def _fork(self, sequence_id: str, copy: OpenRequest) -> Forked:
+        copy.state = await self._listing.state(sequence_id)
+        self._openings.check(copy)
+        self._openings.durability(copy)
+        if self._sequences.get(copy.sequence_id) is not None:
+            raise ExistsError(f"sequence {copy.sequence_id!r} is alive; fork to another id")
         forked: list[Sequence] = []
 
-        def land(opening: OpenSequence, answer: Answer) -> None:
+        def land(opening: OpenRequest, answer: Answer) -> None:
             if isinstance(answer, LaneError):
                 raise answer
             forked.append(self._openings.land(opening, answer))
 
         if self._keeper is None:
-            await self._runs.between_runs(lambda: land(opening, None))
+            await self._runs.between_runs(lambda: land(copy, None))
         else:
-            await self._keeper.custody.open([opening], land)
+            await self._keeper.custody.open([copy], land)
         sequence = forked[0]
-        return ForkResponse(
-            fork_id=sequence.sequence_id,
-            step=int(self._sequences.step[sequence.slot]),
-            epoch=sequence.record.epoch,
+        return Forked(
+            sequence.sequence_id, int(self._sequences.step[sequence.slot]), sequence.record.epoch
         )
 
     async def close_sequence(self, sequence_id: str) -> int:
@@ -516,8 +503,8 @@ class Host:
             step = int(self._sequences.step[sequence.slot])
             if sequence.is_durable:
                 # The store is asked from here, for its answer is the caller's.
-                return step, self._lanes.begin_end(sequence, Closed.CLIENT, ending)
-            self._lanes.end(sequence, Closed.CLIENT, ending)
+                return step, self._lanes.begin_end(sequence, EndReason.CLIENT, ending)
+            self._lanes.end(sequence, EndReason.CLIENT, ending)
             return step, None
 
         if keeper is not None and not self.is_live(sequence_id):
@@ -567,7 +554,7 @@ class Host:
         def end(sequence: Sequence) -> None:
             nonlocal expired
             expired += 1
-            self._lanes.end(sequence, Closed.IDLE, ending)
+            self._lanes.end(sequence, EndReason.IDLE, ending)
 
         await take_turns(map(end, self._sequences.idle(before=now - idle_max)))
         self._runs.settle()

@@ -1,14 +1,29 @@
 """Answers what may be asked about the sequences of one model: which there are, and their states."""
 
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
 
-from sluice_protos.sequences_pb2 import SequenceInfo, SequenceState
 from sluice_service.batching.versions import Versions
 from sluice_service.durability.ownership import Custody
 from sluice_service.errors import NotFoundError
 from sluice_service.runtime.clock import AwakeClock
 from sluice_service.sequences.states import Arena
 from sluice_service.sequences.table import Phase, Sequence, Sequences
+from sluice_service.store.claims import State
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceInfo:
+    """What is told of one live sequence."""
+
+    model: str
+    sequence_id: str
+    step: int  # of a sequence elsewhere: the last durable one
+    epoch: int
+    is_parked: bool = False
+    idle_seconds: float = 0.0
+    held_steps: int = 0
+    is_elsewhere: bool = False  # lives at another server, or waits in the store
 
 
 class Listing:
@@ -64,17 +79,17 @@ class Listing:
                         is_elsewhere=True,
                     )
 
-    async def state(self, sequence_id: str) -> SequenceState:
+    async def state(self, sequence_id: str) -> State:
         """The state after the last applied step; of a sequence elsewhere, the last durable one.
 
         Raises NotFoundError.
         """
         if self._custody is not None and self._sequences.get(sequence_id) is None:
             stored = await self._custody.read(sequence_id)
-            return SequenceState(model_digest=stored.model_digest, step=stored.step, row=stored.row)
+            return State(model_digest=stored.model_digest, step=stored.step, row=stored.row)
 
         slot = self.find(sequence_id).slot
-        return SequenceState(
+        return State(
             model_digest=self._versions.of(slot).digest,
             step=int(self._sequences.step[slot]),
             row=self._arena.row(slot).tobytes(),

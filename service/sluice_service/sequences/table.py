@@ -10,9 +10,8 @@ from enum import Enum, auto
 import numpy as np
 from numpy.typing import NDArray
 
-from sluice_protos.sequences_pb2 import OFF, STRICT, Durability
 from sluice_service.sequences.states import Slots
-from sluice_service.store.claims import Record
+from sluice_service.store.claims import Durability, Record
 
 NONE = -1
 # What a client without a writer has received: it never asks again, so nothing is
@@ -82,7 +81,7 @@ class Sequence:
         self.record = record
         self.phase = Phase.PARKED
         self.held: list[Held] = []
-        self.durability: Durability.ValueType = OFF
+        self.durability: Durability = Durability.OFF
         # True where its client has no writer but counts its steps: what it has not acknowledged
         # is held all the same.
         self.is_counted = False
@@ -106,7 +105,7 @@ class Sequence:
     @property
     def is_durable(self) -> bool:
         """True when a store has it too, which then decides who may open it."""
-        return self.durability != OFF
+        return self.durability != Durability.OFF
 
 
 class Sequences:
@@ -203,15 +202,13 @@ class Sequences:
         self.is_running[slot] = False
         return sequence
 
-    def keep(
-        self, sequence: Sequence, claim_id: bytes, durability: "Durability.ValueType", step: int
-    ) -> None:
+    def keep(self, sequence: Sequence, claim_id: bytes, durability: Durability, step: int) -> None:
         """Have a sequence be this process's under `claim_id`, durable up to `step`."""
         sequence.claim_id = claim_id
         sequence.durability = durability
         self.durable[sequence.slot] = step
-        self.is_strict[sequence.slot] = durability == STRICT
-        self.has_strict |= durability == STRICT
+        self.is_strict[sequence.slot] = durability == Durability.STRICT
+        self.has_strict |= durability == Durability.STRICT
         self.bound(sequence.slot)
 
     def rewind(self, slot: int, step: int) -> None:

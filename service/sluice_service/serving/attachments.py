@@ -7,17 +7,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from sluice_protos.sequences_pb2 import Closed, Limits
 from sluice_service.arrays import Integers
 from sluice_service.batching.scheduler import Scheduler
 from sluice_service.errors import LaneError, UnknownLaneError
 from sluice_service.metrics import ModelMetrics
 from sluice_service.runtime.clock import AwakeClock
+from sluice_service.sequences.events import Ended, EndReason, Limits, Outputs, cut
 from sluice_service.sequences.states import Arena
-from sluice_service.sequences.stream import Delivery, Stream, cut
+from sluice_service.sequences.stream import Stream
 from sluice_service.sequences.table import NONE, Held, Phase, Sequence, Sequences
-
-Reason = Closed.Reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +24,7 @@ class Parting:
 
     sequence: Sequence
     claim_id: bytes
-    reason: "Reason.ValueType"
+    reason: EndReason
     ending: str  # of a sequence that ends: why
     stream: int  # the number of the one it was on, or NONE
     lane: int
@@ -126,21 +124,21 @@ class Lanes:
             for slot in stream.live_slots().tolist():
                 if is_safe(slot):
                     # Nobody opens it here again: what it has put out need not be held.
-                    self._leave(self._sequences.at(slot), stream, Closed.DRAINING)
+                    self._leave(self._sequences.at(slot), stream, EndReason.DRAINING)
             stream.is_drained = True
             stream.wake()
 
     # Parting.
 
-    def part(self, sequence: Sequence, reason: "Reason.ValueType") -> None:
+    def part(self, sequence: Sequence, reason: EndReason) -> None:
         """Take a sequence from its lane, if it has one; unacknowledged outputs stay with it."""
         if sequence.phase is Phase.ATTACHED:
-            if sequence.is_durable and reason == Closed.PARKED:
+            if sequence.is_durable and reason == EndReason.PARKED:
                 self.parks.append(self._leave_quietly(sequence, reason, ""))
             else:
                 self._leave(sequence, self._take_back(sequence), reason)
 
-    def end(self, sequence: Sequence, reason: "Reason.ValueType", ending: str) -> None:
+    def end(self, sequence: Sequence, reason: EndReason, ending: str) -> None:
         """Drop a sequence, state and all; `ending` is what a late open of it is told.
 
         A durable one is dropped once the store has dropped it.
@@ -151,11 +149,11 @@ class Lanes:
         if sequence.phase is Phase.ATTACHED:
             self._leave(sequence, self._stream_of(sequence), reason)
         else:
-            self._metrics.closed(Reason.Name(reason).lower())
+            self._metrics.closed(reason.name.lower())
         self._sequences.end(sequence, ending, self._clock.now())
         self._arena.free(sequence.slot)
 
-    def begin_end(self, sequence: Sequence, reason: "Reason.ValueType", ending: str) -> Parting:
+    def begin_end(self, sequence: Sequence, reason: EndReason, ending: str) -> Parting:
         """Take a durable sequence that ends from its lane; what the store is to be told."""
         self._sequences.active[sequence.slot] = self._clock.now()
         return self._leave_quietly(sequence, reason, ending)
@@ -163,7 +161,7 @@ class Lanes:
     def lose(self, sequence: Sequence) -> None:
         """Forget a sequence that is another process's now, or goes on from the store's copy."""
         if sequence.phase is Phase.ATTACHED:
-            self._leave(sequence, self._stream_of(sequence), Closed.FENCED)
+            self._leave(sequence, self._stream_of(sequence), EndReason.FENCED)
         self.forget(sequence)
 
     def forget(self, sequence: Sequence) -> None:
@@ -178,17 +176,15 @@ class Lanes:
             self._leave(sequence, stream, None)
             self.tell(stream, int(self._sequences.lane[sequence.slot]), error)
 
-    def conclude(self, parting: Parting, reason: "Reason.ValueType") -> None:
+    def conclude(self, parting: Parting, reason: EndReason) -> None:
         """Tell the client of a sequence's parting, if its stream is still there."""
-        self._metrics.closed(Reason.Name(reason).lower())
+        self._metrics.closed(reason.name.lower())
         stream = self._streams.get(parting.stream)
         if stream is not None:
             stream.ending_lanes -= 1
-            stream.send(Closed(lane=parting.lane, reason=reason))
+            stream.send(Ended(parting.lane, reason))
 
-    def _leave_quietly(
-        self, sequence: Sequence, reason: "Reason.ValueType", ending: str
-    ) -> Parting:
+    def _leave_quietly(self, sequence: Sequence, reason: EndReason, ending: str) -> Parting:
         """Take a sequence from its lane; `conclude` tells the client when the time has come."""
         number, lane = NONE, 0
         if sequence.phase is Phase.ATTACHED:
@@ -211,20 +207,20 @@ class Lanes:
         number = int(self._sequences.stream[sequence.slot])
         return self._streams.get(number) or self._ended[number]
 
-    def _leave(self, sequence: Sequence, stream: Stream, reason: "Reason.ValueType | None") -> None:
+    def _leave(self, sequence: Sequence, stream: Stream, reason: EndReason | None) -> None:
         """Empty a sequence's queue and tell its lane why it ends; None: somebody else will."""
         self._scheduler.drop(sequence.slot)
         self._sequences.detach(sequence)
         stream.end_lane(int(self._sequences.lane[sequence.slot]), reason)
         if reason is not None:
-            self._metrics.closed(Reason.Name(reason).lower())
+            self._metrics.closed(reason.name.lower())
 
     # Faults.
 
     def tell(self, stream: Stream, lane: int, error: LaneError, *, expected_step: int = 0) -> None:
         """Tell a client of one lane's fault, and count it."""
         stream.fault(lane, error, expected_step=expected_step)
-        self._metrics.fault(error.status.name, type(error).reason_name())
+        self._metrics.fault(error.status.name, error.reason.lower())
 
     def tell_unknown(self, stream: Stream, lane: int) -> None:
         """Tell a client that it named a lane it has not opened."""
@@ -265,7 +261,7 @@ class Lanes:
 
     # Outputs.
 
-    def deliver(self, delivery: Delivery, number: int) -> None:
+    def deliver(self, delivery: Outputs, number: int) -> None:
         """Hand outputs to a stream, or keep them where it went away while they were computed."""
         stream = self._streams.get(number)
         if stream is None:
@@ -278,7 +274,7 @@ class Lanes:
         if delivery.rows:
             stream.send(delivery)
 
-    def _keep_late(self, delivery: Delivery, number: int) -> None:
+    def _keep_late(self, delivery: Outputs, number: int) -> None:
         """Keep what nobody waits for any more, behind what its stream still has."""
         if (ended := self._ended.get(number)) is None:
             self._hold(delivery)
@@ -307,7 +303,7 @@ class Lanes:
         is_same = self._sequences.is_same
         return any(is_same(one.slots, one.generations).any() for one in stream.gated)
 
-    def _is_gated(self, delivery: Delivery) -> NDArray[np.bool_] | None:
+    def _is_gated(self, delivery: Outputs) -> NDArray[np.bool_] | None:
         """[chunks] which may not leave yet, for want of the store; None: all may."""
         table, slots = self._sequences, delivery.slots
         if not table.has_strict:
@@ -316,7 +312,7 @@ class Lanes:
         gated = is_strict & (table.durable[slots] < delivery.first + delivery.lengths)
         return gated if gated.any() else None
 
-    def sending(self, stream: Stream, delivery: Delivery, responses: int) -> None:
+    def sending(self, stream: Stream, delivery: Outputs, responses: int) -> None:
         """A delivery is about to go out, the last of it as response number `responses`."""
         delivery.responses = responses
         if stream.has_writer and stream.number in self._streams:
@@ -350,7 +346,7 @@ class Lanes:
                 slots, ends = slots[is_same], ends[is_same]
             self._acknowledge(slots, ends)
 
-    def due(self, streams: Integers) -> Iterator[Delivery]:
+    def due(self, streams: Integers) -> Iterator[Outputs]:
         """What may still be asked for of the outputs of these streams, oldest first in each."""
         for number in np.unique(streams).tolist():
             stream = self._streams.get(number) or self._ended.get(number)
@@ -379,17 +375,17 @@ class Lanes:
         table.bound(slots)
         self._scheduler.unbound(slots)
 
-    def _is_due(self, delivery: Delivery) -> bool:
+    def _is_due(self, delivery: Outputs) -> bool:
         """True while some output of a delivery may be asked for again."""
         return bool(self._due(delivery).any())
 
-    def _due(self, delivery: Delivery) -> NDArray[np.bool_]:
+    def _due(self, delivery: Outputs) -> NDArray[np.bool_]:
         """[chunks] whether each chunk of a delivery may be asked for again."""
         table = self._sequences
         due = table.received[delivery.slots] < delivery.first + delivery.lengths
         return due & table.is_same(delivery.slots, delivery.generations)
 
-    def _hold(self, delivery: Delivery) -> None:
+    def _hold(self, delivery: Outputs) -> None:
         """Give a delivery's outputs to their sequences."""
         wanted = self._due(delivery)
         if wanted.any():
@@ -398,7 +394,7 @@ class Lanes:
                 sequence = self._sequences.at(int(kept.slots[index]))
                 sequence.held.append(Held(first, steps, outputs))
 
-    def _hold_chunk(self, delivery: Delivery, index: int) -> None:
+    def _hold_chunk(self, delivery: Outputs, index: int) -> None:
         """As `_hold`, of one chunk."""
         table, slot = self._sequences, int(delivery.slots[index])
         is_same = table.generation[slot] == delivery.generations[index]
@@ -414,7 +410,7 @@ class Lanes:
         for held in kept:
             skipped = max(received - held.first, 0)
             if skipped < held.steps:
-                delivery = Delivery(
+                delivery = Outputs(
                     np.array([slot]),
                     table.generation[slot : slot + 1].copy(),
                     np.array([lane]),

@@ -4,18 +4,6 @@ import uuid
 
 import numpy as np
 
-from sluice_protos.sequences_pb2 import (
-    OFF,
-    PERIODIC,
-    RESTART,
-    RESUME,
-    SERVER_DEFAULT,
-    STRICT,
-    Closed,
-    Durability,
-    Opened,
-    OpenSequence,
-)
 from sluice_service.arrays import Array
 from sluice_service.batching.inputs import InputRules
 from sluice_service.batching.versions import Version, Versions
@@ -33,16 +21,29 @@ from sluice_service.errors import (
 )
 from sluice_service.metrics import ModelMetrics
 from sluice_service.runtime.clock import AwakeClock
+from sluice_service.sequences.events import EndReason, Opened
 from sluice_service.sequences.states import Arena
 from sluice_service.sequences.stream import LANES_MAX, Stream
 from sluice_service.sequences.table import Held, Sequence, Sequences
 from sluice_service.serving.attachments import Lanes
 from sluice_service.store import Checkpoint, Granted, unpack
-from sluice_service.store.claims import TABLE, Claim, Record, decide
+from sluice_service.store.claims import (
+    TABLE,
+    Claim,
+    Durability,
+    OpenMode,
+    OpenRequest,
+    Record,
+    decide,
+)
 
 # Of a sequence's id and of a writer.
 _NAME_BYTES_MAX = 512
-DURABILITIES = {"off": OFF, "periodic": PERIODIC, "strict": STRICT}
+DURABILITIES = {
+    "off": Durability.OFF,
+    "periodic": Durability.PERIODIC,
+    "strict": Durability.STRICT,
+}
 
 
 class Openings:
@@ -71,12 +72,12 @@ class Openings:
         # Ids of sequences that are to live here, while the store is asked about them.
         self.promised: set[str] = set()
 
-    def open_here(self, stream: Stream, request: OpenSequence) -> None:
+    def open_here(self, stream: Stream, request: OpenRequest) -> None:
         """Open a sequence that no store has; between runs only."""
         if self.admits(stream, request):
             self.open(stream, request, None)
 
-    def admits(self, stream: Stream, request: OpenSequence) -> bool:
+    def admits(self, stream: Stream, request: OpenRequest) -> bool:
         """True if there is no reason against an open yet; where there is, its client is told."""
         try:
             self._check(stream, request)
@@ -87,7 +88,7 @@ class Openings:
         return True
 
     def open(
-        self, stream: Stream, request: OpenSequence, answer: Granted | LaneError | None
+        self, stream: Stream, request: OpenRequest, answer: Granted | LaneError | None
     ) -> None:
         """Give an admitted request its lane, or tell its fault; between runs only.
 
@@ -106,7 +107,7 @@ class Openings:
         except LaneError as error:
             self._refuse(stream, request, error)
 
-    def _check(self, stream: Stream, request: OpenSequence) -> None:
+    def _check(self, stream: Stream, request: OpenRequest) -> None:
         """Refuse what cannot be opened; name what has no name. Raises LaneError."""
         if request.lane >= LANES_MAX:
             raise InvalidInputError(f"lanes are numbers below {LANES_MAX}, not {request.lane}")
@@ -116,7 +117,7 @@ class Openings:
             )
         self.check(request)
 
-    def check(self, request: OpenSequence) -> None:
+    def check(self, request: OpenRequest) -> None:
         """Refuse what no lane could have; name what has no name. Raises LaneError."""
         if self._lanes.is_draining:
             raise DrainingError("this server is stopping; open the sequence at another")
@@ -127,9 +128,9 @@ class Openings:
         if self._lanes.is_unloading and (found is None or _begins_again(request, found)):
             raise DrainingError("this model is being unloaded: what lives goes on, nothing begins")
         # What a RESUME names has to be found first: it may be nowhere.
-        if found is None and request.mode != RESUME:
+        if found is None and request.mode != OpenMode.RESUME:
             self.require_room()
-        if request.HasField("state"):
+        if request.state is not None:
             self._inputs.state_row(request.state)
 
     @property
@@ -151,34 +152,34 @@ class Openings:
             "as many as sequences_max allows; close some, or serve with a higher --sequences-max"
         )
 
-    def durability(self, request: OpenSequence) -> "Durability.ValueType":
+    def durability(self, request: OpenRequest) -> Durability:
         """What a sequence has, or else gets. Raises InvalidInputError where that is too much."""
         sequence = self._sequences.get(request.sequence_id)
-        wanted = request.durability
         if sequence is not None:
             return sequence.durability
-        if wanted == SERVER_DEFAULT:
+        if request.durability == Durability.SERVER_DEFAULT:
             return self._durability
-        if wanted not in DURABILITIES.values():
-            raise InvalidInputError(f"there is no durability {wanted}")
+        if request.durability not in DURABILITIES.values():
+            raise InvalidInputError(f"there is no durability {request.durability}")
+        wanted = Durability(request.durability)
         if wanted > self._durability:
-            name = Durability.Name(self._durability).lower()
+            name = self._durability.name.lower()
             raise InvalidInputError(
-                f"durability {Durability.Name(wanted).lower()} is more than this server gives "
+                f"durability {wanted.name.lower()} is more than this server gives "
                 f"({name}); ask for less, or serve with a stronger --durability"
             )
         return wanted
 
-    def _refuse(self, stream: Stream, request: OpenSequence, error: LaneError) -> None:
+    def _refuse(self, stream: Stream, request: OpenRequest, error: LaneError) -> None:
         if request.lane < LANES_MAX and stream.slot(request.lane) < 0:
             # Chunks that were sent with the open are not worth a fault each.
             stream.end_lane(request.lane, None)
         self._lanes.tell(stream, request.lane, error, expected_step=error.expected_step)
 
-    def _attach(self, stream: Stream, sequence: Sequence, request: OpenSequence) -> None:
+    def _attach(self, stream: Stream, sequence: Sequence, request: OpenRequest) -> None:
         """Tell the client how its sequence stands, then what is held for it."""
         table, slot = self._sequences, sequence.slot
-        counts = stream.has_counters and request.HasField("received")
+        counts = stream.has_counters and request.received is not None
         sequence.is_counted = counts and sequence.is_durable
         table.attach(sequence, stream.number, request.lane, self._clock.now())
         stream.put_lane(request.lane, slot)
@@ -198,7 +199,7 @@ class Openings:
 
     # What an open gets, as a parked sequence.
 
-    def land(self, request: OpenSequence, granted: Granted | None) -> Sequence:
+    def land(self, request: OpenRequest, granted: Granted | None) -> Sequence:
         """The sequence the request may have, taken from whatever lane and writer it had."""
         if granted is None:
             claim = decide(self._sequences.record(request.sequence_id), request)
@@ -213,7 +214,7 @@ class Openings:
         self._metrics.opened(claim.name.lower())
         return sequence
 
-    def _claim_here(self, request: OpenSequence, claim: Claim) -> Sequence:
+    def _claim_here(self, request: OpenRequest, claim: Claim) -> Sequence:
         """Without a store: create a sequence, or take a live one as the claim says."""
         found, table = self._sequences.get(request.sequence_id), self._sequences
         if found is None:
@@ -227,7 +228,7 @@ class Openings:
             raise StoreDownError("the sequence has changed hands meanwhile; open it again")
         row, step, plane = self._start(request) if claim is Claim.WIPE else (None, 0, None)
         received = self._received(found, request, claim)
-        self._lanes.part(found, Closed.FENCED)
+        self._lanes.part(found, EndReason.FENCED)
         table.received[found.slot] = received
         table.bound(found.slot)
         if claim is Claim.WIPE:
@@ -240,17 +241,17 @@ class Openings:
         found.record.attempt = request.attempt
         return found
 
-    def _go_on(self, sequence: Sequence, request: OpenSequence, granted: Granted) -> Sequence:
+    def _go_on(self, sequence: Sequence, request: OpenRequest, granted: Granted) -> Sequence:
         """What is in memory is the newest there is: it goes on under its new claim."""
         table, slot = self._sequences, sequence.slot
         sequence.claim_id = granted.claim_id
         sequence.record.epoch, sequence.record.attempt = granted.epoch, request.attempt
         table.received[slot] = self._received(sequence, request, granted.claim)
         table.bound(slot)
-        self._lanes.part(sequence, Closed.FENCED)
+        self._lanes.part(sequence, EndReason.FENCED)
         return sequence
 
-    def _restore(self, request: OpenSequence, granted: Granted) -> Sequence:
+    def _restore(self, request: OpenRequest, granted: Granted) -> Sequence:
         """Put the store's checkpoint into memory, in place of anything older that is there."""
         stale = self._sequences.get(request.sequence_id)
         if stale is not None:
@@ -279,10 +280,10 @@ class Openings:
         return sequence
 
     def _place(
-        self, request: OpenSequence, granted: Granted, checkpoint: Checkpoint
+        self, request: OpenRequest, granted: Granted, checkpoint: Checkpoint
     ) -> tuple[int, Version]:
         """A slot for a checkpoint, on the version that made it. Raises WrongModelError."""
-        if granted.claim in (Claim.CREATE, Claim.WIPE) and not request.HasField("state"):
+        if granted.claim in (Claim.CREATE, Claim.WIPE) and not request.state is not None:
             # The newest now, even if another one was when the store was asked.
             return self._arena.allocate(), self._versions.newest
         version = self._version(checkpoint.model_digest)
@@ -302,20 +303,20 @@ class Openings:
             )
         return version
 
-    def _start(self, request: OpenSequence) -> tuple[Array | None, int, int | None]:
+    def _start(self, request: OpenRequest) -> tuple[Array | None, int, int | None]:
         """The row, step and plane a new sequence begins with; no row: the initial state."""
-        if not request.HasField("state"):
+        if not request.state is not None:
             return None, 0, None
         row = self._inputs.state_row(request.state)
         return row, request.state.step, self._version(request.state.model_digest).plane
 
-    def _received(self, sequence: Sequence, request: OpenSequence, claim: Claim) -> int:
+    def _received(self, sequence: Sequence, request: OpenRequest, claim: Claim) -> int:
         """What the client has, as far as this server can know of it. Raises OutOfRangeError."""
         floor = self._sequences.held_from(sequence.slot)
         step = int(self._sequences.step[sequence.slot])
         if claim in (Claim.WIPE, Claim.CREATE):
             return step
-        if not request.HasField("received"):
+        if not request.received is not None:
             # Outputs of another handle are not this one's.
             return step if claim is Claim.TAKE else floor
         # A client may be ahead of a store that was written some time ago.
@@ -329,18 +330,18 @@ class Openings:
         return min(request.received, step)
 
 
-def _begins_again(request: OpenSequence, found: Sequence) -> bool:
+def _begins_again(request: OpenRequest, found: Sequence) -> bool:
     """True when an open asks for the initial state of a live sequence, and is no repeat."""
     is_repeat = request.writer != b"" and request.writer == found.record.writer
-    return request.mode == RESTART and not is_repeat
+    return request.mode == OpenMode.RESTART and not is_repeat
 
 
-def is_blind(request: OpenSequence) -> bool:
+def is_blind(request: OpenRequest) -> bool:
     """True for the open of a caller that numbers no steps: it would not notice a missing one."""
-    return not request.writer and not request.HasField("received")
+    return not request.writer and not request.received is not None
 
 
-def lost(request: OpenSequence, checkpoint: Checkpoint) -> NotFoundError:
+def lost(request: OpenRequest, checkpoint: Checkpoint) -> NotFoundError:
     """What such a caller is told where it may have seen outputs beyond the checkpoint.
 
     Nobody would send the inputs of those steps again.
@@ -353,7 +354,7 @@ def lost(request: OpenSequence, checkpoint: Checkpoint) -> NotFoundError:
     )
 
 
-def _check_names(request: OpenSequence) -> None:
+def _check_names(request: OpenRequest) -> None:
     """Refuse what no open can mean. Raises InvalidInputError."""
     if request.mode not in TABLE:
         raise InvalidInputError(f"there is no open mode {request.mode}")

@@ -10,7 +10,6 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
-from sluice_protos.sequences_pb2 import Closed
 from sluice_service.arrays import unpad
 from sluice_service.batching.arrivals import Arrivals
 from sluice_service.batching.engine import Outcome
@@ -18,8 +17,8 @@ from sluice_service.batching.scheduler import Ending, Run, Scheduler
 from sluice_service.batching.versions import Versions
 from sluice_service.metrics import ModelMetrics
 from sluice_service.runtime.clock import AwakeClock
+from sluice_service.sequences.events import EndReason, Outputs
 from sluice_service.sequences.states import Arena, Slots
-from sluice_service.sequences.stream import Delivery
 from sluice_service.sequences.table import Sequences
 from sluice_service.serving.attachments import Lanes
 
@@ -136,9 +135,9 @@ class RunLoop:
             for slot, ending in _drain(scheduler.endings):
                 sequence = self._sequences.at(slot)
                 if ending is Ending.CLOSE:
-                    lanes.end(sequence, Closed.CLIENT, "its writer closed it")
+                    lanes.end(sequence, EndReason.CLIENT, "its writer closed it")
                 else:
-                    lanes.part(sequence, Closed.PARKED)
+                    lanes.part(sequence, EndReason.PARKED)
         if scheduler.dropped:
             for number, steps in _drain(scheduler.dropped):
                 lanes.finish_steps(number, steps)
@@ -239,7 +238,7 @@ class RunLoop:
         start = row_start = applied_steps = 0
         for number, stop in run.streams:
             row_stop = stop * each if ends is None else int(ends[stop - 1])
-            delivery = Delivery(
+            delivery = Outputs(
                 run.slots[start:stop],
                 generations[start:stop],
                 run.lanes[start:stop],

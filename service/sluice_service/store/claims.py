@@ -1,16 +1,8 @@
 """Who may open a sequence: one table, without memory, clock or I/O of its own."""
 
 from dataclasses import dataclass
-from enum import Enum, auto
+from enum import Enum, IntEnum, auto
 
-from sluice_protos.sequences_pb2 import (
-    RESTART,
-    RESUME,
-    START,
-    START_OR_RESUME,
-    TAKEOVER,
-    OpenSequence,
-)
 from sluice_service.errors import (
     ConflictError,
     ExistsError,
@@ -20,6 +12,51 @@ from sluice_service.errors import (
     SequenceClosedError,
     StaleError,
 )
+
+
+class OpenMode(IntEnum):
+    """What an open asks for; numbered as in sluice.v1.OpenMode."""
+
+    START = 0  # a new sequence; refused while the id is alive under another writer
+    RESUME = 1  # continue a sequence of this writer
+    START_OR_RESUME = 2  # whichever fits
+    RESTART = 3  # begin at the initial state, whatever was there
+    TAKEOVER = 4  # continue a sequence of another writer
+
+
+class Durability(IntEnum):
+    """What of a sequence survives its server's process; numbered as in sluice.v1.Durability."""
+
+    SERVER_DEFAULT = 0  # what the server is set to; only in requests
+    OFF = 1  # nothing
+    PERIODIC = 2  # the state, every so many steps or seconds
+    STRICT = 3  # everything: an output that has arrived is durable
+
+
+@dataclass(slots=True)
+class State:
+    """The state of a sequence as a value, portable to every server of the same model."""
+
+    model_digest: str
+    step: int
+    row: bytes  # float32, little-endian, [state_size]
+
+
+@dataclass(slots=True)
+class OpenRequest:
+    """What a client asks for when it opens a sequence; the defaults are those of sluice.v1."""
+
+    lane: int = 0
+    sequence_id: str = ""  # empty: the server draws one
+    mode: int = OpenMode.START
+    # The outputs that have arrived; None where the client does not count them.
+    received: int | None = None
+    # A new sequence starts from this state instead of the model's initial one.
+    state: State | None = None
+    writer: bytes = b""  # empty: the caller never replays
+    attempt: int = 0
+    expected_epoch: int = 0
+    durability: int = Durability.SERVER_DEFAULT
 
 
 @dataclass(slots=True)
@@ -76,31 +113,31 @@ _AS_START: dict[Situation, Claim | Refusal | IfEpoch] = {
 }
 
 TABLE: dict[int, dict[Situation, Claim | Refusal | IfEpoch]] = {
-    RESUME: {
+    OpenMode.RESUME: {
         Situation.MINE: Claim.RESUME,
         Situation.THEIRS: Refusal.FENCED,
         Situation.MINE_CLOSED: Refusal.CLOSED,
         Situation.THEIRS_CLOSED: Refusal.NOT_FOUND,
         Situation.UNKNOWN: Refusal.NOT_FOUND,
     },
-    START: {
+    OpenMode.START: {
         Situation.MINE: Claim.RESUME,
         Situation.THEIRS: Refusal.EXISTS,
         **_AS_START,
     },
-    TAKEOVER: {
+    OpenMode.TAKEOVER: {
         Situation.MINE: Claim.RESUME,
         Situation.THEIRS: IfEpoch(Claim.TAKE),
         Situation.MINE_CLOSED: Refusal.CLOSED,
         Situation.THEIRS_CLOSED: Refusal.NOT_FOUND,
         Situation.UNKNOWN: Refusal.NOT_FOUND,
     },
-    START_OR_RESUME: {
+    OpenMode.START_OR_RESUME: {
         Situation.MINE: Claim.RESUME,
         Situation.THEIRS: IfEpoch(Claim.TAKE),
         **_AS_START,
     },
-    RESTART: {
+    OpenMode.RESTART: {
         Situation.MINE: Claim.RESUME,
         Situation.THEIRS: IfEpoch(Claim.WIPE),
         **_AS_START,
@@ -110,16 +147,16 @@ TABLE: dict[int, dict[Situation, Claim | Refusal | IfEpoch]] = {
 # A caller without a writer cannot be told from another one, and never repeats an
 # open: where a writer's repeat is answered, it gets what its mode says instead.
 _ANONYMOUS: dict[tuple[int, Situation], Claim | Refusal | IfEpoch] = {
-    (START, Situation.MINE): Refusal.EXISTS,
-    (RESTART, Situation.MINE): Claim.WIPE,
-    (START, Situation.MINE_CLOSED): Claim.CREATE,
-    (START_OR_RESUME, Situation.MINE_CLOSED): Claim.CREATE,
-    (RESTART, Situation.MINE_CLOSED): Claim.CREATE,
-    (RESUME, Situation.MINE_CLOSED): Refusal.CLOSED,
+    (OpenMode.START, Situation.MINE): Refusal.EXISTS,
+    (OpenMode.RESTART, Situation.MINE): Claim.WIPE,
+    (OpenMode.START, Situation.MINE_CLOSED): Claim.CREATE,
+    (OpenMode.START_OR_RESUME, Situation.MINE_CLOSED): Claim.CREATE,
+    (OpenMode.RESTART, Situation.MINE_CLOSED): Claim.CREATE,
+    (OpenMode.RESUME, Situation.MINE_CLOSED): Refusal.CLOSED,
 }
 
 
-def decide(record: Record | None, request: OpenSequence) -> Claim:
+def decide(record: Record | None, request: OpenRequest) -> Claim:
     """What `request` is given, when the store holds `record`.
 
     Raises the LaneError that tells the client why it is given nothing.
@@ -156,7 +193,7 @@ def _situation(record: Record | None, writer: bytes) -> Situation:
     return Situation.THEIRS if record.is_alive else Situation.THEIRS_CLOSED
 
 
-def _is_free(record: Record | None, request: OpenSequence) -> bool:
+def _is_free(record: Record | None, request: OpenRequest) -> bool:
     """True for a caller without a writer at a closed id: it has no repeats to fear."""
     return not request.writer and record is not None and not record.is_alive
 

@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import NamedTuple, Protocol
 
-from sluice_protos.sequences_pb2 import OpenSequence
 from sluice_service.errors import LaneError
-from sluice_service.store.claims import Claim
+from sluice_service.store.claims import Claim, OpenRequest
 
 
 class Key(NamedTuple):
@@ -48,7 +47,7 @@ class ClaimRequest:
 
     key: Key
     # sequence_id, mode, writer, attempt, expected_epoch: what the table of claims reads.
-    open: OpenSequence
+    open: OpenRequest
     # What the record begins with where the claim is CREATE or WIPE.
     initial: Packed
     # The claim under which this process has the sequence in memory; empty: it has not.

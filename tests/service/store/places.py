@@ -9,9 +9,9 @@ from pathlib import Path
 
 import redis
 
-from sluice_protos.sequences_pb2 import START, TAKEOVER, OpenMode, OpenSequence
 from sluice_service.errors import LaneError
 from sluice_service.store import ClaimRequest, Granted, Key, Packed, Store, Verdict, Write
+from sluice_service.store.claims import OpenMode, OpenRequest
 from sluice_service.store.memory import MemoryStore
 from sluice_service.store.redis import RedisStore
 from sluice_service.store.sqlite import SqliteStore
@@ -162,7 +162,7 @@ def key(name: str = "s") -> Key:
 
 def ask(
     name: str = "s",
-    mode: OpenMode.ValueType = START,
+    mode: OpenMode = OpenMode.START,
     writer: bytes = b"me",
     *,
     attempt: int | None = None,
@@ -172,7 +172,7 @@ def ask(
     snapshot: Packed | None = None,
 ) -> ClaimRequest:
     """An open of a writer; each a later attempt than those before."""
-    wanted = OpenSequence(
+    wanted = OpenRequest(
         sequence_id=name,
         mode=mode,
         writer=writer,
@@ -206,7 +206,7 @@ async def take_over(store: Store, name: str, writer: bytes) -> Granted:
     """Take a sequence from whoever has it, however often the epoch rises meanwhile."""
     epoch = 0
     while True:
-        (answer,) = await store.claim([ask(name, TAKEOVER, writer, epoch=epoch)])
+        (answer,) = await store.claim([ask(name, OpenMode.TAKEOVER, writer, epoch=epoch)])
         if isinstance(answer, Granted):
             return answer
         assert answer.epoch > epoch, answer

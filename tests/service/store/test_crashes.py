@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from sluice_protos.sequences_pb2 import RESUME
 from sluice_service.store import Packed, Store, StoreError, Verdict, Write, open_store
+from sluice_service.store.claims import OpenMode
 from sluice_service.store.sqlite import SqliteStore
 from tests.chaos.processes import RedisProcess
 from tests.service.store.child import content
@@ -156,7 +156,7 @@ async def test_a_redis_that_was_away_is_found_again_without_a_word(redis_process
     with pytest.raises(StoreError, match="did not answer"):
         await write(store, granted.claim_id, 1, b"one")
     with pytest.raises(StoreError):
-        await store.claim([ask(mode=RESUME)])
+        await store.claim([ask(mode=OpenMode.RESUME)])
     with pytest.raises(StoreError):
         await store.read(key())
     with pytest.raises(StoreError):
@@ -171,7 +171,7 @@ async def test_an_answer_that_got_lost_on_the_way_is_asked_for_again(redis_proce
     store = await opened(redis_process.url)
     first = await claim(store, ask())
     for number in range(6):
-        request = ask(mode=RESUME)
+        request = ask(mode=OpenMode.RESUME)
         task = asyncio.create_task(store.claim([request]))
         await asyncio.sleep(0.001 * number)
         redis_process.proxy.cut()
@@ -251,7 +251,7 @@ async def test_a_damaged_file_is_told_and_never_half_used(tmp_path) -> None:
     damaged = SqliteStore(path, **_SECONDS)
     with pytest.raises(StoreError, match="malformed"):
         await damaged.start()
-        await damaged.claim([ask("s7", RESUME)])
+        await damaged.claim([ask("s7", OpenMode.RESUME)])
     await damaged.stop()
 
 

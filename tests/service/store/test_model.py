@@ -12,7 +12,6 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-from sluice_protos.sequences_pb2 import OpenMode
 from sluice_service.errors import ConflictError, StaleError
 from sluice_service.store import (
     ClaimRequest,
@@ -23,7 +22,7 @@ from sluice_service.store import (
     Verdict,
     Write,
 )
-from sluice_service.store.claims import Claim
+from sluice_service.store.claims import Claim, OpenMode
 from tests.service.store.conftest import make_place
 from tests.service.store.places import RECORD_SECONDS, TOMBSTONE_SECONDS, Place, ask, key
 from tests.service.store.test_table import CLAIMS, REFUSALS
@@ -90,7 +89,7 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(
         process=st.integers(0, PROCESSES - 1),
         name=st.sampled_from(NAMES),
-        mode=st.sampled_from(OpenMode.values()),
+        mode=st.sampled_from(OpenMode),
         writer=st.sampled_from(WRITERS),
         attempt=st.integers(0, 3),
         is_epoch_right=st.booleans(),

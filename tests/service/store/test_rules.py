@@ -4,7 +4,6 @@ import asyncio
 
 import pytest
 
-from sluice_protos.sequences_pb2 import RESTART, RESUME, START, START_OR_RESUME, TAKEOVER
 from sluice_service.errors import (
     ConflictError,
     FencedError,
@@ -13,7 +12,7 @@ from sluice_service.errors import (
     StaleError,
 )
 from sluice_service.store import Closing, Key, Packed, Store, Stored, Verdict, Write
-from sluice_service.store.claims import Claim
+from sluice_service.store.claims import Claim, OpenMode
 from tests.service.store.places import (
     RECORD_SECONDS,
     TOMBSTONE_SECONDS,
@@ -60,7 +59,7 @@ async def test_a_new_sequence_begins_with_its_initial_checkpoint(store) -> None:
 async def test_a_resume_returns_what_was_written_last(store) -> None:
     first = await claim(store, ask())
     assert await write(store, first.claim_id, 5, b"five") is DONE
-    granted = await claim(store, ask(mode=RESUME))
+    granted = await claim(store, ask(mode=OpenMode.RESUME))
     assert granted.claim is Claim.RESUME
     assert granted.checkpoint == Packed(5, b"five")
     assert granted.previous == first.claim_id
@@ -104,18 +103,18 @@ async def test_each_claim_has_a_name_of_its_own(store) -> None:
 
 async def test_the_epoch_stays_while_the_same_process_and_writer_go_on(store) -> None:
     first = await claim(store, ask())
-    again = await claim(store, ask(mode=RESUME, held=first.claim_id))
+    again = await claim(store, ask(mode=OpenMode.RESUME, held=first.claim_id))
     assert again.is_held
     assert again.epoch == first.epoch
 
 
 async def test_the_epoch_rises_when_another_process_owned_the_record(store) -> None:
     first = await claim(store, ask())
-    other = await claim(store, ask(mode=RESUME))
+    other = await claim(store, ask(mode=OpenMode.RESUME))
     assert not other.is_held
     assert other.epoch > first.epoch
     # The first process still has it in memory, and has lost it all the same.
-    back = await claim(store, ask(mode=RESUME, held=first.claim_id))
+    back = await claim(store, ask(mode=OpenMode.RESUME, held=first.claim_id))
     assert not back.is_held
     assert back.epoch > other.epoch
 
@@ -123,12 +122,12 @@ async def test_the_epoch_rises_when_another_process_owned_the_record(store) -> N
 async def test_the_epoch_rises_when_the_writer_changes_on_the_same_server(store) -> None:
     first = await claim(store, ask())
     taken = await claim(
-        store, ask(mode=TAKEOVER, writer=b"you", epoch=first.epoch, held=first.claim_id)
+        store, ask(mode=OpenMode.TAKEOVER, writer=b"you", epoch=first.epoch, held=first.claim_id)
     )
     assert taken.claim is Claim.TAKE
     assert taken.is_held
     assert taken.epoch > first.epoch
-    assert isinstance(await refuse(store, ask(mode=RESUME)), FencedError)
+    assert isinstance(await refuse(store, ask(mode=OpenMode.RESUME)), FencedError)
 
 
 async def test_the_epoch_rises_on_a_restart(store) -> None:
@@ -136,7 +135,7 @@ async def test_the_epoch_rises_on_a_restart(store) -> None:
     await write(store, first.claim_id, 5, b"five")
     wiped = await claim(
         store,
-        ask(mode=RESTART, writer=b"you", epoch=first.epoch, held=first.claim_id),
+        ask(mode=OpenMode.RESTART, writer=b"you", epoch=first.epoch, held=first.claim_id),
     )
     assert wiped.claim is Claim.WIPE
     assert wiped.epoch > first.epoch
@@ -155,19 +154,19 @@ async def test_a_claim_that_is_asked_again_is_answered_the_same(store) -> None:
     first = await claim(store, ask())
     await write(store, first.claim_id, 5, b"five")
     for request in (
-        ask(mode=RESUME, held=first.claim_id),
-        ask(mode=RESUME),
-        ask(mode=TAKEOVER, writer=b"you", epoch=(await store.read(key())).epoch + 1),
-        ask("new", START_OR_RESUME),
+        ask(mode=OpenMode.RESUME, held=first.claim_id),
+        ask(mode=OpenMode.RESUME),
+        ask(mode=OpenMode.TAKEOVER, writer=b"you", epoch=(await store.read(key())).epoch + 1),
+        ask("new", OpenMode.START_OR_RESUME),
     ):
         granted = await claim(store, request)
         assert await claim(store, request) == granted
 
 
 async def test_a_claim_that_is_asked_again_too_late_is_decided_anew(store) -> None:
-    request = ask(mode=START, writer=b"me")
+    request = ask(mode=OpenMode.START, writer=b"me")
     first = await claim(store, request)
-    await claim(store, ask(mode=TAKEOVER, writer=b"you", epoch=first.epoch))
+    await claim(store, ask(mode=OpenMode.TAKEOVER, writer=b"you", epoch=first.epoch))
     (answer,) = await store.claim([request])
     assert type(answer).__name__ == "ExistsError"
 
@@ -207,7 +206,7 @@ async def test_steps_are_compared_as_numbers(store) -> None:
 
 async def test_a_write_under_an_earlier_claim_is_refused(store) -> None:
     first = await claim(store, ask())
-    second = await claim(store, ask(mode=RESUME))
+    second = await claim(store, ask(mode=OpenMode.RESUME))
     assert await write(store, first.claim_id, 7, b"late") is REFUSED
     assert await write(store, second.claim_id, 1, b"one") is DONE
     assert await data(store) == b"one"
@@ -221,7 +220,7 @@ async def test_an_empty_claim_id_writes_nothing(store) -> None:
 
 async def test_of_many_writes_each_has_its_own_verdict(store) -> None:
     granted = await store.claim([ask(f"s{number}") for number in range(700)])
-    await store.claim([ask(f"s{number}", RESUME) for number in range(0, 700, 3)])
+    await store.claim([ask(f"s{number}", OpenMode.RESUME) for number in range(0, 700, 3)])
     writes = [
         Write(key(f"s{number}"), answer.claim_id, Packed(number + 1, b"%d" % number))
         for number, answer in enumerate(granted)
@@ -240,9 +239,9 @@ async def test_any_bytes_and_any_names_come_back_as_they_were(store) -> None:
         granted = await claim(store, request)
         assert granted.checkpoint.data == everything
         assert await write(store, granted.claim_id, 1, everything[::-1], name) is DONE
-        assert (await claim(store, ask(name, RESUME, request.open.writer))).checkpoint == Packed(
-            1, everything[::-1]
-        )
+        assert (
+            await claim(store, ask(name, OpenMode.RESUME, request.open.writer))
+        ).checkpoint == Packed(1, everything[::-1])
 
 
 async def test_the_same_id_of_two_models_names_two_sequences(store) -> None:
@@ -257,8 +256,8 @@ async def test_the_same_id_of_two_models_names_two_sequences(store) -> None:
 async def test_an_attempt_of_64_bits_is_kept(store) -> None:
     last = 2**64 - 1
     await claim(store, ask(attempt=last))
-    assert isinstance(await refuse(store, ask(mode=RESUME, attempt=last - 1)), StaleError)
-    await claim(store, ask(mode=RESUME, attempt=last))
+    assert isinstance(await refuse(store, ask(mode=OpenMode.RESUME, attempt=last - 1)), StaleError)
+    await claim(store, ask(mode=OpenMode.RESUME, attempt=last))
 
 
 # T5: only claims create.
@@ -275,7 +274,7 @@ async def test_a_write_never_brings_a_closed_sequence_back(store) -> None:
 async def test_a_write_never_makes_a_sequence(store) -> None:
     assert await write(store, b"0123456789abcdef", 9, b"never claimed") is REFUSED
     assert await store.read(key()) is None
-    assert isinstance(await refuse(store, ask(mode=RESUME)), NotFoundError)
+    assert isinstance(await refuse(store, ask(mode=OpenMode.RESUME)), NotFoundError)
 
 
 # T6 has a page of its own: test_table.
@@ -290,7 +289,7 @@ async def test_a_takeover_goes_on_from_the_memory_of_the_process_that_owns_it(st
     taken = await claim(
         store,
         ask(
-            mode=TAKEOVER,
+            mode=OpenMode.TAKEOVER,
             writer=b"you",
             epoch=first.epoch,
             held=first.claim_id,
@@ -308,7 +307,7 @@ async def test_a_takeover_never_goes_on_from_memory_that_is_behind_the_record(st
     taken = await claim(
         store,
         ask(
-            mode=TAKEOVER,
+            mode=OpenMode.TAKEOVER,
             writer=b"you",
             epoch=first.epoch,
             held=first.claim_id,
@@ -322,12 +321,12 @@ async def test_a_takeover_never_goes_on_from_memory_that_is_behind_the_record(st
 
 async def test_a_takeover_never_goes_on_from_the_memory_of_a_former_owner(store) -> None:
     first = await claim(store, ask())
-    second = await claim(store, ask(mode=RESUME))
+    second = await claim(store, ask(mode=OpenMode.RESUME))
     await write(store, second.claim_id, 5, b"five")
     taken = await claim(
         store,
         ask(
-            mode=TAKEOVER,
+            mode=OpenMode.TAKEOVER,
             writer=b"you",
             epoch=second.epoch,
             held=first.claim_id,
@@ -341,7 +340,7 @@ async def test_a_takeover_never_goes_on_from_the_memory_of_a_former_owner(store)
 async def test_a_resume_does_not_write_the_snapshot(store) -> None:
     first = await claim(store, ask())
     again = await claim(
-        store, ask(mode=RESUME, held=first.claim_id, snapshot=Packed(3, b"in memory"))
+        store, ask(mode=OpenMode.RESUME, held=first.claim_id, snapshot=Packed(3, b"in memory"))
     )
     assert again.is_held
     assert again.checkpoint == Packed(0, b"initial")
@@ -354,7 +353,7 @@ async def test_a_closed_sequence_leaves_a_tombstone_that_tells_why(store) -> Non
     granted = await claim(store, ask())
     assert await close(store, granted.claim_id, "it was idle for an hour") is DONE
     assert await store.read(key()) is None
-    error = await refuse(store, ask(mode=RESUME))
+    error = await refuse(store, ask(mode=OpenMode.RESUME))
     assert isinstance(error, SequenceClosedError)
     assert "it was idle for an hour" in str(error)
     error = await refuse(store, ask(writer=b"you"))
@@ -364,7 +363,7 @@ async def test_a_closed_sequence_leaves_a_tombstone_that_tells_why(store) -> Non
 
 async def test_a_close_under_an_earlier_claim_is_refused(store) -> None:
     first = await claim(store, ask())
-    second = await claim(store, ask(mode=RESUME))
+    second = await claim(store, ask(mode=OpenMode.RESUME))
     assert await close(store, first.claim_id) is REFUSED
     assert await write(store, second.claim_id, 1, b"one") is DONE
 
@@ -406,7 +405,7 @@ async def test_the_same_id_begins_again_without_the_reason_of_its_former_end(sto
     await close(store, first.claim_id, "the first reason")
     again = await claim(store, ask(writer=b"you", epoch=first.epoch))
     await close(store, again.claim_id, "")
-    error = await refuse(store, ask(mode=RESUME, writer=b"you"))
+    error = await refuse(store, ask(mode=OpenMode.RESUME, writer=b"you"))
     assert "the first reason" not in str(error)
 
 
@@ -453,9 +452,9 @@ async def test_a_tombstone_is_forgotten_in_the_end(place, store) -> None:
     granted = await claim(store, ask())
     await close(store, granted.claim_id)
     await place.pass_time(TOMBSTONE_SECONDS * 0.9)
-    assert isinstance(await refuse(store, ask(mode=RESUME)), SequenceClosedError)
+    assert isinstance(await refuse(store, ask(mode=OpenMode.RESUME)), SequenceClosedError)
     await place.pass_time(TOMBSTONE_SECONDS * 0.2)
-    assert isinstance(await refuse(store, ask(mode=RESUME)), NotFoundError)
+    assert isinstance(await refuse(store, ask(mode=OpenMode.RESUME)), NotFoundError)
     again = await claim(store, ask())
     assert again.claim is Claim.CREATE
     assert again.epoch > granted.epoch
@@ -469,8 +468,10 @@ async def test_each_tombstone_has_its_own_time(place, store) -> None:
     again = await claim(store, ask("first", writer=b"you", epoch=first.epoch))
     await store.close([Closing(key("first"), again.claim_id, "done again")])
     await place.pass_time(TOMBSTONE_SECONDS * 0.7)
-    assert isinstance(await refuse(store, ask("second", RESUME)), NotFoundError)
-    assert isinstance(await refuse(store, ask("first", RESUME, b"you")), SequenceClosedError)
+    assert isinstance(await refuse(store, ask("second", OpenMode.RESUME)), NotFoundError)
+    assert isinstance(
+        await refuse(store, ask("first", OpenMode.RESUME, b"you")), SequenceClosedError
+    )
 
 
 async def test_what_has_ended_takes_no_room_in_the_end(shared_place) -> None:
@@ -498,7 +499,7 @@ async def test_a_sequence_that_nobody_renews_is_dropped(place, store) -> None:
     assert await renew(store, granted.claim_id) is REFUSED
     assert await close(store, granted.claim_id) is REFUSED
     assert [found async for found in store.stored("m")] == []
-    assert isinstance(await refuse(store, ask(mode=RESUME)), NotFoundError)
+    assert isinstance(await refuse(store, ask(mode=OpenMode.RESUME)), NotFoundError)
     assert (await claim(store, ask())).epoch > granted.epoch
 
 
@@ -515,7 +516,7 @@ async def test_a_sequence_that_is_renewed_lives_on(place, store) -> None:
 async def test_a_claim_renews_and_a_stranger_does_not(place, store) -> None:
     await claim(store, ask())
     await place.pass_time(RECORD_SECONDS * 0.75)
-    granted = await claim(store, ask(mode=RESUME))
+    granted = await claim(store, ask(mode=OpenMode.RESUME))
     assert await renew(store, b"another claim ..") is REFUSED
     await place.pass_time(RECORD_SECONDS * 0.75)
     assert await write(store, granted.claim_id, 1, b"one") is DONE
@@ -536,4 +537,4 @@ async def test_a_clock_that_jumps_keeps_the_tombstones_too(place, store) -> None
     granted = await claim(store, ask())
     await close(store, granted.claim_id)
     await place.jump(1e9)
-    assert isinstance(await refuse(store, ask(mode=START)), SequenceClosedError)
+    assert isinstance(await refuse(store, ask(mode=OpenMode.START)), SequenceClosedError)

@@ -5,9 +5,9 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from sluice_protos.sequences_pb2 import RESUME, START, TAKEOVER
 from sluice_service.errors import SequenceClosedError
 from sluice_service.store import Closing, Granted, Packed, Verdict
+from sluice_service.store.claims import OpenMode
 from tests.service.store.child import SEQUENCES
 from tests.service.store.places import (
     Place,
@@ -45,7 +45,7 @@ async def test_what_one_handle_writes_another_reads(shared_place) -> None:
     granted = await claim(first, ask())
     await write(first, granted.claim_id, 5, b"five")
     assert (await second.read(key())).checkpoint.data == b"five"
-    moved = await claim(second, ask(mode=RESUME))
+    moved = await claim(second, ask(mode=OpenMode.RESUME))
     assert moved.checkpoint.data == b"five"
     assert moved.epoch > granted.epoch
     assert await write(first, granted.claim_id, 6, b"six") is Verdict.REFUSED
@@ -56,7 +56,7 @@ async def test_of_many_that_start_one_id_at_once_exactly_one_is_granted(shared_p
     handles = [await shared_place.open() for _ in range(4)]
     answers: Sequence = await asyncio.gather(
         *(
-            handle.claim([ask("s", START, b"%d of %d" % (turn, number))])
+            handle.claim([ask("s", OpenMode.START, b"%d of %d" % (turn, number))])
             for turn in range(5)
             for number, handle in enumerate(handles)
         )
@@ -93,7 +93,7 @@ async def test_a_close_that_comes_between_is_not_undone_by_a_claim(shared_place)
         await claim(first, ask(name))
         closing = Closing(key(name), b"", "closed from outside")
         (answer,), closed = await asyncio.gather(
-            first.claim([ask(name, RESUME)]), second.close([closing])
+            first.claim([ask(name, OpenMode.RESUME)]), second.close([closing])
         )
         assert closed == [Verdict.DONE]
         assert isinstance(answer, Granted | SequenceClosedError)
@@ -106,7 +106,7 @@ async def test_a_write_that_comes_between_is_not_undone_by_a_takeover(shared_pla
         name = f"s{turn}"
         owned = await claim(store, ask(name))
         request = ask(
-            *(name, TAKEOVER, b"you"),
+            *(name, OpenMode.TAKEOVER, b"you"),
             epoch=owned.epoch,
             held=owned.claim_id,
             snapshot=Packed(5, b"five"),

@@ -7,31 +7,21 @@ from dataclasses import dataclass
 import numpy as np
 from google.protobuf.message import DecodeError
 
-from sluice_protos.sequences_pb2 import (
-    Closed,
-    Durable,
-    Fault,
-    InferRequest,
-    InferResponse,
-    Limits,
-    Opened,
-    Tensor,
-)
+from sluice_protos.sequences_pb2 import InferRequest, InferResponse
 from sluice_service.arrays import Array, Integers, ones
 from sluice_service.batching.inputs import STEPS_MAX, InputRules
 from sluice_service.errors import InvalidInputError, RequestError
+from sluice_service.rpc.native.values import put_notice
 from sluice_service.rpc.native.wire import encode_outputs
-from sluice_service.sequences.stream import Delivery, Notice
+from sluice_service.sequences.events import Durable, Ended, Event, Failed, Limits, Opened, Outputs
 from sluice_service.sequences.table import NONE
 
 # What a response has beside the rows, at the most, for each chunk in it.
 _CHUNK_BYTES = 24
 _RESPONSE_BYTES = 1024
-# A message beyond this takes long for other reasons than to be understood.
-_BARE_BYTES_MAX = 1 << 16
 # What one response tells of at the most: more would hold the event loop up.
 _NOTICES_MAX = 256
-_RANK = {Limits: 0, Opened: 0, Durable: 1, Fault: 2, Closed: 3}
+_RANK = {Limits: 0, Opened: 0, Durable: 1, Failed: 2, Ended: 3}
 RESPONSE_BYTES_DEFAULT = 4 * 2**20
 
 
@@ -117,22 +107,6 @@ def read_single(
         return None
 
 
-def is_bare(request: InferRequest, data: bytes) -> bool:
-    """True when a request is the rows of one input, and where they follow goes without saying.
-
-    And when `data`, its bytes, are written as everybody writes them: the rows come last.
-    """
-    if len(data) > _BARE_BYTES_MAX:
-        return False
-    fields = [field.name for field, _ in request.ListFields()]
-    if fields not in (["lane", "inputs"], ["lane", "steps", "inputs"]) or len(request.inputs) != 1:
-        return False
-    told = request.inputs[0]
-    tensor = Tensor(name=told.name, datatype=told.datatype, shape=told.shape, data=told.data)
-    bare = InferRequest(lane=request.lane, steps=request.steps, inputs=[tensor])
-    return bare.SerializeToString() == data
-
-
 def _parallel(name: str, values: Integers, count: int) -> Integers:
     if len(values) != count:
         raise InvalidInputError(
@@ -150,7 +124,7 @@ class Encoder:
         self._bytes_max = budget
         self._rows_max = max(1, budget // (rules.output_step_bytes + _CHUNK_BYTES))
 
-    def notices(self, outbox: "deque[Notice | Delivery]") -> bytes:
+    def notices(self, outbox: "deque[Event]") -> bytes:
         """One response with the notices that stand first in the outbox, taken out of it.
 
         A client reads a response's opens before its faults before its ends; what
@@ -162,30 +136,19 @@ class Encoder:
             notice = outbox[0]
             if size > self._bytes_max:
                 break
-            if isinstance(notice, Delivery) or _RANK[type(notice)] < rank:
+            if isinstance(notice, Outputs) or _RANK[type(notice)] < rank:
                 break
             outbox.popleft()
             rank = _RANK[type(notice)]
-            size += notice.ByteSize() + _CHUNK_BYTES
-            match notice:
-                case Opened():
-                    response.opened.append(notice)
-                case Durable():
-                    response.durable.append(notice)
-                case Fault():
-                    response.faults.append(notice)
-                case Closed():
-                    response.closed.append(notice)
-                case Limits():
-                    response.limits.CopyFrom(notice)
+            size += put_notice(notice, response) + _CHUNK_BYTES
         return response.SerializeToString()
 
-    def frames(self, delivery: Delivery) -> list[bytes]:
+    def frames(self, delivery: Outputs) -> list[bytes]:
         """The responses that carry one delivery's outputs."""
         if delivery.rows <= self._rows_max:
             return [_encode(delivery)]
         return [_encode(part) for part in delivery.split(self._rows_max)]
 
 
-def _encode(delivery: Delivery) -> bytes:
+def _encode(delivery: Outputs) -> bytes:
     return encode_outputs(delivery.lanes, delivery.lengths, delivery.first, delivery.outputs)

@@ -6,7 +6,12 @@ from typing import Any
 import grpc
 
 from sluice_protos.contract_pb2 import ModelContract
-from sluice_protos.sequences_pb2 import GetModelRequest, ListModelsRequest, ListModelsResponse
+from sluice_protos.sequences_pb2 import (
+    GetModelRequest,
+    ListModelsRequest,
+    ListModelsResponse,
+    ModelInfo,
+)
 from sluice_protos.sequences_pb2_grpc import ModelsServicer
 from sluice_service.models.host import Host
 from sluice_service.rpc.native.sequences import find_host
@@ -26,7 +31,7 @@ class ModelsService(ModelsServicer):
     ) -> ListModelsResponse:
         """Every model that is served."""
         async with as_status(context):
-            return ListModelsResponse(models=[host.info() for host in self._hosts.values()])
+            return ListModelsResponse(models=map(_info, self._hosts.values()))
         raise AssertionError
 
     async def GetModel(  # noqa: N802
@@ -38,3 +43,15 @@ class ModelsService(ModelsServicer):
         async with as_status(context):
             return find_host(self._hosts, request.name).contract
         raise AssertionError
+
+
+def _info(host: Host) -> ModelInfo:
+    """What a client may know of a model without asking for its contract."""
+    return ModelInfo(
+        name=host.name,
+        digest=host.contract.digest,
+        is_ready=host.is_welcoming,
+        sequences_live=host.sequences_live,
+        is_bit_exact=host.version.self_test.is_bit_exact,
+        arithmetic=host.version.arithmetic,
+    )

@@ -25,16 +25,15 @@ from sluice_service.models.host import Host
 from sluice_service.rpc.native.frames import (
     Chunks,
     Encoder,
-    is_bare,
     parse,
     read_chunks,
     read_single,
 )
-from sluice_service.rpc.native.wire import Repeat
+from sluice_service.rpc.native.values import read_fork, read_open, write_info, write_state
 from sluice_service.rpc.status import as_status
 from sluice_service.runtime.cooperative import rest
-from sluice_service.sequences.stream import LANES_MAX, Delivery
-from sluice_service.sequences.table import NONE
+from sluice_service.sequences.events import Outputs
+from sluice_service.sequences.stream import LANES_MAX
 
 log = structlog.get_logger()
 
@@ -110,13 +109,16 @@ class SequencesService:
     async def get_state(self, request: GetStateRequest, context: Context) -> SequenceState:
         """The state of a live sequence."""
         async with as_status(context):
-            return await find_host(self._hosts, request.model).listing.state(request.sequence_id)
+            host = find_host(self._hosts, request.model)
+            return write_state(await host.listing.state(request.sequence_id))
         raise AssertionError
 
     async def fork(self, request: ForkRequest, context: Context) -> ForkResponse:
         """Copy a live sequence to a new id."""
         async with as_status(context):
-            return await find_host(self._hosts, request.model).fork(request)
+            host = find_host(self._hosts, request.model)
+            forked = await host.fork(request.sequence_id, read_fork(request))
+            return ForkResponse(fork_id=forked.sequence_id, step=forked.step, epoch=forked.epoch)
         raise AssertionError
 
     async def close_sequence(
@@ -136,7 +138,7 @@ class SequencesService:
             names = [request.model] if request.model else sorted(self._hosts)
             for name in names:
                 async for info in find_host(self._hosts, name).listing.all():
-                    yield info
+                    yield write_info(info)
 
 
 class _Session:
@@ -152,7 +154,6 @@ class _Session:
         self._may_read = asyncio.Event()
         self._stream = host.attach(self._notice)
         self._encoder = Encoder(host.inputs, response_bytes_max=response_bytes_max)
-        self._repeat = Repeat()
         self._responses = 0
         self._is_broken = False  # by a message that cannot be
 
@@ -207,10 +208,7 @@ class _Session:
 
     async def _take(self, data: bytes) -> None:
         """Apply one message."""
-        host, stream, repeat = self._host, self._stream, self._repeat
-        if (rows := repeat.rows(data)) is not None:
-            host.submit_singles(stream, [(repeat.lane, repeat.steps, NONE, [rows])])
-            return
+        host, stream = self._host, self._stream
         request = parse(data)
         if request.model and request.model != host.name:
             raise RequestError(
@@ -221,7 +219,7 @@ class _Session:
         if request.received:
             await self._acknowledge(request.received)
         if request.open:
-            await host.open(stream, request.open)
+            await host.open(stream, map(read_open, request.open))
         if request.lane:
             single = read_single(request, host.inputs)
             if single is None:
@@ -229,9 +227,6 @@ class _Session:
                 await self._submit(read_chunks(request, host.inputs))
             else:
                 host.submit_singles(stream, [single])
-                if is_bare(request, data):
-                    lane, steps, _, single_rows = single
-                    repeat.learn(data, lane, steps, single_rows[0])
         elif request.inputs or request.steps or request.first_step:
             raise RequestError(
                 "a message has chunks that belong to no lane; `lane` names one for each chunk"
@@ -294,7 +289,7 @@ class _Session:
     async def _write_next(self) -> None:
         """Send the oldest of the outbox: one delivery, or the notices before the next one."""
         outbox = self._stream.outbox
-        if not isinstance(outbox[0], Delivery):
+        if not isinstance(outbox[0], Outputs):
             self._responses += 1
             await self._context.write(self._encoder.notices(outbox))
             return

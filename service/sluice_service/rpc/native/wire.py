@@ -1,4 +1,4 @@
-"""The busiest messages of a stream as bytes, read and written without a protobuf object."""
+"""Writes responses with outputs as bytes, without a protobuf object."""
 
 from collections.abc import Sequence
 
@@ -11,32 +11,6 @@ _LANE, _STEPS, _FIRST_STEP, _OUTPUTS, _DATA = b"\x12", b"\x1a", b"\x22", b"\x2a"
 # From so many numbers on, arrays are faster than one number after another, in the mixture that
 # a response has: lanes and steps of one byte, first steps of two.
 _MANY = 48
-
-
-class Repeat:
-    """The last message of one chunk on a stream: the next one often differs in its rows alone."""
-
-    __slots__ = ("_head", "_size", "lane", "steps")
-
-    def __init__(self) -> None:
-        self._head = b""
-        self._size = -1
-        self.lane = self.steps = 0
-
-    def learn(self, message: bytes, lane: int, steps: int, rows: bytes) -> None:
-        """Remember a message that has nothing but one chunk, whose `rows` are its last bytes."""
-        self._head = message[: len(message) - len(rows)]
-        self._size = len(message)
-        self.lane, self.steps = lane, steps
-
-    def rows(self, message: bytes) -> bytes | None:
-        """The rows of a message that says what that one said; None of another one.
-
-        The same head with the same length in it means the same whatever the rows are.
-        """
-        if len(message) == self._size and message.startswith(self._head):
-            return message[len(self._head) :]
-        return None
 
 
 def encode_outputs(

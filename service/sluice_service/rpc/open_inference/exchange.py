@@ -9,10 +9,13 @@ places are taken, a lane waits for one in the backlog.
 
 import asyncio
 
-from sluice_protos.sequences_pb2 import Fault, Opened
 from sluice_service.errors import (
+    LaneError,
     LimitError,
     ModelNotFoundError,
+    NotFoundError,
+    OutOfRangeError,
+    SequenceClosedError,
     ServiceError,
     StoppingError,
 )
@@ -20,7 +23,6 @@ from sluice_service.models.host import Host
 from sluice_service.rpc.open_inference.answers import Answers
 from sluice_service.rpc.open_inference.backlog import Backlog
 from sluice_service.rpc.open_inference.lanes import (
-    ERRORS,
     NONE,
     Lane,
     Tally,
@@ -33,6 +35,7 @@ from sluice_service.rpc.open_inference.lanes import (
 )
 from sluice_service.rpc.open_inference.requests import Request
 from sluice_service.rpc.open_inference.trunk import Trunk
+from sluice_service.sequences.events import Opened
 from sluice_service.settings import Settings
 
 # Lanes kept for requests without a sequence; an eighth of all sequences at the most.
@@ -302,11 +305,11 @@ class Exchange:
             self.leave(lane, error)
         return error is None
 
-    def refused(self, lane: Lane, fault: Fault) -> None:
+    def refused(self, lane: Lane, refusal: LaneError) -> None:
         """A lane has no sequence: it waits where there was no place, else its request fails."""
         assert lane.current is not None
-        error: ServiceError = ERRORS[fault.reason](fault.message)
-        if fault.reason == Fault.LIMIT:
+        error: ServiceError = refusal
+        if isinstance(refusal, LimitError):
             # A stream was quicker, or only the store has the sequence.
             try:
                 self._backlog.put_back(lane)
@@ -316,10 +319,10 @@ class Exchange:
                 self._give_up_spare()
                 self._review()
                 return
-        if fault.reason in (Fault.NOT_FOUND, Fault.SEQUENCE_CLOSED):
-            error = not_started(lane.current, self._host.name, fault)
-        if fault.reason == Fault.OUT_OF_RANGE:
-            error = passed(lane.current, fault.expected_step)
+        if isinstance(refusal, NotFoundError | SequenceClosedError):
+            error = not_started(lane.current, self._host.name, refusal)
+        if isinstance(refusal, OutOfRangeError):
+            error = passed(lane.current, refusal.expected_step)
         self.leave(lane, error)
 
     def vacated(self, lane: Lane) -> None:

@@ -4,7 +4,6 @@ import time
 from collections import deque
 from collections.abc import Iterator
 
-from sluice_protos.sequences_pb2 import Closed, Fault, Opened
 from sluice_service.arrays import Array
 from sluice_service.errors import (
     BacklogError,
@@ -19,9 +18,9 @@ from sluice_service.errors import (
     StoppingError,
 )
 from sluice_service.rpc.open_inference.requests import Request
+from sluice_service.sequences.events import EndReason, Opened
 
 NONE = -1
-ERRORS = {error.reason: error for error in LaneError.__subclasses__()}
 
 
 class Tally:
@@ -127,34 +126,35 @@ def passed(request: Request, step: int) -> ServiceError:
     )
 
 
-def not_started(request: Request, model: str, fault: Fault) -> ServiceError:
+def not_started(request: Request, model: str, error: LaneError) -> ServiceError:
     """What a request is told whose sequence is not there."""
-    if fault.reason == Fault.NOT_FOUND and fault.expected_step:
+    is_unknown = isinstance(error, NotFoundError)
+    if is_unknown and error.expected_step:
         return NotFoundError(
             f"sequence {request.sequence} of model {model!r} was lost with its server; its last "
-            f"durable step is {fault.expected_step}: send again what follows, with sequence_step "
+            f"durable step is {error.expected_step}: send again what follows, with sequence_step "
             "beginning there, or start it again with the START flag"
         )
     text = (
         f"inference request for sequence {request.sequence} to model {model!r} must specify the "
         "START flag on the first request of the sequence"
     )
-    if fault.reason == Fault.NOT_FOUND:
+    if is_unknown:
         return RequestError(f"{text}: send sequence_start with it")
-    return NotFoundError(f"{text}; {fault.message}")
+    return NotFoundError(f"{text}; {error}")
 
 
-def ended(request: Request, closed: Closed) -> ServiceError:
+def ended(request: Request, reason: EndReason) -> ServiceError:
     """What a request is told whose sequence ended before its turn."""
-    if closed.reason == Closed.DRAINING:
+    if reason is EndReason.DRAINING:
         return StoppingError("this server is stopping; ask another")
-    if closed.reason == Closed.FENCED:
+    if reason is EndReason.FENCED:
         return FencedError(
             f"sequence {request.sequence} was taken over by another stream or server before this "
             "request was run; it goes on there: stop the other, or ask again to take it back"
         )
     return NotFoundError(
-        f"sequence {request.sequence} was ended ({Closed.Reason.Name(closed.reason)}) before this "
+        f"sequence {request.sequence} was ended ({reason.name}) before this "
         "request was run; start it again with the START flag"
     )
 

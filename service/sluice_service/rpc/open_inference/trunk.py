@@ -10,21 +10,13 @@ from typing import Protocol
 import numpy as np
 import structlog
 
-from sluice_protos.sequences_pb2 import (
-    OFF,
-    RESTART,
-    RESUME,
-    START,
-    Closed,
-    Fault,
-    Opened,
-    OpenSequence,
-)
-from sluice_service.errors import ServiceError
+from sluice_service.errors import LaneError, ServiceError, StoreDownError
 from sluice_service.models.host import Host
-from sluice_service.rpc.open_inference.lanes import ERRORS, NONE, Lane, as_chunk, ended
-from sluice_service.sequences.stream import Delivery, Stream
+from sluice_service.rpc.open_inference.lanes import NONE, Lane, as_chunk, ended
+from sluice_service.sequences.events import Ended, EndReason, Failed, Opened, Outputs
+from sluice_service.sequences.stream import Stream
 from sluice_service.settings import Settings
+from sluice_service.store.claims import Durability, OpenMode, OpenRequest
 
 log = structlog.get_logger()
 
@@ -35,7 +27,7 @@ class Owner(Protocol):
     def opened(self, lane: Lane, opened: Opened) -> bool:
         """A lane has its sequence; True where its current request is to be run."""
 
-    def refused(self, lane: Lane, fault: Fault) -> None:
+    def refused(self, lane: Lane, error: LaneError) -> None:
         """A lane has none."""
 
     def leave(self, lane: Lane, error: ServiceError | None = None) -> None:
@@ -51,7 +43,9 @@ class Trunk:
     def __init__(self, host: Host, settings: Settings, owner: Owner) -> None:
         self._host = host
         self._owner = owner
-        self._start_mode = RESTART if settings.duplicate_start == "restart" else START
+        self._start_mode = (
+            OpenMode.RESTART if settings.duplicate_start == "restart" else OpenMode.START
+        )
         self._answer_steps_max = host.limits.unacknowledged_steps_max
         self._stream: Stream | None = None
         self._by_number: dict[int, Lane] = {}
@@ -140,7 +134,7 @@ class Trunk:
                     self._owner.leave(lane, ServiceError("an error inside the server"))
         self._send()
 
-    def _as_open(self, lane: Lane) -> OpenSequence:
+    def _as_open(self, lane: Lane) -> OpenRequest:
         """The open of a lane, under a new number; an old one ends with it."""
         if lane.number != NONE:
             self._forget(lane)
@@ -152,11 +146,11 @@ class Trunk:
         self._by_number[lane.number] = lane
         assert lane.current is not None
         if not lane.key:
-            return OpenSequence(lane=lane.number, mode=START, durability=OFF)
-        mode = self._start_mode if lane.current.is_start else RESUME
+            return OpenRequest(lane=lane.number, mode=OpenMode.START, durability=Durability.OFF)
+        mode = self._start_mode if lane.current.is_start else OpenMode.RESUME
         # Who counts steps has the outputs before them, and can replay what a store does not have.
         received = lane.current.first
-        return OpenSequence(lane=lane.number, sequence_id=lane.key, mode=mode, received=received)
+        return OpenRequest(lane=lane.number, sequence_id=lane.key, mode=mode, received=received)
 
     def _send(self) -> None:
         """Everything that can run, at once."""
@@ -182,18 +176,18 @@ class Trunk:
         outbox = self._stream.outbox
         while outbox:
             item = outbox[0]
-            if isinstance(item, Delivery):
+            if isinstance(item, Outputs):
                 self._deliver(self._stream.take_delivery())
                 continue
             outbox.popleft()
             if isinstance(item, Opened):
                 self._opened(item)
-            elif isinstance(item, Fault):
+            elif isinstance(item, Failed):
                 self._faulted(item)
-            elif isinstance(item, Closed):
+            elif isinstance(item, Ended):
                 self._closed(item)
 
-    def _deliver(self, delivery: Delivery) -> None:
+    def _deliver(self, delivery: Outputs) -> None:
         sizes = [len(output) // delivery.rows for output in delivery.outputs]
         start = 0
         for number, first, steps in zip(
@@ -240,17 +234,17 @@ class Trunk:
         lane = self._by_number[opened.lane]
         assert lane.current is not None and self._stream is not None
         lane.is_open = True
-        lane.is_counted = opened.durability != OFF and lane.current.first is not None
+        lane.is_counted = opened.durability is not Durability.OFF and lane.current.first is not None
         lane.version = str(self._host.version_of(self._stream, lane.number).number)
         if self._owner.opened(lane, opened):
             self._chunks.append(lane)
 
-    def _faulted(self, fault: Fault) -> None:
-        lane = self._by_number.get(fault.lane)
+    def _faulted(self, failed: Failed) -> None:
+        lane = self._by_number.get(failed.lane)
         if lane is None:
             return
         was_open = lane.is_open
-        if not was_open or fault.reason == Fault.UNAVAILABLE:
+        if not was_open or isinstance(failed.error, StoreDownError):
             # The host has no such lane, or has parked it: only another open goes on.
             self._lose(lane)
         request = lane.current
@@ -258,13 +252,13 @@ class Trunk:
             if not lane.is_open:
                 self._owner.vacated(lane)
         elif not was_open:
-            self._owner.refused(lane, fault)
+            self._owner.refused(lane, failed.error)
         else:
             done = request.steps - lane.missing
             told = f"; the request's first {done} steps were applied" if done and lane.key else ""
-            self._owner.leave(lane, ERRORS[fault.reason](f"{fault.message}{told}"))
+            self._owner.leave(lane, type(failed.error)(f"{failed.error}{told}"))
 
-    def _closed(self, closed: Closed) -> None:
+    def _closed(self, closed: Ended) -> None:
         """A lane has ended: as we asked, or because the host ended it."""
         self._parting.discard(closed.lane)
         lane = self._by_number.get(closed.lane)
@@ -275,11 +269,11 @@ class Trunk:
         request = lane.current
         if request is None:
             self._owner.vacated(lane)
-        elif not lane.key and closed.reason == Closed.IDLE and lane.missing == request.steps:
+        elif not lane.key and closed.reason is EndReason.IDLE and lane.missing == request.steps:
             # A place that nobody used expired as this request borrowed it.
             self.open(lane)
         else:
-            self._owner.leave(lane, ended(request, closed))
+            self._owner.leave(lane, ended(request, closed.reason))
 
     def _lose(self, lane: Lane) -> None:
         """The host has ended a lane: its number is free, and nothing of it is sent."""

@@ -36,6 +36,13 @@ def numbers(count: int) -> Integers:
     return _COUNT[:count] if count <= _CACHED else np.arange(count)
 
 
+def is_distinct(values: Integers, scratch: Integers) -> bool:
+    """True when none of `values` [n] occurs twice; `scratch` is longer than the largest of them."""
+    order = numbers(len(values))
+    scratch[values] = order
+    return bool((scratch[values] == order).all())
+
+
 def starts_of(lengths: Integers) -> Integers:
     """Where each chunk begins when chunks of these lengths lie one after another."""
     if is_ones(lengths):

@@ -23,28 +23,28 @@ Call = Callable[[Sequence[Any]], Awaitable[list[Any]]]
 def trace_work(trace: Trace) -> None:
     """Note what is applied and what leaves, and close the traps at these instants."""
     from sluice_service.rpc.native.sequences import _Session
-    from sluice_service.sequences.table import Sequences
-    from sluice_service.serving.attachments import Lanes
-    from sluice_service.serving.run_loop import RunLoop
+    from sluice_service.sequences.table import SequenceTable
+    from sluice_service.serving.landing import Landing
+    from sluice_service.serving.outputs import OutputBuffer
 
-    apply, sending, write = RunLoop._apply, Lanes.sending, _Session._write_next
-    forget = Sequences.forget
+    apply, note_sent, write = Landing.apply, OutputBuffer.note_sent, _Session._write_next
+    forget = SequenceTable.forget
     leaving: dict[int, list[tuple[str, int]]] = {}
     names: dict[tuple[int, int], str] = {}
 
     def apply_traced(self: Any, run: Any, outcome: Any) -> None:
         apply(self, run, outcome)
         for slot in run.slots.tolist():
-            name, step = self._sequences.at(slot).sequence_id, int(self._sequences.step[slot])
-            names[id(self._lanes), slot] = name
+            name, step = self._table.at(slot).sequence_id, int(self._table.step[slot])
+            names[id(self._outputs), slot] = name
             trace.enter(name, step - 1)
             trace.put(name, Instant.APPLIED, step)
         spring(trace, Instant.APPLIED)
 
-    def sending_traced(self: Any, stream: Any, delivery: Any, responses: int) -> None:
-        sending(self, stream, delivery, responses)
-        ends = delivery.first + delivery.lengths
-        for slot, end in zip(delivery.slots.tolist(), ends.tolist(), strict=True):
+    def note_sent_traced(self: Any, stream: Any, outputs: Any, responses: int) -> None:
+        note_sent(self, stream, outputs, responses)
+        ends = outputs.first + outputs.lengths
+        for slot, end in zip(outputs.slots.tolist(), ends.tolist(), strict=True):
             name = names.get((id(self), slot), "")
             leaving.setdefault(id(stream), []).append((name, end))
 
@@ -60,9 +60,9 @@ def trace_work(trace: Trace) -> None:
         forget(self, sequence)
         trace.leave(sequence.sequence_id)
 
-    RunLoop._apply = apply_traced
-    Sequences.forget = forget_traced
-    Lanes.sending = sending_traced
+    Landing.apply = apply_traced
+    SequenceTable.forget = forget_traced
+    OutputBuffer.note_sent = note_sent_traced
     _Session._write_next = write_traced
 
 

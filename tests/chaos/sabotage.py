@@ -12,7 +12,7 @@ def forget_duplicates() -> None:
     choose = Scheduler._drop_unrunnable
 
     def choose_blindly(self: Any, slots: Any) -> Any:
-        queues, step = self._queues, self._sequences.step[slots]
+        queues, step = self._queues, self._table.step[slots]
         nodes = queues.head[slots]
         is_late = (queues.kind[nodes] == Kind.CHUNK) & (queues.first[nodes] < step)
         queues.first[nodes[is_late]] = step[is_late]
@@ -33,19 +33,19 @@ def forget_claims() -> None:
 
 def forget_outputs() -> None:
     """V11: outputs that have not been acknowledged are not sent again."""
-    from sluice_service.serving.attachments import Lanes
+    from sluice_service.serving.outputs import OutputBuffer
 
     def forget(self: Any, stream: Any, sequence: Any, lane: int) -> None:
         sequence.held.clear()
 
-    Lanes.resend = forget
+    OutputBuffer.resend = forget
 
 
 def forget_durability() -> None:
     """V12: outputs of strict sequences leave before the store has them."""
-    from sluice_service.serving.attachments import Lanes
+    from sluice_service.serving.outputs import OutputBuffer
 
-    Lanes._is_gated = lambda self, delivery: None
+    OutputBuffer._is_gated = lambda self, outputs: None
 
 
 RULES: dict[str, Callable[[], None]] = {

@@ -65,7 +65,7 @@ async def test_periodic_who_counts_steps_replays_and_others_are_told_the_last_du
     caller = Caller(first.channel)
     assert await caller.infer([[[1], [2]]], sequence_id=1, sequence_start=True) == [1, 3]
     (host,) = first.server._hosts.values()
-    await eventually(lambda: host._sequences.durable[0] == 2)
+    await eventually(lambda: host._table.durable[0] == 2)
     assert await caller.infer(3, sequence_id=1) == [6]
     await crash(first)
     caller = Caller((await replica(**settings)).channel)
@@ -142,7 +142,7 @@ async def test_periodic_the_last_answer_is_as_durable_as_the_state(replica, how)
     await count(Caller(first.channel), [[1], [2, 3]])
     if how == "checkpoint":
         (host,) = first.server._hosts.values()
-        await eventually(lambda: host._sequences.durable[0] == 3)
+        await eventually(lambda: host._table.durable[0] == 3)
         await crash(first)
     else:
         await first.server.stop()
@@ -314,7 +314,7 @@ async def count(caller: Caller, parts: Iterable[list[float]], *, at: int = 0) ->
 async def test_strict_a_sequence_goes_on_when_the_store_is_back(
     replica, monkeypatch, counts
 ) -> None:
-    monkeypatch.setattr("sluice_service.durability.checkpointer._PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr("sluice_service.durability.checkpointer._STRICT_WAIT_SECONDS", 0.0)
     served = await replica()
     caller = Caller(served.channel)
     step = {"sequence_step": 1} if counts else {}
@@ -340,7 +340,7 @@ async def test_strict_a_sequence_goes_on_when_the_store_is_back(
 
 
 async def test_strict_what_the_store_held_up_goes_to_nobody_else(replica, monkeypatch) -> None:
-    monkeypatch.setattr("sluice_service.durability.checkpointer._PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr("sluice_service.durability.checkpointer._STRICT_WAIT_SECONDS", 0.0)
     served = await replica()
     caller = Caller(served.channel)
     # What no store holds up keeps the stream to the host in use.
@@ -351,7 +351,7 @@ async def test_strict_what_the_store_held_up_goes_to_nobody_else(replica, monkey
     code, _ = await caller.fails(request(1, sequence_id=1, sequence_start=True))
     assert code is Code.UNAVAILABLE
     # The next sequence gets the lane of that one, and waits for the store as well.
-    monkeypatch.setattr("sluice_service.durability.checkpointer._PATIENCE_SECONDS", 1e6)
+    monkeypatch.setattr("sluice_service.durability.checkpointer._STRICT_WAIT_SECONDS", 1e6)
     task = asyncio.ensure_future(caller.infer(20, sequence_id=2, sequence_start=True))
 
     def is_applied() -> bool:

@@ -139,7 +139,7 @@ async def test_a_parked_lane_is_stored_with_its_outputs_once_while_its_stream_go
     await wire.next_closed(0)
     # Both are stored once more, in one go.
     host = first.server._hosts[MODEL]
-    await host._keeper.flush()
+    await host._durable.checkpointer.flush()
     await crash(first)
 
     wire = (await replica()).wire(MODEL)
@@ -174,7 +174,7 @@ async def test_a_client_that_has_sent_all_gets_all_however_slow_the_store(
     may_write = held_writes(served)
     await wire.push(0, floats([1] * 300))
     await wire.until(lambda: wire.steps(0) == 64)
-    (stream,) = served.server._hosts[MODEL]._lanes._streams.values()
+    (stream,) = served.server._hosts[MODEL]._streams
     ending = asyncio.ensure_future(wire.end())
     await eventually(lambda: stream.is_half_closed)
     may_write.set()
@@ -191,11 +191,11 @@ async def test_a_stream_that_has_sent_all_ends_when_what_it_waits_for_is_another
     epoch = (await wire.open(0, "s", writer=ME, attempt=1)).epoch
     may_write = held_writes(here)
     await wire.push(0, floats([1]), first=0)
-    (stream,) = host._lanes._streams.values()
+    (stream,) = host._streams
     ending = asyncio.ensure_future(wire.end())
     await eventually(lambda: stream.gated and stream.is_half_closed)
     await other.open(0, "s", mode=TAKEOVER, writer=HER, attempt=1, expected_epoch=epoch)
-    await host._keeper._renew()
+    await host._durable.checkpointer._renew_leases()
     assert await ending == grpc.StatusCode.OK
     assert wire.ended[0][0].reason == Closed.FENCED
     may_write.set()
@@ -210,7 +210,7 @@ async def test_a_stream_that_has_sent_all_ends_when_its_lane_goes_to_another_str
     await wire.open(0, "s", writer=ME, attempt=1)
     may_write = held_writes(served)
     await wire.push(0, floats([1]), first=0)
-    (stream,) = host._lanes._streams.values()
+    (stream,) = host._streams
     ending = asyncio.ensure_future(wire.end())
     await eventually(lambda: stream.gated and stream.is_half_closed)
     await other.open(0, "s", mode=RESUME, writer=ME, attempt=2, received=0)
@@ -261,7 +261,7 @@ async def test_strict_nothing_leaves_while_the_store_does_not_answer(replica, mo
 async def test_strict_a_lane_is_told_when_the_store_stays_away_and_loses_nothing(
     replica, monkeypatch
 ) -> None:
-    monkeypatch.setattr("sluice_service.durability.checkpointer._PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr("sluice_service.durability.checkpointer._STRICT_WAIT_SECONDS", 0.0)
     served = await replica()
     wire = served.wire(MODEL)
     await wire.open(0, "s", writer=ME, attempt=1)

@@ -341,10 +341,10 @@ class Durability(RuleBasedStateMachine):
 
     @rule(place=st.integers(0, SERVERS - 1))
     def time_comes(self, place: int) -> None:
-        keeper = self.hosts[place]._keeper
-        assert keeper is not None
-        keeper._is_due[:] = True
-        self.hosts[place]._lanes.is_due.set()
+        durable = self.hosts[place]._durable
+        assert durable is not None
+        durable.pending.note_time()
+        durable.pending.signal.set()
 
     @rule(turns=st.integers(0, 12))
     def go_on(self, turns: int) -> None:
@@ -363,8 +363,8 @@ class Durability(RuleBasedStateMachine):
                 item = writer.stream.outbox[0]
                 if isinstance(item, Outputs):
                     assert writer.host is not None
-                    delivery = writer.stream.take_delivery()
-                    writer.host.lanes.sending(writer.stream, delivery, 0)
+                    delivery = writer.stream.take_outputs()
+                    writer.host.note_sent(writer.stream, delivery, 0)
                     self._receive(writer, delivery)
                 else:
                     writer.stream.outbox.popleft()

@@ -13,12 +13,12 @@ from sluice_service.rpc.native.sequences import _Session
 from sluice_service.sequences.events import Outputs
 from sluice_service.sequences.stream import Stream
 from sluice_service.sequences.table import Held, Sequence
-from sluice_service.serving.attachments import Parting
+from sluice_service.serving.attachments import Departure
 from sluice_service.store.claims import Record
 from tests.service.wire import Served, eventually, floats
 
 MODEL = "accumulator"
-KINDS = (Sequence, Record, Held, Parting, Outputs, Frame, Stream, _Session)
+KINDS = (Sequence, Record, Held, Departure, Outputs, Frame, Stream, _Session)
 ROUNDS = 10
 
 
@@ -78,7 +78,7 @@ async def test_what_has_ended_leaves_nothing_behind(sums, hands) -> None:
     await _live(served, "warm")
     hands.go(host._clock, 101)
     await host.expire()
-    await eventually(lambda: not len(host._lanes))
+    await eventually(lambda: not len(host._streams))
     before = _count_collected()
     for number in range(ROUNDS):
         await _live(served, f"round{number}")
@@ -86,9 +86,9 @@ async def test_what_has_ended_leaves_nothing_behind(sums, hands) -> None:
     await eventually(lambda: host._runs.is_idle)
     hands.go(host._clock, 101)
     await host.expire()
-    assert not host._arena.live
+    assert not host._table.states.live
     assert not host._scheduler._queues.frames
-    assert not host._lanes._ended
+    assert not host._streams._ending
     # A task that has ended may hold something for one more turn.
     await eventually(lambda: _count_collected() <= before)
 

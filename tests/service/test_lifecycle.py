@@ -124,7 +124,7 @@ async def test_a_defect_in_looking_for_idle_sequences_does_not_end_the_looking(
         if len(looks) < 3:
             raise ZeroDivisionError
 
-    monkeypatch.setattr("sluice_service.sequences.table.Sequences.forget_tombstones", forget)
+    monkeypatch.setattr("sluice_service.sequences.table.SequenceTable.drop_tombstones", forget)
     served = await sums(sequence_idle_seconds_max=0.03)
     wire = served.wire("accumulator")
     await wire.open(0, "idle")
@@ -232,7 +232,7 @@ async def test_a_list_that_goes_out_slowly_tells_no_ones_numbers_as_anothers(sum
     await wire.open(0, "a")
     await wire.open(1, "b")
     (host,) = served.server._hosts.values()
-    listing = host.listing.here()
+    listing = host.sequences()
     assert next(listing).sequence_id == "a"
     await served.close("accumulator", "b")
     await wire.open(2, "c")
@@ -279,4 +279,4 @@ async def test_sequences_that_come_at_once_and_go_at_once_leave_no_trace(sums) -
     assert served.metric("sluice_sequences_live", model="accumulator") == 0
     assert served.metric("sluice_steps_total", model="accumulator") == 150
     (host,) = served.server._hosts.values()
-    assert host._arena.live == 0
+    assert host._table.states.live == 0

@@ -139,7 +139,7 @@ async def test_a_close_from_outside_waits_for_the_run(gate, gated) -> None:
     assert await wire.next_closed(0) == Closed.CLIENT
 
 
-async def test_a_slot_that_is_freed_during_a_run_takes_nothing_of_it(gate, gated) -> None:
+async def test_a_slot_that_is_freed_during_a_run_takes_nothing_of_it(hands, gate, gated) -> None:
     wire = gated.wire("accumulator")
     await wire.open(0, "runs")
     await wire.open(1, "rests")
@@ -147,7 +147,7 @@ async def test_a_slot_that_is_freed_during_a_run_takes_nothing_of_it(gate, gated
     await gate.reached()
     (host,) = gated.server._hosts.values()
     # Everything expires but what runs.
-    host._sequences.active[:] = -1e9
+    hands.go(host._clock, 601)
     await host.expire()
     assert await wire.next_closed(1) == Closed.IDLE
     assert set(await gated.list("accumulator")) == {"runs"}

@@ -16,9 +16,11 @@ from sluice_protos.contract_pb2 import ModelContract, TensorSpec
 from sluice_service.arrays import ones
 from sluice_service.batching.inputs import InputRules
 from sluice_service.batching.queues import Frame, Kind, Queues, Single
-from sluice_service.batching.scheduler import Ending, Run, Scheduler
+from sluice_service.batching.run import Run, RunSizes
+from sluice_service.batching.scheduler import Ending, Scheduler
 from sluice_service.errors import GapError, InvalidInputError
-from sluice_service.sequences.table import ALL, NONE, Sequences
+from sluice_service.sequences.states import States
+from sluice_service.sequences.table import ALL, NONE, SequenceTable
 from sluice_service.store.claims import Record
 
 SLOTS = 6
@@ -98,21 +100,9 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.table = Sequences(
-            SLOTS,
-            tombstones_max=4,
-            tombstone_seconds=1,
-            unacknowledged_steps_max=UNACKNOWLEDGED_MAX,
-            undurable_steps_max=1,
-        )
-        self.scheduler = Scheduler(
-            self.table,
-            SLOTS,
-            rules=RULES,
-            run_sequences_max=4,
-            run_steps_max=RUN_STEPS_MAX,
-            run_cells_max=RUN_CELLS_MAX,
-        )
+        self.table = _table(SLOTS, unacknowledged_steps_max=UNACKNOWLEDGED_MAX)
+        sizes = RunSizes(sequences_max=4, steps_max=RUN_STEPS_MAX, cells_max=RUN_CELLS_MAX)
+        self.scheduler = Scheduler(self.table, rules=RULES, sizes=sizes)
         self.value = 0.0
         self.runs: list[Run] = []
         self.streams = list(range(1, STREAMS + 1))
@@ -125,12 +115,12 @@ class SchedulerMachine(RuleBasedStateMachine):
     def _create(self, slot: int) -> None:
         writer = b"" if self.lanes[slot].is_anonymous else b"w"
         record = Record(writer, 0, self.table.raise_epoch(), is_alive=True)
-        self.table.create(str(slot), slot, record, step=0, now=0)
+        assert self.table.create(str(slot), record, step=0).slot == slot
 
     def _attach(self, slot: int) -> None:
         lane = self.lanes[slot]
         stream = self.streams[slot % STREAMS]
-        self.table.attach(self.table.at(slot), stream, lane=slot + 10, now=0)
+        self.table.attach(self.table.at(slot), stream, lane=slot + 10)
         lane.is_attached = True
         lane.is_faulted = False
         lane.sent = lane.step
@@ -265,9 +255,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         if lane.is_anonymous:
             return
         lane.received += round(share * (lane.step - lane.received))
-        self.table.received[slot] = lane.received
-        self.table.bound(slot)
-        self.scheduler.unbound(np.array([slot]))
+        self.table.acknowledge(np.array([slot]), np.array([lane.received]))
 
     @rule(number=st.integers(0, STREAMS - 1))
     def lose_stream(self, number) -> None:
@@ -347,7 +335,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def _end(self, slot: int, ending: Ending) -> None:
         self._part(slot)
         if ending is Ending.CLOSE:
-            self.table.end(self.table.at(slot), "closed", now=0)
+            self.table.end(self.table.at(slot), "closed")
             self.lanes[slot] = Lane(is_anonymous=self.lanes[slot].is_anonymous)
             self._create(slot)
 
@@ -377,8 +365,9 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def _land(self, run: Run, refused) -> None:
         applied = np.array([index not in refused for index in range(len(run.slots))])
-        self.table.step[run.slots] += np.where(applied, run.lengths, 0)
-        self.scheduler.finish(run, None if applied.all() else applied)
+        is_applied = None if applied.all() else applied
+        _apply(self.table, run, is_applied)
+        self.scheduler.finish(run, is_applied)
         for stream, steps in zip(_streams_of(run), run.lengths.tolist(), strict=True):
             self.owed[stream] -= steps
         self._book_dropped()
@@ -394,7 +383,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             if applied[index]:
                 lane.step += length
             else:
-                self.table.stop(slot)
+                self.table.fault(slot)
                 lane.is_faulted = True
 
     def teardown(self) -> None:
@@ -420,6 +409,30 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert not self.table.is_running.any()
 
 
+def _table(slots: int, *, unacknowledged_steps_max: int) -> SequenceTable:
+    return SequenceTable(
+        States(slots, np.zeros(1, np.float32)),
+        slots,
+        now=lambda: 0.0,
+        tombstones_max=4,
+        tombstone_seconds=1,
+        unacknowledged_steps_max=unacknowledged_steps_max,
+        undurable_steps_max=1,
+    )
+
+
+def _apply(table: SequenceTable, run: Run, is_applied: np.ndarray | None = None) -> None:
+    """Take a run's steps for done."""
+    states = np.zeros((len(run.slots), 1), np.float32)
+    table.apply(run.slots, run.first + run.lengths, states, is_applied)
+
+
+def _acknowledge_all(table: SequenceTable) -> None:
+    """Let nobody wait for a client."""
+    for sequence in table:
+        table.set_received(sequence, ALL)
+
+
 def _streams_of(run: Run) -> list[int]:
     """The stream of each row."""
     streams: list[int] = []
@@ -436,25 +449,13 @@ TestScheduler.settings = settings(
 
 def _scheduler(
     slots: int, *, run_steps_max: int = 8, run_cells_max: int = 1000
-) -> tuple[Sequences, Scheduler]:
-    table = Sequences(
-        slots,
-        tombstones_max=4,
-        tombstone_seconds=1,
-        unacknowledged_steps_max=100,
-        undurable_steps_max=1,
-    )
-    scheduler = Scheduler(
-        table,
-        slots,
-        rules=RULES,
-        run_sequences_max=slots,
-        run_steps_max=run_steps_max,
-        run_cells_max=run_cells_max,
-    )
+) -> tuple[SequenceTable, Scheduler]:
+    table = _table(slots, unacknowledged_steps_max=100)
+    sizes = RunSizes(sequences_max=slots, steps_max=run_steps_max, cells_max=run_cells_max)
+    scheduler = Scheduler(table, rules=RULES, sizes=sizes)
     for slot in range(slots):
         record = Record(b"w", 0, table.raise_epoch(), is_alive=True)
-        table.attach(table.create(str(slot), slot, record, step=0, now=0), 1, slot, 0)
+        table.attach(table.create(str(slot), record, step=0), 1, slot)
     return table, scheduler
 
 
@@ -474,7 +475,7 @@ def test_nobody_waits_for_a_long_chunk_of_another() -> None:
     for _ in range(2):
         run = scheduler.next_run()
         seen |= set(run.slots.tolist())
-        table.step[run.slots] += run.lengths
+        _apply(table, run)
         scheduler.finish(run)
     assert seen == {0, 1, 2}
     assert scheduler.has_ready
@@ -485,10 +486,9 @@ def test_queues_grow_beyond_where_they_started_and_keep_every_chunk() -> None:
     for _ in range(40):
         scheduler.push(_frame([0, 1] * 50, 1))
     runs = 0
-    table.received[:] = ALL
-    table.bound(slice(None))
+    _acknowledge_all(table)
     while (run := scheduler.next_run()) is not None:
-        table.step[run.slots] += run.lengths
+        _apply(table, run)
         scheduler.finish(run)
         runs += 1
     assert table.step[:2].tolist() == [2000, 2000]
@@ -500,12 +500,10 @@ def test_steps_beyond_what_may_be_unacknowledged_never_run_whichever_way_they_co
     for sent in range(1, 121):
         scheduler.push(_frame([0], 1))
         while (run := scheduler.next_run()) is not None:
-            table.step[run.slots] += run.lengths
+            _apply(table, run)
             scheduler.finish(run)
         assert table.step[0] == min(sent, 100)
-    table.received[0] = 100
-    table.bound(0)
-    scheduler.unbound(np.array([0]))
+    table.acknowledge(np.array([0]), np.array([100]))
     assert scheduler.next_run().lengths.tolist() == [1]
 
 
@@ -513,12 +511,14 @@ def test_a_lane_that_waited_for_acknowledgements_and_was_dropped_waits_no_more()
     table, scheduler = _scheduler(1)
     scheduler.push(_frame([0], 101))
     while (run := scheduler.next_run()) is not None:
-        table.step[run.slots] += run.lengths
+        _apply(table, run)
         scheduler.finish(run)
     assert scheduler.is_stuck(np.array([0]))
     scheduler.drop(0)
-    table.received[0] = table.sent[0] = 100
-    table.bound(0)
+    # Its next lane begins where it stands, and has all outputs.
+    table.detach(table.at(0))
+    table.set_received(table.at(0), 100)
+    table.attach(table.at(0), 1, 0)
     scheduler.push(_frame([0], 1))
     assert not scheduler.is_stuck(np.array([0]))
 
@@ -529,19 +529,18 @@ def test_slots_on_no_stream_have_no_number() -> None:
     assert table.stream[0] == NONE
 
 
-def _next(table: Sequences, scheduler: Scheduler) -> dict[int, int]:
+def _next(table: SequenceTable, scheduler: Scheduler) -> dict[int, int]:
     """The steps of each slot in the next run, which succeeds."""
     run = scheduler.next_run()
     assert run is not None
-    table.step[run.slots] += run.lengths
+    _apply(table, run)
     scheduler.finish(run)
     return dict(zip(run.slots.tolist(), run.lengths.tolist(), strict=True))
 
 
 def test_long_chunks_run_in_short_pieces_while_short_ones_come_among_them() -> None:
     table, scheduler = _scheduler(2, run_steps_max=64, run_cells_max=100)
-    table.received[:] = ALL
-    table.bound(slice(None))
+    _acknowledge_all(table)
     scheduler.push(_frame([0], 10_000))
     assert _next(table, scheduler) == {0: 64}
     scheduler.push(_frame([1], 1))
@@ -558,8 +557,7 @@ def test_long_chunks_run_in_short_pieces_while_short_ones_come_among_them() -> N
 
 def test_long_chunks_get_on_however_quickly_short_ones_come_back() -> None:
     table, scheduler = _scheduler(3, run_steps_max=64, run_cells_max=100)
-    table.received[:] = ALL
-    table.bound(slice(None))
+    _acknowledge_all(table)
     scheduler.push(_frame([0], 10_000))
     for _ in range(10):
         # Every other run is cut to the short ones' length, the next is the long one's own …
@@ -585,7 +583,7 @@ def test_a_sequence_that_runs_runs_nowhere_else_whichever_way_its_next_chunk_com
         assert scheduler.next_run() is None
         scheduler.push(_frame([1], 1))
         assert _next(table, scheduler) == {1: 1}
-        table.step[run.slots] += run.lengths
+        _apply(table, run)
         scheduler.finish(run)
         assert _next(table, scheduler) == {0: 1}
 

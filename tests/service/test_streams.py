@@ -548,7 +548,7 @@ async def test_a_client_beyond_its_credit_stays_correct_and_the_server_small(sum
         nonlocal peak
         (host,) = served.server._hosts.values()
         while True:
-            peak = max(peak, *(s.queued_steps for s in host.lanes._streams.values()))
+            peak = max(peak, *(s.queued_steps for s in host._streams))
             await asyncio.sleep(0)
 
     watching, writing = asyncio.ensure_future(watch()), asyncio.ensure_future(write())
@@ -587,7 +587,7 @@ async def test_all_credit_comes_back(sums) -> None:
     await wire.next_closed(0)
     await wire.settle()
     (host,) = served.server._hosts.values()
-    assert [stream.queued_steps for stream in host.lanes._streams.values()] == [0]
+    assert [stream.queued_steps for stream in host._streams] == [0]
 
 
 async def test_what_has_no_steps_takes_credit_too(sums) -> None:
@@ -597,7 +597,7 @@ async def test_what_has_no_steps_takes_credit_too(sums) -> None:
     await wire.push(0, floats([1] * 20))
     await wire.rows(0, 8)
     (host,) = served.server._hosts.values()
-    (stream,) = host.lanes._streams.values()
+    (stream,) = host._streams
     await wire.send(lane=[0, 0], steps=[0, 0], inputs=[Tensor()])
     await wire.send(park=[0, 0])
     await wire.settle()
@@ -616,8 +616,8 @@ async def test_who_does_not_read_is_not_read_from(sums) -> None:
     lanes = range(1, 40_001)
     await wire.send(lane=lanes, inputs=[Tensor(data=bytes(4 * len(lanes)))])
     (host,) = served.server._hosts.values()
-    await eventually(lambda: [one for one in host._lanes._streams.values() if one.is_ahead])
-    (stream,) = host._lanes._streams.values()
+    await eventually(lambda: [one for one in host._streams if one.is_ahead])
+    (stream,) = host._streams
     assert len(stream.outbox) < 25_000
     await wire.until(lambda: len(wire.faults) == len(lanes))
 
@@ -673,7 +673,7 @@ async def test_sequences_that_come_and_go_unacknowledged_leave_nothing_behind(su
         await wire.send(close=[0])
         await wire.next_closed(0)
     (host,) = served.server._hosts.values()
-    (stream,) = host.lanes._streams.values()
+    (stream,) = host._streams
     assert len(stream.unacknowledged) < 100
     wire.cut()
     await served.parked("accumulator", "idle")
@@ -763,7 +763,7 @@ async def test_a_client_that_never_reads_takes_no_memory_without_bound(serve, ls
     x = np.zeros((500, 8), np.float32)
     messages = 400  # of 16 kB each; their outputs are half of that
     writing = asyncio.ensure_future(_push(wire, x, messages))
-    (stream,) = served.server._hosts["lstm"].lanes._streams.values()
+    (stream,) = served.server._hosts["lstm"]._streams
 
     def waiting() -> int:
         deliveries = [item for item in stream.outbox if isinstance(item, Outputs)]

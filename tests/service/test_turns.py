@@ -105,7 +105,7 @@ async def test_the_lanes_of_a_stream_that_ended_are_parked_in_turns_and_lose_not
     rests.end()
     await again.send(open=taken[1:])
     await again.next_opened(1)
-    await eventually(lambda: not host._lanes._ended)
+    await eventually(lambda: not host._streams._ending)
     assert [served.find(MODEL, name).is_parked for name in names] == [False, False, True, True]
     for lane, name in enumerate(names[2:], 2):
         await again.open(lane, name, mode=RESUME, attempt=2, received=0, **MINE)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from sluice_model import Model, RunError, example_inputs
 from sluice_protos.datatypes import DTYPES
 from sluice_service.arrays import Array, is_finite
-from sluice_service.batching.scheduler import Run
+from sluice_service.batching.run import Run
 from sluice_service.errors import LaneError, NonFiniteError, RunFailedError
 
 log = structlog.get_logger()

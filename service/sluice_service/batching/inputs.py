@@ -8,8 +8,7 @@ import numpy as np
 from sluice_protos.contract_pb2 import ModelContract, TensorSpec
 from sluice_protos.datatypes import DTYPES
 from sluice_service.arrays import Array, Buffers, Integers, is_finite, is_ones
-from sluice_service.errors import InvalidInputError, LaneError, LimitError, WrongModelError
-from sluice_service.store.claims import State
+from sluice_service.errors import InvalidInputError, LaneError, LimitError
 
 # Numbers of steps beyond this are nonsense, and sums of two of them still fit.
 STEPS_MAX = 1 << 61
@@ -87,10 +86,7 @@ class InputRules:
     def __init__(
         self, contract: ModelContract, *, chunk_steps_max: int, refuses_non_finite: bool
     ) -> None:
-        # The floats of a state, by the digest of the version it is of.
-        self.state_sizes = {contract.digest: contract.state_size}
         self.chunk_steps_max = chunk_steps_max
-        self._refuses_non_finite = refuses_non_finite
         self._rules = [
             _Rule(spec, refuses_non_finite=refuses_non_finite) for spec in contract.inputs
         ]
@@ -152,28 +148,6 @@ class InputRules:
             for index, step in zip(indices.tolist(), within[places].tolist(), strict=True):
                 errors.setdefault(index, _bad_value(rule, step))
         return errors
-
-    def state_row(self, state: State) -> Array:
-        """The row [state_size] of a state a client brings.
-
-        Raises WrongModelError or InvalidInputError.
-        """
-        size = self.state_sizes.get(state.model_digest)
-        if size is None:
-            here = ", ".join(digest[:12] for digest in self.state_sizes)
-            raise WrongModelError(
-                f"the state is of model {state.model_digest[:12]}, this is {here}; "
-                "a state fits only the model that made it"
-            )
-        if state.step > STEPS_MAX:
-            raise InvalidInputError(f"the state is of step {state.step}; steps end at {STEPS_MAX}")
-        expected = 4 * size
-        if len(state.row) != expected:
-            raise InvalidInputError(f"the state has {len(state.row)} bytes, not {expected}")
-        row = np.frombuffer(state.row, "<f4")
-        if self._refuses_non_finite and not np.isfinite(row).all():
-            raise InvalidInputError("the state has NaN or infinity")
-        return row
 
     def _name(self, index: int) -> str:
         return self._names[index] if index < len(self._names) else f"number {index}"

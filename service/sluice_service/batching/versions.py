@@ -10,9 +10,11 @@ import numpy as np
 from sluice_model import ContractError, Model, ModelError, SelfTest, run_self_test
 from sluice_protos.contract_pb2 import TensorSpec
 from sluice_service.batching.engine import Engine, Outcome
-from sluice_service.batching.scheduler import Run
-from sluice_service.errors import LaneError
-from sluice_service.sequences.states import Arena, Slots
+from sluice_service.batching.inputs import STEPS_MAX
+from sluice_service.batching.run import Run
+from sluice_service.errors import InvalidInputError, LaneError, WrongModelError
+from sluice_service.sequences.states import Slots, StateRows, States
+from sluice_service.store.claims import State
 
 # Of a model that was named by its file alone.
 ONLY = 1
@@ -62,9 +64,10 @@ def load_version(path: Path, number: int, *, threads: int, refuses_non_finite: b
 class Versions:
     """The versions of one model that are loaded, oldest first, and who runs on which."""
 
-    def __init__(self, first: Version, arena: Arena) -> None:
-        """`arena` has its first plane for the version `first`."""
-        self._arena = arena
+    def __init__(self, first: Version, states: States, *, refuses_non_finite: bool) -> None:
+        """`states` have their first plane for the version `first`."""
+        self._states = states
+        self._refuses_non_finite = refuses_non_finite
         self._by_plane = {first.plane: first}
         self.newest = first
 
@@ -76,26 +79,44 @@ class Versions:
 
     def of(self, slot: int) -> Version:
         """The version on which the sequence in a slot runs."""
-        return self._by_plane[self._arena.plane_of(slot)]
+        return self._by_plane[self._states.plane_of(slot)]
 
     def of_each(self, slots: Slots) -> list[Version]:
         """The version of each of `slots` [n]."""
         if len(self._by_plane) == 1:
             return [self.newest] * len(slots)
-        return [self._by_plane[plane] for plane in self._arena.planes(slots).tolist()]
+        return [self._by_plane[plane] for plane in self._states.planes(slots).tolist()]
 
     def find(self, digest: str) -> Version | None:
         """The version of that content; the newest, where several have it."""
         found = [version for version in self if version.digest == digest]
         return self.newest if self.newest in found else next(iter(found), None)
 
-    def state_sizes(self) -> dict[str, int]:
-        """The floats of a state, by the digest of each version."""
-        return {version.digest: version.state_size for version in self}
+    def state_row(self, state: State) -> StateRows:
+        """The row [state_size] of a state a client brings.
+
+        Raises WrongModelError or InvalidInputError.
+        """
+        version = self.find(state.model_digest)
+        if version is None:
+            here = ", ".join(one.digest[:12] for one in self)
+            raise WrongModelError(
+                f"the state is of model {state.model_digest[:12]}, this is {here}; "
+                "a state fits only the model that made it"
+            )
+        if state.step > STEPS_MAX:
+            raise InvalidInputError(f"the state is of step {state.step}; steps end at {STEPS_MAX}")
+        expected = 4 * version.state_size
+        if len(state.row) != expected:
+            raise InvalidInputError(f"the state has {len(state.row)} bytes, not {expected}")
+        row: StateRows = np.frombuffer(state.row, "<f4")
+        if self._refuses_non_finite and not np.isfinite(row).all():
+            raise InvalidInputError("the state has NaN or infinity")
+        return row
 
     def state_bytes(self, alive: Slots) -> int:
         """The bytes of the states of the slots `alive` [n]."""
-        planes, counts = np.unique(self._arena.planes(alive), return_counts=True)
+        planes, counts = np.unique(self._states.planes(alive), return_counts=True)
         return sum(
             self._by_plane[plane].model.initial_state.nbytes * count
             for plane, count in zip(planes.tolist(), counts.tolist(), strict=True)
@@ -113,10 +134,10 @@ class Versions:
             is_same = known.digest == version.digest
             if is_same and known.number == version.number:
                 version = known
-                self._arena.turn_to(known.plane)
+                self._states.turn_to(known.plane)
                 break
         else:
-            version.plane = self._arena.begin_plane(version.model.initial_state)
+            version.plane = self._states.begin_plane(version.model.initial_state)
             self._by_plane[version.plane] = version
         self.newest = version
 
@@ -137,11 +158,11 @@ class Versions:
         """Let go of versions on which no sequence runs, nor begins; `alive` [n] are all in use."""
         if len(self._by_plane) == 1:
             return []
-        used = {*np.unique(self._arena.planes(alive)).tolist(), self.newest.plane}
+        used = {*np.unique(self._states.planes(alive)).tolist(), self.newest.plane}
         gone = [version for version in self if version.plane not in used]
         for version in gone:
             del self._by_plane[version.plane]
-            self._arena.drop_plane(version.plane)
+            self._states.drop_plane(version.plane)
         return gone
 
     # Runs.
@@ -157,21 +178,21 @@ class Versions:
     def execute(self, run: Run) -> Outcome:
         """What becomes of a run: one call for each version that its sequences run on.
 
-        Reads the arena and changes nothing: to apply the outcome is the run loop's.
+        Reads the states and changes nothing: to apply the outcome is the run loop's.
         """
         if len(self._by_plane) == 1:
-            return self.newest.engine.execute(run, self._arena.take(run.slots))
-        planes = self._arena.planes(run.slots)
+            return self.newest.engine.execute(run, self._states.take(run.slots))
+        planes = self._states.planes(run.slots)
         numbers = np.unique(planes).tolist()
         if len(numbers) == 1:
-            return self._by_plane[numbers[0]].engine.execute(run, self._arena.take(run.slots))
+            return self._by_plane[numbers[0]].engine.execute(run, self._states.take(run.slots))
         parts = []
         for number in numbers:
             rows = np.flatnonzero(planes == number)
             part = run.only(rows)
-            outcome = self._by_plane[number].engine.execute(part, self._arena.take(part.slots))
+            outcome = self._by_plane[number].engine.execute(part, self._states.take(part.slots))
             parts.append((rows, outcome))
-        return _join(run, parts, self._arena.row_size)
+        return _join(run, parts, self._states.row_size)
 
     def failed(self, run: Run) -> Outcome:
         """The outcome of a run that gave nothing, through no fault of its rows."""

@@ -1,4 +1,7 @@
-"""Keeps the store up to date with memory: checkpoints, parks, ends, renewals, and its failures."""
+"""Writes checkpoints as fast as the store takes them and no earlier than due, and outlasts outages.
+
+The next write takes whatever has become due during the last one: that is the group commit.
+"""
 
 import asyncio
 import contextlib
@@ -9,65 +12,62 @@ from functools import partial
 import numpy as np
 import structlog
 
-from sluice_service.batching.scheduler import Scheduler
-from sluice_service.durability.ownership import Custody
+from sluice_service.durability.ownership import Ownership
+from sluice_service.durability.pending import Pending
 from sluice_service.durability.snapshots import Snapshot, Snapshots
 from sluice_service.errors import StoreDownError
 from sluice_service.metrics import ModelMetrics
-from sluice_service.sequences.events import Durable, EndReason
+from sluice_service.sequences.events import EndReason
 from sluice_service.sequences.states import Slots
-from sluice_service.sequences.table import ALL, NONE, Phase, Sequences
-from sluice_service.sequences.table import Sequence as KeptSequence
-from sluice_service.serving.attachments import Lanes, Parting
+from sluice_service.sequences.table import Sequence as LiveSequence
+from sluice_service.sequences.table import SequenceTable
+from sluice_service.serving.attachments import Attachments, Departure
+from sluice_service.serving.outputs import OutputBuffer
 from sluice_service.serving.run_loop import RunLoop
-from sluice_service.settings import Settings
 from sluice_service.store import Key, Store, StoreError, Verdict, Write
 
 log = structlog.get_logger()
 
-# In one transaction: more would hold the event loop up while they are packed.
-_WRITES_MAX = 256
-# So much of it is kept for periodic sequences: strict ones alone may fill it for ever.
-_PERIODIC_WRITES_MIN = 64
 _RETRY_SECONDS = (0.05, 1.0)
-# So long a strict lane waits for a store that does not answer before it is told.
-_PATIENCE_SECONDS = 2.0
-_RENEWALS_PER_LIFETIME = 4
+# A strict lane waits so long for a store that does not answer before its client is told.
+_STRICT_WAIT_SECONDS = 2.0
+_RENEWALS_PER_LEASE = 4
 
 
-class Keeper:
-    """One model's checkpoints, written as fast as the store takes them and no earlier than due."""
+class Checkpointer:
+    """The one loop that writes a model's sequences to the store."""
 
     def __init__(
         self,
         store: Store,
-        model: str,
-        sequences: Sequences,
-        scheduler: Scheduler,
-        lanes: Lanes,
-        snapshots: Snapshots,
-        custody: Custody,
-        settings: Settings,
-        metrics: ModelMetrics,
+        table: SequenceTable,
+        attachments: Attachments,
+        outputs: OutputBuffer,
         runs: RunLoop,
+        snapshots: Snapshots,
+        ownership: Ownership,
+        pending: Pending,
+        metrics: ModelMetrics,
+        *,
+        checkpoint_seconds: float,
+        lease_seconds: float,
     ) -> None:
+        """Sequences that are behind are written every `checkpoint_seconds` at the latest.
+
+        The store drops a sequence whose lease nobody renews within `lease_seconds`.
+        """
         self._store = store
-        self._model = model
-        self._sequences = sequences
-        self._scheduler = scheduler
-        self._lanes = lanes
-        self._snapshots = snapshots
-        self.custody = custody
-        self._settings = settings
-        self._metrics = metrics
+        self._table = table
+        self._attachments = attachments
+        self._outputs = outputs
         self._runs = runs
-        slots = len(sequences.step)
-        self._is_due = np.zeros(slots, np.bool_)  # time has come
-        self._is_wanted = np.zeros(slots, np.bool_)  # with nothing left to run: park, drain
-        # The slots that were written last.
-        self._last_strict = self._last_periodic = -1
-        self._parks: list[Parting] = []
-        self._is_draining = False
+        self._snapshots = snapshots
+        self._ownership = ownership
+        self._pending = pending
+        self._metrics = metrics
+        self._model = metrics.name
+        self._checkpoint_seconds = checkpoint_seconds
+        self._renewal_seconds = lease_seconds / _RENEWALS_PER_LEASE
         self._progress = asyncio.Event()
         self._down_since: float | None = None
         self._retry_seconds = _RETRY_SECONDS[0]
@@ -90,100 +90,57 @@ class Keeper:
     @property
     def undurable_steps(self) -> int:
         """How far the store is behind the sequence that is furthest ahead of it."""
-        return int(max((self._sequences.step - self._sequences.durable).max(initial=0), 0))
+        return int(max((self._table.step - self._table.durable).max(initial=0), 0))
 
-    def notice(self, slots: Slots) -> None:
-        """These sequences have gone on: see whether the store has to hear of it now."""
-        table = self._sequences
-        if self._is_draining:
-            # What a write or an acknowledgement has let go on is written once more.
-            self._is_wanted[slots] |= table.durable[slots] < ALL
-        behind = table.step[slots] - table.durable[slots]
-        is_strict = table.is_strict[slots]
-        if (behind >= np.where(is_strict, 1, self._settings.checkpoint_steps)).any():
-            self._lanes.is_due.set()
-
-    def is_safe(self, slot: int) -> bool:
-        """True when the store has all there is of a slot, or has nothing to do with it."""
-        table = self._sequences
-        return not self._is_wanted[slot] and bool(table.step[slot] <= table.durable[slot])
+    async def run(self) -> None:
+        """Write what is due, until cancelled."""
+        write_at = renew_at = time.monotonic()
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(max(0.0, write_at - time.monotonic())):
+                    await self._pending.signal.wait()
+            self._pending.signal.clear()
+            now = time.monotonic()
+            if now >= write_at:
+                write_at = now + self._checkpoint_seconds
+                self._pending.note_time()
+            try:
+                await self.close_pending()
+                await self._write_next()
+                if now >= renew_at:
+                    await self._renew_leases()
+                    renew_at = now + self._renewal_seconds
+                self._note_answer()
+            except StoreError as error:
+                await self._wait_for_store(error)
+            except Exception:
+                # A defect of ours must not end every checkpoint to come.
+                log.exception("checkpointer_broke", model=self._model)
+                await asyncio.sleep(_RETRY_SECONDS[1])
+            self._progress.set()
 
     async def flush(self) -> None:
         """Finish what is queued, and write every durable sequence once more.
 
         Nothing is opened any more, and nothing new comes.
         """
-        table = self._sequences
-        self._is_draining = True
-        self._is_wanted |= table.is_alive & (table.durable < ALL)
+        self._pending.begin_flush()
         while True:
             await self._runs.idle()
-            if not self._is_wanted.any() and not self._lanes.closings:
+            if self._pending.is_flushed:
                 return
             self._progress.clear()
-            self._lanes.is_due.set()
+            self._pending.signal.set()
             await self._progress.wait()
-
-    async def keep(self) -> None:
-        """Until cancelled."""
-        sweep_at = renew_at = time.monotonic()
-        while True:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(max(0.0, sweep_at - time.monotonic())):
-                    await self._lanes.is_due.wait()
-            self._lanes.is_due.clear()
-            now = time.monotonic()
-            if now >= sweep_at:
-                sweep_at = now + self._settings.checkpoint_seconds
-                table = self._sequences
-                self._is_due |= table.step > table.durable
-            try:
-                await self.close_pending()
-                await self._write_next()
-                if now >= renew_at:
-                    await self._renew()
-                    renew_at = now + self._settings.record_seconds / _RENEWALS_PER_LIFETIME
-                self._answered()
-            except StoreError as error:
-                await self._rest(error)
-            except Exception:
-                # A defect of ours must not end every checkpoint to come.
-                log.exception("keeper_broke", model=self._model)
-                await asyncio.sleep(_RETRY_SECONDS[1])
-            self._progress.set()
 
     # Checkpoints.
 
     async def _write_next(self) -> None:
-        """Write the next batch of what is due; where that is not all, it is due at once again."""
-        for parting in self._lanes.parks:
-            self._parks.append(parting)
-            self._is_wanted[parting.sequence.slot] = True
-        self._lanes.parks.clear()
-        slots = self._choose()
+        """Write the next batch of what is due; the signal stays set, for there may be more."""
+        slots = self._pending.choose()
         if len(slots):
-            self._lanes.is_due.set()
+            self._pending.signal.set()
             await self._write(slots)
-
-    def _choose(self) -> Slots:
-        """Which sequences to write next: most of them strict, for somebody waits for those."""
-        table = self._sequences
-        behind = np.flatnonzero((table.step > table.durable) | self._is_wanted)
-        lag = table.step[behind] - table.durable[behind]
-        is_strict = table.is_strict[behind]
-        is_due = self._is_due[behind] | self._is_wanted[behind]
-        is_due |= lag >= self._settings.checkpoint_steps
-        # In turns, so that those that are always behind leave room for the others.
-        strict = _from(behind[is_strict], self._last_strict)
-        periodic = _from(behind[is_due & ~is_strict], self._last_periodic)
-        strict = strict[: _WRITES_MAX - min(len(periodic), _PERIODIC_WRITES_MIN)]
-        periodic = periodic[: _WRITES_MAX - len(strict)]
-        if len(strict):
-            self._last_strict = int(strict[-1])
-        if len(periodic):
-            self._last_periodic = int(periodic[-1])
-        chosen: Slots = np.r_[strict, periodic]
-        return chosen
 
     async def _write(self, slots: Slots) -> None:
         """One batch: out of memory, into the store, and told to those who wait for it."""
@@ -196,180 +153,115 @@ class Keeper:
             ]
         )
         self._metrics.checkpointed(len(snapshots), time.monotonic() - started)
-        # Only now: where the store did not answer, they are due as before.
-        self._is_due[slots] = False
-        await self._settled([one.sequence for one in snapshots], verdicts)
+        # Only now: where the store does not answer, they are due as before.
+        self._pending.note_written(slots)
+        await self._ownership.explained([one.sequence for one in snapshots], verdicts)
         await self._runs.between_runs(lambda: self._apply(snapshots, verdicts))
         self._runs.wake()
 
-    async def _settled(
-        self, sequences: Sequence[KeptSequence], verdicts: Sequence[Verdict]
-    ) -> None:
-        """Return once no open or close is on its way that may be why a claim was refused."""
-        await self.custody.settled(
-            one.sequence_id
-            for one, verdict in zip(sequences, verdicts, strict=True)
-            if verdict is Verdict.REFUSED
-        )
-
     def _take(self, slots: Slots) -> list[Snapshot]:
-        table = self._sequences
-        # Where another open was faster than a park, more is going to run; and a slot that has
-        # changed hands may have a sequence now with which the store has nothing to do.
-        overtaken = (table.stream[slots] != NONE) & (not self._is_draining)
-        self._is_wanted[slots[overtaken | (table.durable[slots] == ALL)]] = False
-        wanted = self._is_wanted[slots]
-        return [
-            *self._snapshots.take(slots[~wanted]),
-            *self._snapshots.take(slots[wanted], is_parked=True),
-        ]
+        running, final = self._pending.split_final(slots)
+        return [*self._snapshots.take(running), *self._snapshots.take(final, is_parked=True)]
 
     def _apply(self, snapshots: Sequence[Snapshot], verdicts: Sequence[Verdict]) -> None:
-        """Note what is durable now; give up what is another's."""
-        table = self._sequences
-        written: list[int] = []
+        """Note what is durable now; drop what another process owns."""
+        table = self._table
+        slots: list[int] = []
+        steps: list[int] = []
         for snapshot, verdict in zip(snapshots, verdicts, strict=True):
-            sequence, slot = snapshot.sequence, snapshot.sequence.slot
-            if not _is_under(sequence, snapshot.claim_id):
-                continue  # an answer to somebody who is not there any more
+            slot, step = snapshot.sequence.slot, snapshot.packed.step
+            if not snapshot.is_current:
+                continue  # the answer is about a claim that is over
             if verdict is Verdict.REFUSED:
-                self._lose(slot)
+                self._lose(snapshot.sequence)
                 continue
-            table.durable[slot] = max(int(table.durable[slot]), snapshot.packed.step)
-            written.append(slot)
-            if snapshot.is_clean and snapshot.packed.step == table.step[slot]:
-                self._is_wanted[slot] = False
-            if sequence.phase is Phase.ATTACHED and not table.is_strict[slot]:
-                self._tell(slot)
-        if written:
-            slots = np.array(written)
-            table.bound(slots)
-            self._scheduler.unbound(slots)
-        self._lanes.release()
-        self._conclude_parks()
+            slots.append(slot)
+            steps.append(step)
+            if snapshot.is_clean and step == table.step[slot]:
+                self._pending.note_final(slot)
+        if slots:
+            table.note_durable(np.array(slots), np.array(steps))
+            self._outputs.tell_durable(slots)
+        self._outputs.release()
+        for park in self._pending.take_concluded_parks():
+            reason = EndReason.PARKED if park.is_current else EndReason.FENCED
+            self._attachments.conclude(park, reason)
 
-    def _tell(self, slot: int) -> None:
-        """Tell a client how far its inputs may be forgotten."""
-        table = self._sequences
-        stream = self._lanes.stream(int(table.stream[slot]))
-        if stream is not None and not table.at(slot).is_anonymous:
-            stream.send(Durable(int(table.lane[slot]), int(table.durable[slot])))
-
-    def _lose(self, slot: int) -> None:
+    def _lose(self, sequence: LiveSequence) -> None:
         """Another process has claimed a sequence: what is here is not the truth any more."""
         log.info("sequence_fenced", model=self._model)
         self._metrics.fenced()
-        self._is_wanted[slot] = False
-        self._lanes.lose(self._sequences.at(slot))
+        self._pending.note_final(sequence.slot)
+        self._attachments.lose(sequence)
 
-    def _conclude_parks(self) -> None:
-        """Tell of the parks that are safe, and of those that another open has overtaken."""
-        waiting = []
-        for parting in self._parks:
-            is_same = _is_under(parting.sequence, parting.claim_id)
-            if is_same and self._is_wanted[parting.sequence.slot]:
-                waiting.append(parting)
-            else:
-                self._lanes.conclude(parting, EndReason.PARKED if is_same else EndReason.FENCED)
-        self._parks = waiting
-
-    # Ends and renewals.
+    # Ends and leases.
 
     async def close_pending(self) -> None:
         """End in the store what has ended here. Raises StoreError."""
-        while partings := self._lanes.closings[:_WRITES_MAX]:
-            del self._lanes.closings[: len(partings)]
-            await self.close(partings)
+        while departures := self._pending.take_ends():
+            await self.close(departures)
 
-    async def close(self, partings: Sequence[Parting]) -> Sequence[Verdict]:
+    async def close(self, departures: Sequence[Departure]) -> Sequence[Verdict]:
         """End sequences in the store, then in memory, then tell their clients; what it said.
 
         Raises StoreError; they end as soon as the store answers.
         """
         try:
-            async with self.custody.exclusive(one.sequence.sequence_id for one in partings):
-                verdicts = await self.custody.close(partings)
-                await self._runs.between_runs(lambda: self._end(partings, verdicts))
+            async with self._ownership.exclusive(one.sequence.sequence_id for one in departures):
+                verdicts = await self._ownership.close(departures)
+                await self._runs.between_runs(lambda: self._end(departures, verdicts))
         except BaseException:
-            self._ask_again(partings)
+            self._pending.put_back_ends(departures)
             raise
         return verdicts
 
-    def _ask_again(self, partings: Sequence[Parting]) -> None:
-        """Let partings wait; of those of one sequence, the one that its client waits for."""
-        waiting = sorted([*self._lanes.closings, *partings], key=lambda one: one.stream)
-        self._lanes.closings[:] = {one.claim_id: one for one in waiting}.values()
-        self._lanes.is_due.set()
-
-    def _end(self, partings: Sequence[Parting], verdicts: Sequence[Verdict]) -> None:
-        for parting, verdict in zip(partings, verdicts, strict=True):
-            if _is_under(parting.sequence, parting.claim_id):
-                self._is_wanted[parting.sequence.slot] = False
-                self._lanes.forget(parting.sequence)
+    def _end(self, departures: Sequence[Departure], verdicts: Sequence[Verdict]) -> None:
+        for departure, verdict in zip(departures, verdicts, strict=True):
+            if departure.is_current:
+                self._pending.note_final(departure.sequence.slot)
+                self._table.forget(departure.sequence)
             is_done = verdict is Verdict.DONE
-            self._lanes.conclude(parting, parting.reason if is_done else EndReason.FENCED)
+            self._attachments.conclude(departure, departure.reason if is_done else EndReason.FENCED)
 
-    async def _renew(self) -> None:
-        """Say of all sequences that they live; learn which are another's. Raises StoreError."""
-        alive = [(one, one.claim_id) for one in self._sequences if one.is_durable]
-        for start in range(0, len(alive), _WRITES_MAX):
-            part = alive[start : start + _WRITES_MAX]
-            verdicts = await self._store.renew(
-                [(Key(self._model, one.sequence_id), claim_id) for one, claim_id in part]
-            )
-            await self._settled([one for one, _ in part], verdicts)
-            lost = [
-                pair
-                for pair, verdict in zip(part, verdicts, strict=True)
-                if verdict is Verdict.REFUSED
-            ]
+    async def _renew_leases(self) -> None:
+        """Say of all sequences that they live; drop those that are another's. Raises StoreError."""
+        async for lost in self._ownership.renew_leases():
             await self._runs.between_runs(partial(self._lose_all, lost))
 
-    def _lose_all(self, lost: Sequence[tuple[KeptSequence, bytes]]) -> None:
+    def _lose_all(self, lost: Sequence[tuple[LiveSequence, bytes]]) -> None:
         for sequence, claim_id in lost:
-            if _is_under(sequence, claim_id):
-                self._lose(sequence.slot)
+            if sequence.is_under(claim_id):
+                self._lose(sequence)
 
     # A store that does not answer.
 
-    def _answered(self) -> None:
+    def _note_answer(self) -> None:
         if self._down_since is not None:
             log.info("store_is_back", model=self._model, seconds=round(self.down_seconds, 3))
             self._down_since = None
             self._retry_seconds = _RETRY_SECONDS[0]
 
-    async def _rest(self, error: StoreError) -> None:
-        """Say so once, tell those who cannot go on, and wait a little longer each time."""
+    async def _wait_for_store(self, error: StoreError) -> None:
+        """Log the outage once, tell those who cannot go on, and wait longer each time."""
         if self._down_since is None:
             self._down_since = time.monotonic()
             log.warning("store_is_down", model=self._model, error=str(error))
         self._metrics.store_failed()
-        if self.down_seconds > _PATIENCE_SECONDS:
+        if self.down_seconds > _STRICT_WAIT_SECONDS:
             await self._runs.between_runs(self._break_off_strict)
         await asyncio.sleep(self._retry_seconds)
         self._retry_seconds = min(2 * self._retry_seconds, _RETRY_SECONDS[1])
-        self._lanes.is_due.set()
+        self._pending.signal.set()
 
     def _break_off_strict(self) -> None:
         """Nothing can leave on strict lanes: their clients may find a server that has a store."""
-        table = self._sequences
+        table = self._table
         for slot in np.flatnonzero(table.is_strict & (table.stream >= 0)).tolist():
-            seconds = self.down_seconds
-            self._lanes.break_off(
+            self._attachments.break_off(
                 table.at(slot),
                 StoreDownError(
-                    f"the store has not answered for {seconds:.1f} seconds, and nothing may leave "
-                    "that is not durable; open the sequence again, here or at another server"
+                    f"the store has not answered for {self.down_seconds:.1f} seconds, and nothing "
+                    "may leave that is not durable; open the sequence again, here or at another "
+                    "server"
                 ),
             )
-
-
-def _from(slots: Slots, last: int) -> Slots:
-    """The same `slots` [n], which rise, those beyond `last` first."""
-    rolled: Slots = np.roll(slots, -int(np.searchsorted(slots, last, side="right")))
-    return rolled
-
-
-def _is_under(sequence: KeptSequence, claim_id: bytes) -> bool:
-    """True while a sequence is alive here under that very claim."""
-    return sequence.phase is not Phase.ENDED and sequence.claim_id == claim_id

@@ -1,4 +1,4 @@
-"""Asks the store who may have a sequence: before it is opened, and before its end is told."""
+"""Asks the store who owns a sequence: before it is opened, when it ends, and now and then."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
@@ -7,13 +7,17 @@ from functools import partial
 
 import numpy as np
 
+from sluice_service.durability.pending import BATCH_MAX
 from sluice_service.durability.snapshots import Snapshots
-from sluice_service.errors import LaneError, NotFoundError, StoreDownError
+from sluice_service.errors import LaneError, LimitError, NotFoundError, StoreDownError
 from sluice_service.runtime.cooperative import take_turns
 from sluice_service.sequences.stream import Stream
-from sluice_service.sequences.table import Sequences
-from sluice_service.serving.attachments import Parting
-from sluice_service.serving.opening import Openings, is_blind, lost
+from sluice_service.sequences.table import Sequence as LiveSequence
+from sluice_service.sequences.table import SequenceTable
+from sluice_service.serving.admission import Admission
+from sluice_service.serving.attachments import Departure
+from sluice_service.serving.opening import Opening
+from sluice_service.serving.placement import is_uncounted, lost
 from sluice_service.serving.run_loop import RunLoop
 from sluice_service.store import (
     Checkpoint,
@@ -31,104 +35,95 @@ from sluice_service.store.claims import Claim, Durability, OpenMode, OpenRequest
 
 Answer = Granted | LaneError | None
 # The store is asked about so many opens at once.
-_OPENED_AT_ONCE_MAX = 1000
+_OPENS_AT_ONCE_MAX = 1000
 
 
-class Custody:
-    """What one model's host and its store say to each other about ownership."""
+class Ownership:
+    """What one model's host and its store say to each other about who owns a sequence.
+
+    While the store is asked about the claim or the end of a sequence, nobody else asks about
+    it: opens and ends of one sequence never cross.
+    """
 
     def __init__(
         self,
         store: Store,
         model: str,
-        sequences: Sequences,
-        openings: Openings,
+        table: SequenceTable,
+        admission: Admission,
+        opening: Opening,
         snapshots: Snapshots,
         runs: RunLoop,
     ) -> None:
         self._store = store
         self._model = model
-        self._sequences = sequences
-        self._openings = openings
+        self._table = table
+        self._admission = admission
+        self._opening = opening
         self._snapshots = snapshots
         self._runs = runs
-        self._busy: dict[str, asyncio.Future[None]] = {}
+        self._asked: dict[str, asyncio.Future[None]] = {}
 
     @asynccontextmanager
     async def exclusive(self, sequence_ids: Iterable[str]) -> AsyncIterator[None]:
-        """While the store is asked about these sequences, nobody else asks about them."""
+        """Inside it nobody else asks the store about the owner of these sequences."""
         names = set(sequence_ids)
-        while others := {self._busy[name] for name in names if name in self._busy}:
+        while others := {self._asked[name] for name in names if name in self._asked}:
             await asyncio.wait(others)
         mine = asyncio.get_running_loop().create_future()
-        self._busy.update(dict.fromkeys(names, mine))
+        self._asked.update(dict.fromkeys(names, mine))
         try:
             yield
         finally:
             for name in names:
-                del self._busy[name]
+                del self._asked[name]
             mine.set_result(None)
 
-    async def settled(self, sequence_ids: Iterable[str]) -> None:
-        """Return once the store is not asked any more what it is asked now about them."""
-        asked = {self._busy[name] for name in sequence_ids if name in self._busy}
+    async def answered(self, sequence_ids: Iterable[str]) -> None:
+        """Return once the store has answered what it is asked now about these sequences."""
+        asked = {self._asked[name] for name in sequence_ids if name in self._asked}
         if asked:
             await asyncio.wait(asked)
 
+    # Opens.
+
     async def open_all(self, stream: Stream, requests: Iterable[OpenRequest]) -> None:
-        """Open sequences on a stream; those of one message may name one twice."""
+        """Take opens through all stages; those of one message may name a sequence twice."""
         for batch in _distinct(requests):
-            admitted = [one for one in batch if self._openings.admits(stream, one)]
-            await self.open(admitted, partial(self._openings.open, stream))
+            admitted = [one for one in batch if self._opening.admit(stream, one)]
+            await self.open(admitted, partial(self._opening.complete, stream))
 
     async def open(
-        self, requests: Sequence[OpenRequest], land: Callable[[OpenRequest, Answer], None]
+        self, requests: Sequence[OpenRequest], complete: Callable[[OpenRequest, Answer], None]
     ) -> None:
-        """Ask the store about opens of different sequences; `land` each with its answer.
+        """Reserve and claim for admitted opens of different sequences; `complete` each of them.
 
-        None is the answer for those that no store has. Lands between runs, many in turns.
+        It is called between runs, for many in turns, with the store's answer, or with None for
+        a sequence that no store has.
         """
-        kept = [one for one in requests if self._openings.durability(one) != Durability.OFF]
-        async with self.exclusive(one.sequence_id for one in kept):
+        durable = [one for one in requests if self._admission.durability(one) != Durability.OFF]
+        names = [one.sequence_id for one in durable]
+        async with self.exclusive(names):
             answers: dict[str, Answer] = {}
-            names = [one.sequence_id for one in kept]
-            promised = self._openings.promised
 
-            def land_one(request: OpenRequest) -> None:
-                promised.discard(request.sequence_id)
-                land(request, answers.get(request.sequence_id))
+            def complete_one(request: OpenRequest) -> None:
+                self._admission.release((request.sequence_id,))
+                complete(request, answers.get(request.sequence_id))
 
             try:
-                if kept:
-                    answers = dict(zip(names, await self._claim(kept), strict=True))
-                await take_turns(map(land_one, requests), instant=self._runs.between_runs)
+                if durable:
+                    answers = dict(zip(names, await self._claim(durable), strict=True))
+                await take_turns(map(complete_one, requests), instant=self._runs.between_runs)
             finally:
-                promised.difference_update(names)
-                if kept:
-                    # A place that was promised may be free after all.
-                    self._sequences.on_gone()
-                await self._give_back(kept, answers)
-
-    async def _give_back(self, opens: Sequence[OpenRequest], answers: Mapping[str, Answer]) -> None:
-        """End in the store what was created there and could not be opened here after all.
-
-        A writer may have it when it asks again; any other caller would find its id taken.
-        """
-        closings = []
-        for one in opens:
-            answer = answers.get(one.sequence_id)
-            if not isinstance(answer, Granted) or answer.claim is not Claim.CREATE or one.writer:
-                continue
-            if self._sequences.get(one.sequence_id) is None:
-                key = self._key(one.sequence_id)
-                closings.append(Closing(key, answer.claim_id, "it could not be opened"))
-        if closings:
-            with suppress(StoreError):
-                await self._store.close(closings)
+                self._admission.release(names)
+                if durable:
+                    # Room that was reserved may be free after all.
+                    self._table.on_gone()
+                await self._give_back(durable, answers)
 
     async def _claim(self, opens: Sequence[OpenRequest]) -> Sequence[Granted | LaneError]:
         try:
-            refused = [await self._refuse_early(one) for one in opens]
+            refused = [await self._reserve(one) for one in opens]
             asked = [one for one, error in zip(opens, refused, strict=True) if error is None]
             requests = await self._runs.between_runs(lambda: [self._as_claim(one) for one in asked])
             answers = iter(await self._store.claim(requests))
@@ -136,20 +131,22 @@ class Custody:
         except StoreError as error:
             return [as_down(error)] * len(opens)
 
-    async def _refuse_early(self, request: OpenRequest) -> LaneError | None:
-        """Why a sequence cannot live here; where it can, a place is promised to it.
+    async def _reserve(self, request: OpenRequest) -> LaneError | None:
+        """Reserve room for a sequence; why it cannot live here, where that is so.
 
         For want of room, or because it lives at another server and its caller numbers no
-        steps. A claim would end it there, or put one into the store that lives nowhere.
+        steps. A claim would end it there, or create one that lives nowhere.
         """
-        if self._sequences.get(request.sequence_id) is not None:
+        if self._table.get(request.sequence_id) is not None:
             return None
-        full = self._openings.check_room()
-        if full is None:
-            self._openings.promised.add(request.sequence_id)
+        full: LimitError | None = None
+        try:
+            self._admission.reserve(request.sequence_id)
+        except LimitError as error:
+            full = error
         if request.mode != OpenMode.RESUME:
             return full
-        if full is None and not is_blind(request):
+        if full is None and not is_uncounted(request):
             return None
         # Where it lives nowhere the store says so better.
         stored = await self._store.read(self._key(request.sequence_id))
@@ -161,13 +158,11 @@ class Custody:
             checkpoint = unpack(stored.checkpoint.data)
         except LaneError as error:
             return error
-        if not is_blind(request) or checkpoint.clean_under:
-            return None
-        return lost(request, checkpoint)
+        return None if checkpoint.clean_under else lost(request, checkpoint)
 
     def _as_claim(self, request: OpenRequest) -> ClaimRequest:
         """An open with what this process knows of its sequence."""
-        sequence = self._sequences.get(request.sequence_id)
+        sequence = self._table.get(request.sequence_id)
         initial = self._snapshots.initial(request)
         key = self._key(request.sequence_id)
         if sequence is None or not sequence.is_durable:
@@ -178,17 +173,72 @@ class Custody:
             snapshot = self._snapshots.take(np.array([sequence.slot]))[0].packed
         return ClaimRequest(key, request, initial, sequence.claim_id, snapshot)
 
-    async def close(self, partings: Sequence[Parting]) -> list[Verdict]:
+    async def _give_back(self, opens: Sequence[OpenRequest], answers: Mapping[str, Answer]) -> None:
+        """End in the store what was created there and could not be opened here after all.
+
+        A writer may have it when it asks again; any other caller would find its id taken.
+        """
+        closings = []
+        for one in opens:
+            answer = answers.get(one.sequence_id)
+            if not isinstance(answer, Granted) or answer.claim is not Claim.CREATE or one.writer:
+                continue
+            if self._table.get(one.sequence_id) is None:
+                key = self._key(one.sequence_id)
+                closings.append(Closing(key, answer.claim_id, "it could not be opened"))
+        if closings:
+            with suppress(StoreError):
+                await self._store.close(closings)
+
+    # Ends and leases.
+
+    async def close(self, departures: Sequence[Departure]) -> list[Verdict]:
         """Have the store drop sequences that end. Raises StoreError."""
         return await self._store.close(
             [
                 Closing(self._key(one.sequence.sequence_id), one.claim_id, one.ending)
-                for one in partings
+                for one in departures
             ]
         )
 
-    def _key(self, sequence_id: str) -> Key:
-        return Key(self._model, sequence_id)
+    async def close_elsewhere(self, sequence_id: str, ending: str) -> int:
+        """Drop a sequence that is not here, whoever owns it; its durable steps.
+
+        Raises LaneError.
+        """
+        checkpoint = await self.read(sequence_id)
+        try:
+            await self._store.close([Closing(self._key(sequence_id), b"", ending)])
+        except StoreError as error:
+            raise as_down(error) from error
+        return checkpoint.step
+
+    async def renew_leases(self) -> AsyncIterator[list[tuple[LiveSequence, bytes]]]:
+        """Renew the leases of all durable sequences; yields those that this process has lost.
+
+        Each comes with the claim that was refused. Raises StoreError.
+        """
+        alive = [(one, one.claim_id) for one in self._table if one.is_durable]
+        for start in range(0, len(alive), BATCH_MAX):
+            part = alive[start : start + BATCH_MAX]
+            verdicts = await self._store.renew(
+                [(self._key(one.sequence_id), claim_id) for one, claim_id in part]
+            )
+            await self.explained([one for one, _ in part], verdicts)
+            pairs = zip(part, verdicts, strict=True)
+            yield [pair for pair, verdict in pairs if verdict is Verdict.REFUSED]
+
+    async def explained(
+        self, sequences: Sequence[LiveSequence], verdicts: Sequence[Verdict]
+    ) -> None:
+        """Return once no open or end is under way that may be why a claim was refused."""
+        await self.answered(
+            one.sequence_id
+            for one, verdict in zip(sequences, verdicts, strict=True)
+            if verdict is Verdict.REFUSED
+        )
+
+    # Questions.
 
     async def read(self, sequence_id: str) -> Checkpoint:
         """The last checkpoint of a sequence that lives elsewhere. Raises LaneError."""
@@ -210,14 +260,8 @@ class Custody:
         except StoreError as error:
             raise as_down(error) from error
 
-    async def close_elsewhere(self, sequence_id: str, ending: str) -> int:
-        """Drop a sequence that is not here, whoever has it; its durable steps. Raises LaneError."""
-        checkpoint = await self.read(sequence_id)
-        try:
-            await self._store.close([Closing(self._key(sequence_id), b"", ending)])
-        except StoreError as error:
-            raise as_down(error) from error
-        return checkpoint.step
+    def _key(self, sequence_id: str) -> Key:
+        return Key(self._model, sequence_id)
 
 
 def _distinct(requests: Iterable[OpenRequest]) -> Iterator[list[OpenRequest]]:
@@ -225,7 +269,7 @@ def _distinct(requests: Iterable[OpenRequest]) -> Iterator[list[OpenRequest]]:
     batch: list[OpenRequest] = []
     names: set[str] = set()
     for request in requests:
-        if request.sequence_id in names or len(batch) == _OPENED_AT_ONCE_MAX:
+        if request.sequence_id in names or len(batch) == _OPENS_AT_ONCE_MAX:
             yield batch
             batch, names = [], set()
         batch.append(request)

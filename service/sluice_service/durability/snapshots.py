@@ -1,15 +1,14 @@
-"""Takes live sequences out of memory as checkpoints, each whole, at an instant between two runs."""
+"""Takes sequences out of memory as checkpoints, each whole, at an instant between two runs."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from sluice_service.batching.inputs import InputRules
 from sluice_service.batching.versions import Version, Versions
-from sluice_service.sequences.states import Arena, Slots
-from sluice_service.sequences.table import Sequence, Sequences
-from sluice_service.serving.attachments import Lanes
+from sluice_service.sequences.states import Slots
+from sluice_service.sequences.table import Sequence, SequenceTable
+from sluice_service.serving.outputs import OutputBuffer
 from sluice_service.store import Checkpoint, Packed, pack
 from sluice_service.store.claims import OpenRequest
 
@@ -23,32 +22,28 @@ class Snapshot:
     is_clean: bool
     packed: Packed
 
+    @property
+    def is_current(self) -> bool:
+        """True while the sequence is alive here under that claim."""
+        return self.sequence.is_under(self.claim_id)
+
 
 class Snapshots:
-    """The way from the arena, the columns and the streams to checkpoints."""
+    """The way from the table and the streams to checkpoints."""
 
-    def __init__(
-        self,
-        arena: Arena,
-        sequences: Sequences,
-        lanes: Lanes,
-        inputs: InputRules,
-        versions: Versions,
-    ) -> None:
-        self._arena = arena
-        self._sequences = sequences
-        self._lanes = lanes
-        self._inputs = inputs
+    def __init__(self, table: SequenceTable, outputs: OutputBuffer, versions: Versions) -> None:
+        self._table = table
+        self._outputs = outputs
         self._versions = versions
-        self._outputs = len(versions.newest.contract.outputs)
+        self._output_count = len(versions.newest.contract.outputs)
         self._initial: tuple[Version, Packed] | None = None
-        self._place = np.full(len(sequences.step), -1, np.int64)  # scratch
+        self._place = np.full(table.slots, -1, np.int64)  # scratch
 
     def initial(self, request: OpenRequest) -> Packed:
         """What a new sequence begins with. Raises LaneError for a state it cannot have."""
         newest = self._versions.newest
         if request.state is not None:
-            row = self._inputs.state_row(request.state)
+            row = self._versions.state_row(request.state)
             version = self._versions.find(request.state.model_digest) or newest
             return self._begin(version, row.tobytes(), request.state.step)
         if self._initial is None or self._initial[0] is not newest:
@@ -57,21 +52,21 @@ class Snapshots:
         return self._initial[1]
 
     def _begin(self, version: Version, row: bytes, step: int) -> Packed:
-        nothing = (b"",) * self._outputs
+        nothing = (b"",) * self._output_count
         checkpoint = Checkpoint(version.digest, version.arithmetic, step, step, b"", row, nothing)
         return Packed(step, pack(checkpoint))
 
     def take(self, slots: Slots, *, is_parked: bool = False) -> list[Snapshot]:
         """The durable sequences of `slots`, each once; between runs only.
 
-        `is_parked`: nothing of them runs any more. Where that is so, or nothing leaves
-        that is not durable, a caller that numbers no steps may go on from the checkpoint.
+        `is_parked`: nothing of them runs any more. Where that is so, or only what is durable
+        leaves, a caller that numbers no steps may continue from the checkpoint.
         """
-        table = self._sequences
+        table = self._table
         slots = slots[table.is_alive[slots]]
         steps = table.step[slots]
-        rows = self._arena.take(slots)
-        kept = zip(
+        rows = table.states.take(slots)
+        parts = zip(
             map(table.at, slots.tolist()),
             steps.tolist(),
             np.minimum(table.received[slots], steps).tolist(),
@@ -82,7 +77,7 @@ class Snapshots:
             strict=True,
         )
         taken = []
-        for sequence, step, floor, is_clean, row, version, outputs in kept:
+        for sequence, step, floor, is_clean, row, version, outputs in parts:
             if not sequence.is_durable:
                 continue
             claim_id = sequence.claim_id
@@ -101,8 +96,8 @@ class Snapshots:
 
     def _held(self, slots: Slots) -> list[list[list[bytes]]]:
         """For each of `slots`, for each output: what its client may still ask for, in order."""
-        found: list[list[list[bytes]]] = [[[] for _ in range(self._outputs)] for _ in slots]
-        received = self._sequences.received[slots].tolist()
+        found: list[list[list[bytes]]] = [[[] for _ in range(self._output_count)] for _ in slots]
+        received = self._table.received[slots].tolist()
         for place, first, steps, outputs in self._pieces(slots, received):
             skipped = max(received[place] - first, 0)
             for pieces, output in zip(found[place], outputs, strict=True):
@@ -113,19 +108,19 @@ class Snapshots:
         self, slots: Slots, received: list[int]
     ) -> Iterator[tuple[int, int, int, list[bytes]]]:
         """(place in `slots`, first step, steps, outputs), oldest first, of what is still due."""
-        table = self._sequences
+        table = self._table
         for place, slot in enumerate(slots.tolist()):
             for held in table.at(slot).held:
                 if held.first + held.steps > received[place]:
                     yield place, held.first, held.steps, held.outputs
         self._place[slots] = np.arange(len(slots))
         try:
-            for delivery in self._lanes.due(table.stream[slots]):
-                places = self._place[delivery.slots]
+            for outputs in self._outputs.due(table.stream[slots]):
+                places = self._place[outputs.slots]
                 wanted = places >= 0
                 if wanted.any():
                     chosen = places[wanted].tolist()
-                    for index, first, steps, outputs in delivery.only(wanted).chunks():
-                        yield chosen[index], first, steps, outputs
+                    for index, first, steps, rows in outputs.only(wanted).chunks():
+                        yield chosen[index], first, steps, rows
         finally:
             self._place[slots] = -1

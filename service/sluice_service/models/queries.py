@@ -4,11 +4,9 @@ from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 
 from sluice_service.batching.versions import Versions
-from sluice_service.durability.ownership import Custody
+from sluice_service.durability.ownership import Ownership
 from sluice_service.errors import NotFoundError
-from sluice_service.runtime.clock import AwakeClock
-from sluice_service.sequences.states import Arena
-from sluice_service.sequences.table import Phase, Sequence, Sequences
+from sluice_service.sequences.table import Phase, Sequence, SequenceTable
 from sluice_service.store.claims import State
 
 
@@ -26,28 +24,21 @@ class SequenceInfo:
     is_elsewhere: bool = False  # lives at another server, or waits in the store
 
 
-class Listing:
+class Queries:
     """Everything that is known of live sequences, here and in the store."""
 
     def __init__(
-        self,
-        model: str,
-        arena: Arena,
-        sequences: Sequences,
-        versions: Versions,
-        custody: Custody | None,
-        clock: AwakeClock,
+        self, model: str, table: SequenceTable, versions: Versions, ownership: Ownership | None
     ) -> None:
         self._model = model
-        self._arena = arena
-        self._sequences = sequences
+        self._table = table
         self._versions = versions
-        self._custody = custody
-        self._clock = clock
+        self._ownership = ownership
 
     def here(self) -> Iterator[SequenceInfo]:
         """Every live sequence of this server, as it stands now."""
-        now, table = self._clock.now(), self._sequences
+        table = self._table
+        now = table.now()
         for sequence in list(table):
             if sequence.phase is Phase.ENDED:  # while the list went out
                 continue
@@ -68,8 +59,8 @@ class Listing:
         for info in self.here():
             seen.add(info.sequence_id)
             yield info
-        if self._custody is not None:
-            async for stored in self._custody.list_stored():
+        if self._ownership is not None:
+            async for stored in self._ownership.list_stored():
                 if stored.key.sequence_id not in seen:
                     yield SequenceInfo(
                         model=self._model,
@@ -82,22 +73,21 @@ class Listing:
     async def state(self, sequence_id: str) -> State:
         """The state after the last applied step; of a sequence elsewhere, the last durable one.
 
-        Raises NotFoundError.
+        Raises LaneError.
         """
-        if self._custody is not None and self._sequences.get(sequence_id) is None:
-            stored = await self._custody.read(sequence_id)
-            return State(model_digest=stored.model_digest, step=stored.step, row=stored.row)
-
+        if self._ownership is not None and self._table.get(sequence_id) is None:
+            stored = await self._ownership.read(sequence_id)
+            return State(stored.model_digest, stored.step, stored.row)
         slot = self.find(sequence_id).slot
         return State(
-            model_digest=self._versions.of(slot).digest,
-            step=int(self._sequences.step[slot]),
-            row=self._arena.row(slot).tobytes(),
+            self._versions.of(slot).digest,
+            int(self._table.step[slot]),
+            self._table.states.row(slot).tobytes(),
         )
 
     def find(self, sequence_id: str) -> Sequence:
         """The live sequence of that id. Raises NotFoundError."""
-        sequence = self._sequences.get(sequence_id)
+        sequence = self._table.get(sequence_id)
         if sequence is None:
             raise NotFoundError(
                 f"model {self._model!r} has no live sequence {sequence_id!r}; "

@@ -1,4 +1,4 @@
-"""Holds the packed state of every live sequence of one model, one row a sequence."""
+"""Holds the packed state of every live sequence of one model, one row per sequence."""
 
 import mmap
 
@@ -8,10 +8,10 @@ from numpy.typing import NDArray
 from sluice_model import ModelError
 
 Slots = NDArray[np.int64]
-States = NDArray[np.float32]
+StateRows = NDArray[np.float32]
 
 
-class Arena:
+class States:
     """`rows` [slots, state_size] float32, reserved once and never copied to grow.
 
     The operating system gives memory only to rows that have been written, and
@@ -20,7 +20,7 @@ class Arena:
     and a slot is in the plane in which its sequence began.
     """
 
-    def __init__(self, slots: int, initial: States) -> None:
+    def __init__(self, slots: int, initial: StateRows) -> None:
         """Reserve `slots` rows; `initial` [state_size] is what a new row holds."""
         self._slots = slots
         self._planes: dict[int, _Plane] = {}
@@ -31,7 +31,7 @@ class Arena:
 
     # Planes.
 
-    def begin_plane(self, initial: States) -> int:
+    def begin_plane(self, initial: StateRows) -> int:
         """A new plane whose rows begin as `initial` [state_size], for all who begin from now on.
 
         Raises ModelError where there is no room for it; nothing has changed then.
@@ -76,14 +76,14 @@ class Arena:
         """True when every row is allocated."""
         return self.live == self._slots
 
-    def allocate(self, row: States | None = None, plane_number: int | None = None) -> int:
+    def allocate(self, row: StateRows | None = None, plane_number: int | None = None) -> int:
         """A slot that holds `row` [state_size], or else the initial state; in the newest plane.
 
-        Raises IndexError when the arena is full.
+        Raises IndexError when all slots are in use.
         """
         plane = self._newest if plane_number is None else self._planes[plane_number]
         if self.is_full:
-            raise IndexError("the arena is full")
+            raise IndexError("all slots are in use")
         if self._freed:
             slot = self._freed.pop()
         else:
@@ -99,18 +99,20 @@ class Arena:
         """Give a slot back."""
         self._freed.append(slot)
 
-    def reset(self, slot: int, row: States | None = None, plane_number: int | None = None) -> None:
+    def reset(
+        self, slot: int, row: StateRows | None = None, plane_number: int | None = None
+    ) -> None:
         """Let a slot begin again, with `row` [state_size] or else the initial state."""
         plane = self._newest if plane_number is None else self._planes[plane_number]
         self._plane[slot] = plane.number
         plane.rows[slot] = plane.initial if row is None else row
 
-    def row(self, slot: int) -> States:
+    def row(self, slot: int) -> StateRows:
         """The state in one slot, copied: [state_size] of its plane."""
-        row: States = self._planes[int(self._plane[slot])].rows[slot].copy()
+        row: StateRows = self._planes[int(self._plane[slot])].rows[slot].copy()
         return row
 
-    def take(self, slots: Slots) -> States:
+    def take(self, slots: Slots) -> StateRows:
         """The states of `slots` [batch], copied: [batch, state_size], narrow ones padded."""
         if self._has_one_plane:
             return self._newest.rows.take(slots, axis=0)
@@ -124,7 +126,7 @@ class Arena:
             states[chosen, : rows.shape[1]] = rows[slots[chosen]]
         return states
 
-    def put(self, slots: Slots, states: States) -> None:
+    def put(self, slots: Slots, states: StateRows) -> None:
         """Store `states` [batch, state_size]; the inverse of `take`."""
         if self._has_one_plane:
             self._newest.rows[slots] = states
@@ -140,13 +142,13 @@ class _Plane:
 
     __slots__ = ("initial", "number", "rows")
 
-    def __init__(self, number: int, slots: int, initial: States) -> None:
+    def __init__(self, number: int, slots: int, initial: StateRows) -> None:
         self.number = number
         self.rows = _reserve(slots, len(initial))
         self.initial = initial
 
 
-def _reserve(slots: int, size: int) -> States:
+def _reserve(slots: int, size: int) -> StateRows:
     """Rows [slots, size] that take memory as they are written, a small page at a time.
 
     A huge page, which numpy would ask for, is cleared whole when it is first written to: that
@@ -163,5 +165,5 @@ def _reserve(slots: int, size: int) -> States:
         ) from error
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
         reserved.madvise(mmap.MADV_NOHUGEPAGE)
-    rows: States = np.frombuffer(reserved, np.float32, slots * size).reshape(slots, size)
+    rows: StateRows = np.frombuffer(reserved, np.float32, slots * size).reshape(slots, size)
     return rows

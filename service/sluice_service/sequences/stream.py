@@ -7,7 +7,7 @@ import numpy as np
 
 from sluice_service.arrays import Integers
 from sluice_service.errors import LaneError
-from sluice_service.sequences.events import Ended, EndReason, Event, Failed, Outputs
+from sluice_service.sequences.events import Ended, EndReason, Event, Failed, Limits, Outputs
 from sluice_service.sequences.states import Slots
 
 LANES_MAX = 1 << 20
@@ -88,8 +88,8 @@ class Stream:
             self._outbox_rows += item.rows
         self._on_change()
 
-    def take_delivery(self) -> Outputs:
-        """The delivery that stands first in the outbox, taken out of it."""
+    def take_outputs(self) -> Outputs:
+        """The outputs that stand first in the outbox, taken out of it."""
         item = self.outbox.popleft()
         assert isinstance(item, Outputs)
         self._outbox_rows -= item.rows
@@ -150,10 +150,71 @@ class Stream:
                     return item
         return None
 
-    def deliveries(self) -> Iterator[Outputs]:
-        """Everything delivered and not acknowledged, oldest first."""
+    def outputs(self) -> Iterator[Outputs]:
+        """All outputs that are not acknowledged, oldest first."""
         yield from self.unacknowledged
         for item in self.outbox:
             if isinstance(item, Outputs):
                 yield item
         yield from self.gated
+
+
+class Streams:
+    """The streams of one model: those that are open, and those whose lanes are being parked."""
+
+    def __init__(self, limits: Limits, *, outbox_rows_max: int) -> None:
+        self._limits = limits
+        self._outbox_rows_max = outbox_rows_max
+        self._open: dict[int, Stream] = {}
+        self._ending: dict[int, Stream] = {}
+        self._number = 0
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def __iter__(self) -> Iterator[Stream]:
+        return iter(list(self._open.values()))
+
+    def get(self, number: int) -> Stream | None:
+        """The open stream of that number."""
+        return self._open.get(number)
+
+    def ending(self, number: int) -> Stream | None:
+        """The stream of that number, if it has ended and has lanes left to be parked."""
+        return self._ending.get(number)
+
+    def open(self, on_change: Callable[[], None]) -> Stream:
+        """A new stream; its first event is the limits."""
+        self._number += 1
+        stream = Stream(
+            self._number,
+            queue_steps_max=self._limits.credit_steps,
+            outbox_rows_max=self._outbox_rows_max,
+            on_change=on_change,
+        )
+        self._open[stream.number] = stream
+        stream.send(self._limits)
+        return stream
+
+    def begin_end(self, stream: Stream) -> bool:
+        """A stream has ended; False where that is known already."""
+        if self._open.pop(stream.number, None) is None:
+            return False
+        self._ending[stream.number] = stream
+        stream.fall_silent()
+        return True
+
+    def finish_end(self, stream: Stream) -> None:
+        """All lanes of a stream that has ended are parked."""
+        del self._ending[stream.number]
+
+    def stop_reading(self) -> None:
+        """Read no further from any stream: the server stops."""
+        for stream in self._open.values():
+            stream.is_draining = True
+
+    def finish_steps(self, number: int, steps: int) -> None:
+        """Give a stream, if it is still open, credit back for steps that were run or dropped."""
+        stream = self._open.get(number)
+        if stream is not None:
+            stream.finish_steps(steps)

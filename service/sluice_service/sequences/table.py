@@ -1,24 +1,27 @@
-"""The lifecycle of every sequence of one model: who lives, where, and what comes next.
+"""The lifecycle of every sequence of one model, and the columns that only this table writes.
 
-No I/O and no clock: `now` is an argument, in seconds of the time this process was awake.
+No I/O and no clock of its own: `now` gives the seconds in which this process was awake.
 """
 
 from collections import deque
 from collections.abc import Callable, Iterator
 from enum import Enum, auto
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sluice_service.sequences.states import Slots
+from sluice_service.arrays import Integers
+from sluice_service.sequences.states import Slots, StateRows, States
 from sluice_service.store.claims import Durability, Record
 
 NONE = -1
-# What a client without a writer has received: it never asks again, so nothing is
-# held. And how far a sequence that is in no store is durable: nothing waits for it.
+# `received` of a client without a writer: it never asks again, so nothing is held for it. And
+# `durable` of a sequence that is in no store: nothing waits for it.
 ALL = 1 << 62
-# They take less than a millisecond.
-_FORGOTTEN_AT_ONCE_MAX = 1000
+# Tombstones dropped in one call: they take less than a millisecond.
+_TOMBSTONES_AT_ONCE_MAX = 1000
+Scalar = TypeVar("Scalar", bound=np.generic)
 
 
 class Phase(Enum):
@@ -34,7 +37,7 @@ class Event(Enum):
 
     ATTACH = auto()  # a lane opens it; a new lane ends the old one
     DETACH = auto()  # its lane is parked, or its stream ends
-    END = auto()  # closed, expired, or another process's now
+    END = auto()  # closed, expired, or owned by another process now
 
 
 LIFECYCLE: dict[tuple[Phase, Event], Phase] = {
@@ -47,11 +50,11 @@ LIFECYCLE: dict[tuple[Phase, Event], Phase] = {
 
 
 class IllegalTransitionError(Exception):
-    """An event that the sequence's phase has no place for; nothing has changed."""
+    """An event that the sequence's phase does not allow; nothing has changed."""
 
 
 class Held:
-    """Outputs that a client has not acknowledged, and that no stream keeps."""
+    """Outputs that a client has not acknowledged, and that no stream holds."""
 
     __slots__ = ("first", "outputs", "steps")
 
@@ -62,7 +65,7 @@ class Held:
 
 
 class Sequence:
-    """What is kept of one live sequence beside its row and its columns."""
+    """What is known of one live sequence beside its state and its columns."""
 
     __slots__ = (
         "claim_id",
@@ -81,11 +84,11 @@ class Sequence:
         self.record = record
         self.phase = Phase.PARKED
         self.held: list[Held] = []
-        self.durability: Durability = Durability.OFF
-        # True where its client has no writer but counts its steps: what it has not acknowledged
-        # is held all the same.
+        self.durability = Durability.OFF
+        # True where its client has no writer but counts its steps: its unacknowledged outputs
+        # are held all the same.
         self.is_counted = False
-        # Under which the store has it as this process's; empty where durability is off.
+        # The claim under which this process owns it in the store; empty where durability is off.
         self.claim_id = b""
 
     def move(self, event: Event) -> None:
@@ -93,7 +96,7 @@ class Sequence:
         phase = LIFECYCLE.get((self.phase, event))
         if phase is None:
             raise IllegalTransitionError(
-                f"{self.sequence_id!r}: {event.name} has no place in {self.phase.name}"
+                f"{self.sequence_id!r}: {event.name} is not allowed in {self.phase.name}"
             )
         self.phase = phase
 
@@ -105,59 +108,82 @@ class Sequence:
     @property
     def is_durable(self) -> bool:
         """True when a store has it too, which then decides who may open it."""
-        return self.durability != Durability.OFF
+        return self.durability is not Durability.OFF
+
+    def is_under(self, claim_id: bytes) -> bool:
+        """True while it is alive here under that claim."""
+        return self.phase is not Phase.ENDED and self.claim_id == claim_id
 
 
-class Sequences:
-    """All sequences of one model: by id, by slot, and in columns by slot."""
+class SequenceTable:
+    """All sequences of one model: by id, by slot, and in columns by slot.
+
+    A run reads the columns for its whole batch at once. They are read-only views: whoever
+    wants to change one calls the method that says why. What follows from a change (how far a
+    sequence may run) is derived in the same call.
+    """
 
     def __init__(
         self,
+        states: States,
         slots: int,
         *,
+        now: Callable[[], float],
         tombstones_max: int,
         tombstone_seconds: float,
         unacknowledged_steps_max: int,
         undurable_steps_max: int,
     ) -> None:
+        self.states = states
+        self.now = now
         self._by_id: dict[str, Sequence] = {}
         self._by_slot: list[Sequence | None] = [None] * slots
-        # What is known of ended sequences, and until when; and the same in their order. An id
-        # that lives again leaves its place in the order.
+        # Of ended sequences: until when each is remembered, and its record; the same in their
+        # order. An id that lives again leaves its entry in the order.
         self._tombstones: dict[str, tuple[float, Record]] = {}
-        self._burials: deque[tuple[float, str]] = deque()
+        self._tombstone_order: deque[tuple[float, str]] = deque()
         self._tombstones_max = tombstones_max
         self._tombstone_seconds = tombstone_seconds
         self._unacknowledged_steps_max = unacknowledged_steps_max
         self._undurable_steps_max = undurable_steps_max
         self._epoch = 0
-        # Called when a sequence has gone: whoever waits for a place may look.
+        # Called when a sequence has gone: whoever waits for room may look.
         self.on_gone: Callable[[], None] = lambda: None
-        # Columns: a run reads and writes them for its whole batch at once.
-        self.step = np.zeros(slots, np.int64)  # applied
-        self.sent = np.zeros(slots, np.int64)  # where the lane's next chunk follows, as sent
-        self.received = np.zeros(slots, np.int64)  # acknowledged by the client
-        self.durable = np.full(slots, ALL, np.int64)  # safe in the store
-        self.limit = np.zeros(slots, np.int64)  # not run beyond, for want of either
-        self.is_strict = np.zeros(slots, np.bool_)  # nothing leaves that is not durable
+        # Called with stalled slots that may run on.
+        self.on_resumed: Callable[[Slots], None] = lambda _: None
         self.has_strict = False  # once there was one
-        self.stream = np.full(slots, NONE, np.int64)  # the number of the stream attached
-        self.lane = np.zeros(slots, np.int64)
-        self.active = np.zeros(slots, np.float64)  # when it last did something
-        self.generation = np.zeros(slots, np.int64)  # how often the slot changed hands
-        self.is_alive = np.zeros(slots, np.bool_)
-        self.is_running = np.zeros(slots, np.bool_)
-        self.is_faulted = np.zeros(slots, np.bool_)  # drops chunks until one is at `step`
-        # Nothing queued, nothing faulted: the next chunk may go straight into a run.
-        self.is_straight = np.ones(slots, np.bool_)
+
+        self._step, self.step = _column(slots, np.int64)  # applied
+        self._sent, self.sent = _column(slots, np.int64)  # what the lane's next chunk follows
+        self._received, self.received = _column(slots, np.int64)  # acknowledged by the client
+        self._durable, self.durable = _column(slots, np.int64, ALL)  # safe in the store
+        self._limit, self.limit = _column(slots, np.int64)  # not run beyond
+        self._is_stalled, self.is_stalled = _column(slots, np.bool_)  # waits at its limit
+        self._is_strict, self.is_strict = _column(slots, np.bool_)  # only what is durable leaves
+        self._stream, self.stream = _column(slots, np.int64, NONE)  # the number of its stream
+        self._lane, self.lane = _column(slots, np.int64)
+        self._active, self.active = _column(slots, np.float64)  # when it last did something
+        # How often the slot changed hands.
+        self._generation, self.generation = _column(slots, np.int64)
+        self._is_alive, self.is_alive = _column(slots, np.bool_)
+        self._is_running, self.is_running = _column(slots, np.bool_)  # in a thread
+        # Chunks are dropped until one is at `step`.
+        self._is_faulted, self.is_faulted = _column(slots, np.bool_)
+        # Nothing queued, nothing faulted: the next chunk may go directly into a run.
+        self._is_direct, self.is_direct = _column(slots, np.bool_, True)
 
     def __len__(self) -> int:
         return len(self._by_id)
 
     @property
+    def slots(self) -> int:
+        """How many sequences may live."""
+        return len(self._by_slot)
+
+    @property
     def parked(self) -> int:
         """How many are on no stream."""
-        return int((self.is_alive & (self.stream == NONE)).sum())
+        return int((self._is_alive & (self._stream == NONE)).sum())
 
     def __iter__(self) -> Iterator[Sequence]:
         return iter(self._by_id.values())
@@ -185,109 +211,252 @@ class Sequences:
         self._epoch += 1
         return self._epoch
 
+    # The lifecycle.
+
     def create(
-        self, sequence_id: str, slot: int, record: Record, *, step: int, now: float
+        self,
+        sequence_id: str,
+        record: Record,
+        *,
+        step: int,
+        row: StateRows | None = None,
+        plane: int | None = None,
     ) -> Sequence:
-        """A parked sequence at `step` in `slot`."""
+        """A parked sequence at `step`, with the state `row` [state_size] or the initial one.
+
+        Raises IndexError when all slots are in use.
+        """
+        slot = self.states.allocate(row, plane)
         sequence = Sequence(sequence_id, slot, record)
         self._tombstones.pop(sequence_id, None)
         self._by_id[sequence_id] = sequence
         self._by_slot[slot] = sequence
-        self.durable[slot] = ALL
-        self.is_strict[slot] = False
-        self.rewind(slot, step)
-        self.stream[slot] = NONE
-        self.active[slot] = now
-        self.is_alive[slot] = True
-        self.is_running[slot] = False
+        self._durable[slot] = ALL
+        self._is_strict[slot] = False
+        self._rewind(slot, step)
+        self._stream[slot] = NONE
+        self._active[slot] = self.now()
+        self._is_alive[slot] = True
+        self._is_running[slot] = False
         return sequence
 
-    def keep(self, sequence: Sequence, claim_id: bytes, durability: Durability, step: int) -> None:
-        """Have a sequence be this process's under `claim_id`, durable up to `step`."""
+    def own(
+        self, sequence: Sequence, claim_id: bytes, durability: Durability, durable_step: int
+    ) -> None:
+        """Note that this process owns a sequence in the store, where it is durable up to a step."""
+        slot = sequence.slot
         sequence.claim_id = claim_id
         sequence.durability = durability
-        self.durable[sequence.slot] = step
-        self.is_strict[sequence.slot] = durability == Durability.STRICT
-        self.has_strict |= durability == Durability.STRICT
-        self.bound(sequence.slot)
+        self._durable[slot] = durable_step
+        self._is_strict[slot] = durability is Durability.STRICT
+        self.has_strict |= durability is Durability.STRICT
+        self._derive_limit(slot)
 
-    def rewind(self, slot: int, step: int) -> None:
-        """Let a slot stand at `step`, with nothing sent, held or faulted."""
-        self.step[slot] = self.sent[slot] = self.received[slot] = step
-        self.is_faulted[slot] = False
-        self.bound(slot)
+    def begin_again(
+        self, sequence: Sequence, *, step: int, row: StateRows | None, plane: int | None
+    ) -> None:
+        """Put a sequence back to `step` with the state `row` or the initial one."""
+        self.states.reset(sequence.slot, row, plane)
+        self._rewind(sequence.slot, step)
+        sequence.held.clear()
 
-    def bound(self, slots: Slots | int | slice) -> None:
-        """Set how far `slots` may run: after each change of `received` or `durable`."""
-        self.limit[slots] = np.minimum(
-            self.received[slots] + self._unacknowledged_steps_max,
-            self.durable[slots] + self._undurable_steps_max,
-        )
-
-    def wait_for_clients(self, slots: Slots) -> NDArray[np.bool_]:
-        """[n] whether only its client's acknowledgement lets each of `slots` go on."""
-        unacknowledged = self.step[slots] - self.received[slots]
-        return np.asarray(unacknowledged >= self._unacknowledged_steps_max)
-
-    def attach(self, sequence: Sequence, stream: int, lane: int, now: float) -> None:
-        """Put a sequence on a lane of a stream, from where it stands."""
+    def attach(self, sequence: Sequence, stream: int, lane: int) -> None:
+        """Put a sequence on a lane of a stream; its chunks follow the steps applied."""
         sequence.move(Event.ATTACH)
         slot = sequence.slot
-        self.stream[slot] = stream
-        self.lane[slot] = lane
-        self.sent[slot] = self.step[slot]
-        self.active[slot] = now
-        # What was delivered on an earlier lane can be acknowledged no more.
-        self.generation[slot] += 1
+        self._stream[slot] = stream
+        self._lane[slot] = lane
+        self._sent[slot] = self._step[slot]
+        self._active[slot] = self.now()
+        # Outputs of an earlier lane can be acknowledged no more.
+        self._generation[slot] += 1
         if sequence.is_anonymous and not sequence.is_counted:
-            self.received[slot] = ALL
-            self.bound(slot)
-        self.is_faulted[slot] = False
-        self.is_straight[slot] = True
-
-    def stop(self, slot: int) -> None:
-        """Have a slot drop what its lane sends until a chunk names the step it stands at."""
-        self.is_faulted[slot] = True
-        self.is_straight[slot] = False
-
-    def held_from(self, slot: int) -> int:
-        """The first output that is held for a slot's client."""
-        return int(min(self.received[slot], self.step[slot]))
+            self._received[slot] = ALL
+            self._derive_limit(slot)
+        self._is_faulted[slot] = False
+        self._is_direct[slot] = True
 
     def detach(self, sequence: Sequence) -> None:
         """Park a sequence: alive, on no stream."""
         sequence.move(Event.DETACH)
-        self.stream[sequence.slot] = NONE
-        # What it has taken back is sent on its next lane, and not on this one as well.
-        self.generation[sequence.slot] += 1
+        self._stream[sequence.slot] = NONE
+        # Outputs that it holds now are sent on its next lane, and not on this one as well.
+        self._generation[sequence.slot] += 1
 
-    def end(self, sequence: Sequence, ending: str, now: float) -> None:
-        """Take a sequence out; `ending` says why, and a tombstone keeps it."""
+    def end(self, sequence: Sequence, ending: str) -> None:
+        """Take a sequence out; a tombstone keeps `ending`, the reason, for its writer."""
         self.forget(sequence)
         record = sequence.record
         record.is_alive = False
         record.ending = ending
-        until = now + self._tombstone_seconds
+        until = self.now() + self._tombstone_seconds
         self._tombstones[sequence.sequence_id] = (until, record)
-        self._burials.append((until, sequence.sequence_id))
+        self._tombstone_order.append((until, sequence.sequence_id))
         while (
             len(self._tombstones) > self._tombstones_max
-            or len(self._burials) > 2 * self._tombstones_max
+            or len(self._tombstone_order) > 2 * self._tombstones_max
         ):
-            self._forget_oldest()
+            self._drop_oldest_tombstone()
 
     def forget(self, sequence: Sequence) -> None:
-        """Take a sequence out without a trace: what is to be known of it, the store knows."""
+        """Take a sequence out without a tombstone: the store knows what is to be known of it."""
         sequence.move(Event.END)
+        slot = sequence.slot
         del self._by_id[sequence.sequence_id]
-        self._by_slot[sequence.slot] = None
-        self.is_alive[sequence.slot] = False
-        self.durable[sequence.slot] = ALL
-        self.is_strict[sequence.slot] = False
-        self.stream[sequence.slot] = NONE
-        self.generation[sequence.slot] += 1
+        self._by_slot[slot] = None
+        self._is_alive[slot] = False
+        self._durable[slot] = ALL
+        self._is_strict[slot] = False
+        self._stream[slot] = NONE
+        self._generation[slot] += 1
         sequence.held.clear()
+        self.states.free(slot)
         self.on_gone()
+
+    def drop_tombstones(self) -> bool:
+        """Drop tombstones whose time is over; True when there may be more of them."""
+        now = self.now()
+        for _ in range(_TOMBSTONES_AT_ONCE_MAX):
+            if not self._tombstone_order or self._tombstone_order[0][0] > now:
+                return False
+            self._drop_oldest_tombstone()
+        return True
+
+    def _drop_oldest_tombstone(self) -> None:
+        until, sequence_id = self._tombstone_order.popleft()
+        entry = self._tombstones.get(sequence_id)
+        if entry is not None and entry[0] == until:
+            del self._tombstones[sequence_id]
+
+    # Chunks on their way to a run.
+
+    def note_queued(self, slots: Slots, sent: Integers) -> None:
+        """Chunks of `slots` [n] are in their queues; the next ones follow `sent` [n] steps."""
+        self._sent[slots] = sent
+        self._is_direct[slots] = False
+
+    def note_direct(self, slots: Slots, sent: Integers) -> None:
+        """Chunks of `slots` [n] go directly into a run; the next ones follow `sent` [n] steps."""
+        self._sent[slots] = sent
+
+    def begin_run(self, slots: Slots) -> None:
+        """A thread runs `slots` [batch] now."""
+        self._is_running[slots] = True
+        self._is_direct[slots] = False
+
+    def end_run(self, slots: Slots) -> None:
+        """No thread runs `slots` [batch] any more."""
+        self._is_running[slots] = False
+
+    def derive_direct(self, slots: Slots, is_queue_empty: NDArray[np.bool_]) -> None:
+        """Say after a run of `slots` [n] whether their next chunks may go directly into one."""
+        self._is_direct[slots] = (
+            is_queue_empty & ~self._is_faulted[slots] & (self._sent[slots] == self._step[slots])
+        )
+
+    def fault(self, slot: int) -> None:
+        """Have a slot drop what its lane sends until a chunk names the step it stands at."""
+        self._is_faulted[slot] = True
+        self._is_direct[slot] = False
+
+    def clear_fault(self, slot: int) -> None:
+        """The chunk that a faulted slot waited for has come."""
+        self._is_faulted[slot] = False
+
+    def apply(
+        self,
+        slots: Slots,
+        steps: Integers,
+        states: StateRows,
+        is_applied: NDArray[np.bool_] | None,
+    ) -> None:
+        """Make a run's states the sequences' own; they stand at `steps` now.
+
+        `slots`, `steps` and `is_applied` are [batch], `states` [batch, state_size]; None: all are
+        applied.
+        """
+        self._active[slots] = self.now()
+        if is_applied is not None:
+            slots, steps, states = slots[is_applied], steps[is_applied], states[is_applied]
+        self._step[slots] = steps
+        self.states.put(slots, states)
+
+    # How far a sequence may run.
+
+    def acknowledge(self, slots: Slots, ends: Integers) -> None:
+        """The clients of `slots` [n], all different, have the outputs up to `ends` [n].
+
+        Nobody can have more than was applied, whatever they say; and `received` only rises.
+        """
+        self._received[slots] = np.maximum(
+            self._received[slots], np.minimum(ends, self._step[slots])
+        )
+        self._derive_limits(slots)
+
+    def set_received(self, sequence: Sequence, step: int) -> None:
+        """The client that opens a sequence has its outputs up to `step`."""
+        self._received[sequence.slot] = step
+        self._derive_limit(sequence.slot)
+
+    def note_durable(self, slots: Slots, steps: Integers) -> None:
+        """The store has `slots` [n], all different, up to `steps` [n]."""
+        self._durable[slots] = np.maximum(self._durable[slots], steps)
+        self._derive_limits(slots)
+
+    def wait_for_clients(self, slots: Slots) -> NDArray[np.bool_]:
+        """[n] whether only its client's acknowledgement lets each of `slots` run on."""
+        unacknowledged = self._step[slots] - self._received[slots]
+        return np.asarray(unacknowledged >= self._unacknowledged_steps_max)
+
+    def held_from(self, slot: int) -> int:
+        """The first output that is held for a slot's client."""
+        return int(min(self._received[slot], self._step[slot]))
+
+    def _rewind(self, slot: int, step: int) -> None:
+        """Let a slot stand at `step`, with nothing sent, held or faulted."""
+        self._step[slot] = self._sent[slot] = self._received[slot] = step
+        self._is_faulted[slot] = False
+        self._derive_limit(slot)
+
+    def stall(self, slots: Slots | int) -> None:
+        """`slots` [n] wait until their limit is raised; `on_resumed` tells when."""
+        self._is_stalled[slots] = True
+
+    def clear_stall(self, slot: int) -> None:
+        """A slot waits for nothing any more: its queue is empty."""
+        self._is_stalled[slot] = False
+
+    def _derive_limits(self, slots: Slots) -> None:
+        self._limit[slots] = np.minimum(
+            self._received[slots] + self._unacknowledged_steps_max,
+            self._durable[slots] + self._undurable_steps_max,
+        )
+        is_stalled = self._is_stalled[slots]
+        if is_stalled.any():
+            self._resume(np.unique(slots[is_stalled]))
+
+    def _derive_limit(self, slot: int) -> None:
+        """As `_derive_limits`, of one slot: numbers cost a fraction of what arrays of one do."""
+        self._limit[slot] = min(
+            self._received[slot] + self._unacknowledged_steps_max,
+            self._durable[slot] + self._undurable_steps_max,
+        )
+        if self._is_stalled[slot]:
+            self._resume(np.array([slot]))
+
+    def _resume(self, slots: Slots) -> None:
+        self._is_stalled[slots] = False
+        self.on_resumed(slots)
+
+    # Time.
+
+    def touch(self, sequence: Sequence) -> None:
+        """A sequence does something now."""
+        self._active[sequence.slot] = self.now()
+
+    def touch_durable(self) -> None:
+        """Let the idle time of all durable sequences begin anew."""
+        self._active[self._durable < ALL] = self.now()
 
     def idle(self, before: float) -> Iterator[Sequence]:
         """The sequences that did nothing since `before` and are in no run.
@@ -296,28 +465,24 @@ class Sequences:
         """
 
         def is_idle(chosen: int | slice) -> NDArray[np.bool_]:
-            was_idle = self.is_alive[chosen] & (self.active[chosen] < before)
-            return np.asarray(was_idle & ~self.is_running[chosen])
+            was_idle = self._is_alive[chosen] & (self._active[chosen] < before)
+            return np.asarray(was_idle & ~self._is_running[chosen])
 
         for slot in np.flatnonzero(is_idle(slice(None))).tolist():
             if is_idle(slot):
                 yield self.at(slot)
 
-    def forget_tombstones(self, now: float) -> bool:
-        """Drop tombstones whose time is over; True when there may be more of them."""
-        for _ in range(_FORGOTTEN_AT_ONCE_MAX):
-            if not self._burials or self._burials[0][0] > now:
-                return False
-            self._forget_oldest()
-        return True
-
-    def _forget_oldest(self) -> None:
-        until, sequence_id = self._burials.popleft()
-        entry = self._tombstones.get(sequence_id)
-        if entry is not None and entry[0] == until:
-            del self._tombstones[sequence_id]
-
-    def is_same(self, slots: Slots, generations: NDArray[np.int64]) -> NDArray[np.bool_]:
+    def is_same(self, slots: Slots, generations: Integers) -> NDArray[np.bool_]:
         """[n] whether each slot is still in the hands it was in at that generation."""
-        same: NDArray[np.bool_] = self.generation[slots] == generations
+        same: NDArray[np.bool_] = self._generation[slots] == generations
         return same
+
+
+def _column(
+    slots: int, dtype: type[Scalar], value: object = 0
+) -> tuple[NDArray[Scalar], NDArray[Scalar]]:
+    """A column [slots], and the read-only view of it that everybody else sees."""
+    column = np.full(slots, value, dtype)
+    view = column.view()
+    view.flags.writeable = False
+    return column, view

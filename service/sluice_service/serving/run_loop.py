@@ -6,21 +6,16 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 from typing import TypeVar
 
-import numpy as np
 import structlog
-from numpy.typing import NDArray
 
-from sluice_service.arrays import unpad
 from sluice_service.batching.arrivals import Arrivals
 from sluice_service.batching.engine import Outcome
-from sluice_service.batching.scheduler import Ending, Run, Scheduler
+from sluice_service.batching.run import Run
+from sluice_service.batching.scheduler import Scheduler
 from sluice_service.batching.versions import Versions
 from sluice_service.metrics import ModelMetrics
-from sluice_service.runtime.clock import AwakeClock
-from sluice_service.sequences.events import EndReason, Outputs
-from sluice_service.sequences.states import Arena, Slots
-from sluice_service.sequences.table import Sequences
-from sluice_service.serving.attachments import Lanes
+from sluice_service.sequences.stream import Streams
+from sluice_service.serving.landing import Landing
 
 log = structlog.get_logger()
 T = TypeVar("T")
@@ -34,31 +29,25 @@ _PART_SECONDS_MIN = 0.001
 
 
 class RunLoop:
-    """Takes runs from the scheduler, has the versions execute them, applies what comes out."""
+    """Takes runs from the scheduler, has the versions execute them, and lets them land."""
 
     def __init__(
         self,
-        arena: Arena,
-        sequences: Sequences,
         scheduler: Scheduler,
-        lanes: Lanes,
         versions: Versions,
-        clock: AwakeClock,
+        landing: Landing,
+        streams: Streams,
         metrics: ModelMetrics,
         executor: Executor,
-        on_applied: Callable[[Slots], None] | None,
         *,
         runs_at_once_max: int,
     ) -> None:
-        self._arena = arena
-        self._sequences = sequences
         self._scheduler = scheduler
-        self._lanes = lanes
         self._versions = versions
-        self._clock = clock
+        self._landing = landing
+        self._streams = streams
         self._metrics = metrics
         self._executor = executor
-        self._on_applied = on_applied
         self._runs_at_once_max = runs_at_once_max
         self._in_flight = 0
         self._is_pump_due = False
@@ -106,11 +95,15 @@ class RunLoop:
         """False while as many runs are in flight as may be, or somebody waits for their end."""
         return self._in_flight < self._runs_at_once_max and not self._waiting
 
+    def settle(self) -> None:
+        """Act on what has come to light since the last run; for callers outside of a run."""
+        self._landing.settle()
+
     async def between_runs(self, action: Callable[[], T]) -> T:
         """What `action` returns, called at an instant when no run is in flight."""
         if not self._in_flight:
             done = action()
-            self.settle()
+            self._landing.settle()
             return done
         result: asyncio.Future[T] = asyncio.get_running_loop().create_future()
 
@@ -125,23 +118,6 @@ class RunLoop:
         self._waiting.append(act)
         return await result
 
-    def settle(self) -> None:
-        """Act on what the scheduler met: faults, endings, steps that will never run."""
-        scheduler, lanes = self._scheduler, self._lanes
-        if scheduler.faults:
-            for slot, error in _drain(scheduler.faults):
-                lanes.fault(slot, error)
-        if scheduler.endings:
-            for slot, ending in _drain(scheduler.endings):
-                sequence = self._sequences.at(slot)
-                if ending is Ending.CLOSE:
-                    lanes.end(sequence, EndReason.CLIENT, "its writer closed it")
-                else:
-                    lanes.part(sequence, EndReason.PARKED)
-        if scheduler.dropped:
-            for number, steps in _drain(scheduler.dropped):
-                lanes.finish_steps(number, steps)
-
     def _pump(self) -> None:
         """Start the next run, if there is one and it may start."""
         self._is_pump_due = False
@@ -149,14 +125,14 @@ class RunLoop:
             return
         began = time.monotonic()
         run = self._scheduler.next_run()
-        self.settle()
+        self._landing.settle()
         if run is None:
             if not self._in_flight:
                 self._idle.set()
             return
         self._metrics.run_started(began, run.arrived, run.weights)
         sequences, steps = run.inputs[0].shape[:2]
-        is_alone = len(self._lanes) == 1
+        is_alone = len(self._streams) == 1
         inline_max = _INLINE_ALONE_SECONDS_MAX if is_alone else _INLINE_SECONDS_MAX
         estimate = self._versions.estimate(sequences, steps)
         if estimate <= inline_max:
@@ -189,79 +165,14 @@ class RunLoop:
         """Apply a run, then what waited for that instant."""
         if run.is_apart:
             self._in_flight -= 1
-        self._apply(run, outcome)
-        self.settle()
+        self._landing.apply(run, outcome)
+        self._landing.settle()
         if self._waiting and not self._in_flight:
             waiting, self._waiting = self._waiting, []
             for act in waiting:
                 act()
-            self.settle()
+            self._landing.settle()
         if self._scheduler.has_ready:
             self._pump_soon()
         elif not self._in_flight:
             self._idle.set()
-
-    def _apply(self, run: Run, outcome: Outcome) -> None:
-        """Make a run's states the sequences' own and hand its outputs to their streams."""
-        began = time.monotonic()
-        table, slots = self._sequences, run.slots
-        table.active[slots] = self._clock.now()
-        applied: NDArray[np.bool_] | None = None
-        if outcome.errors:
-            applied = np.ones(len(slots), np.bool_)
-            applied[list(outcome.errors)] = False
-            table.step[slots] += np.where(applied, run.lengths, 0)
-            self._arena.put(slots[applied], outcome.states[applied])
-        else:
-            table.step[slots] = run.first + run.lengths
-            self._arena.put(slots, outcome.states)
-        self._scheduler.finish(run, applied)
-        if self._on_applied is not None:
-            self._on_applied(slots)
-        steps = self._deliver(run, outcome, applied)
-        for index, error in outcome.errors.items():
-            self._lanes.fault(int(slots[index]), error)
-        cells = run.inputs[0].shape[0] * run.inputs[0].shape[1]
-        self._metrics.run_ended(len(slots), steps, cells, outcome.seconds)
-        self._metrics.delivered(began, run.arrived, run.weights)
-
-    def _deliver(self, run: Run, outcome: Outcome, applied: NDArray[np.bool_] | None) -> int:
-        """Cut a run's outputs at the borders between streams; the steps applied."""
-        generations = self._sequences.generation[run.slots]
-        each = run.steps_each
-        rows = [
-            unpad(output, run.lengths, is_whole=bool(each)).tobytes() for output in outcome.outputs
-        ]
-        ends = np.cumsum(run.lengths) if not each else None
-        total = each * len(run.slots) if ends is None else int(ends[-1])
-        row_bytes = [len(output) // total for output in rows]
-        start = row_start = applied_steps = 0
-        for number, stop in run.streams:
-            row_stop = stop * each if ends is None else int(ends[stop - 1])
-            delivery = Outputs(
-                run.slots[start:stop],
-                generations[start:stop],
-                run.lanes[start:stop],
-                run.first[start:stop],
-                run.lengths[start:stop],
-                row_stop - row_start,
-                [
-                    output[row_start * size : row_stop * size]
-                    for output, size in zip(rows, row_bytes, strict=True)
-                ],
-            )
-            self._lanes.finish_steps(number, delivery.rows)
-            if applied is not None:
-                delivery = delivery.only(applied[start:stop])
-            if delivery.rows:
-                self._lanes.deliver(delivery, number)
-            applied_steps += delivery.rows
-            start, row_start = stop, row_stop
-        return applied_steps
-
-
-def _drain(items: "list[T]") -> "list[T]":
-    """The items, taken out of their list."""
-    taken = items.copy()
-    items.clear()
-    return taken

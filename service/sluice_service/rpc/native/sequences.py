@@ -110,7 +110,7 @@ class SequencesService:
         """The state of a live sequence."""
         async with as_status(context):
             host = find_host(self._hosts, request.model)
-            return write_state(await host.listing.state(request.sequence_id))
+            return write_state(await host.state(request.sequence_id))
         raise AssertionError
 
     async def fork(self, request: ForkRequest, context: Context) -> ForkResponse:
@@ -137,7 +137,7 @@ class SequencesService:
         async with as_status(context):
             names = [request.model] if request.model else sorted(self._hosts)
             for name in names:
-                async for info in find_host(self._hosts, name).listing.all():
+                async for info in find_host(self._hosts, name).all_sequences():
                     yield write_info(info)
 
 
@@ -293,9 +293,9 @@ class _Session:
             self._responses += 1
             await self._context.write(self._encoder.notices(outbox))
             return
-        item = self._stream.take_delivery()
+        item = self._stream.take_outputs()
         frames = self._encoder.frames(item)
-        self._host.lanes.sending(self._stream, item, self._responses + len(frames))
+        self._host.note_sent(self._stream, item, self._responses + len(frames))
         for frame in frames:
             self._responses += 1
             await self._context.write(frame)

@@ -177,7 +177,7 @@ class Trunk:
         while outbox:
             item = outbox[0]
             if isinstance(item, Outputs):
-                self._deliver(self._stream.take_delivery())
+                self._deliver(self._stream.take_outputs())
                 continue
             outbox.popleft()
             if isinstance(item, Opened):
@@ -225,7 +225,7 @@ class Trunk:
         """
         assert self._stream is not None
         if lane.current is None or lane.current.steps <= self._answer_steps_max:
-            self._host.lanes.keep(self._stream, lane.number, first, steps, outputs)
+            self._host.hold_outputs(self._stream, lane.number, first, steps, outputs)
         else:
             end = np.array([first + steps])
             self._host.acknowledge(self._stream, np.array([lane.number]), end)

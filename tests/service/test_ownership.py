@@ -51,7 +51,7 @@ async def test_a_resume_beyond_the_limit_takes_nothing_from_the_server_that_has_
     )
     await eventually(lambda: here.find(MODEL, "s0"))
     host = there.server._hosts[MODEL]
-    await host._keeper.flush()
+    await host._durable.checkpointer.flush()
     assert {name: there.find(MODEL, name) is not None for name in ("s0", "s1", "s2")} == {
         "s0": False,
         "s1": True,
@@ -114,7 +114,7 @@ async def test_an_unloaded_model_waits_for_its_store_and_nobody_waits_for_it(
     await wire.send(close=[0])
     await eventually(lambda: host.store_down_seconds > 0)
     # It is another server's now, but the store has not heard of its end here.
-    host._lanes.lose(host._sequences.get("s"))
+    host._attachments.lose(host._table.get("s"))
     async with asyncio.timeout(SECONDS):
         await hosts.unload(MODEL)
     assert MODEL in hosts
@@ -136,7 +136,7 @@ async def test_a_model_that_is_loaded_while_its_unloading_ends_is_served_whole(
     await wire.send(park=[0])
     await eventually(lambda: writes.done == 1)
     # It turns out to be another server's while its checkpoint is under way.
-    host._lanes.lose(host._sequences.get("s"))
+    host._attachments.lose(host._table.get("s"))
     unloading = asyncio.ensure_future(hosts.unload(MODEL))
     await eventually(lambda: MODEL not in hosts)
     await hosts.adopt(MODEL, version)
@@ -160,7 +160,7 @@ async def test_a_start_that_a_stop_has_overtaken_leaves_its_id_to_the_next_serve
     host = here.server._hosts[MODEL]
     await host.drain()
     claims.answer()
-    await host._keeper.custody.settled(["s"])
+    await host._durable.ownership.answered(["s"])
     assert here.find(MODEL, "s") is None
     opened = await there.wire(MODEL).open(0, "s")
     assert opened.applied == 0

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from sluice_model import ModelError
-from sluice_service.sequences.states import Arena
+from sluice_service.sequences.states import States
 
 SLOTS = 6
 INITIAL = np.array([1, 2, 3], np.float32)
@@ -15,30 +15,30 @@ INITIAL = np.array([1, 2, 3], np.float32)
 
 @given(st.data())
 def test_what_is_put_is_taken(data) -> None:
-    arena = Arena(20, INITIAL)
-    slots = np.array([arena.allocate() for _ in range(20)])
+    everything = States(20, INITIAL)
+    slots = np.array([everything.allocate() for _ in range(20)])
     chosen = np.array(data.draw(st.lists(st.sampled_from(slots.tolist()), unique=True)), np.int64)
     states = np.random.default_rng(0).standard_normal((len(chosen), 3)).astype(np.float32)
-    arena.put(chosen, states)
-    assert (arena.take(chosen) == states).all()
+    everything.put(chosen, states)
+    assert (everything.take(chosen) == states).all()
     others = np.setdiff1d(slots, chosen)
-    assert (arena.take(others) == INITIAL).all()
+    assert (everything.take(others) == INITIAL).all()
 
 
 def test_what_is_taken_is_a_copy() -> None:
-    arena = Arena(2, INITIAL)
-    slot = np.array([arena.allocate()])
-    taken = arena.take(slot)
-    arena.put(slot, taken + 1)
+    everything = States(2, INITIAL)
+    slot = np.array([everything.allocate()])
+    taken = everything.take(slot)
+    everything.put(slot, taken + 1)
     assert (taken == INITIAL).all()
 
 
-class ArenaMachine(RuleBasedStateMachine):
-    """An arena against a dictionary of rows, in planes of different widths."""
+class StatesMachine(RuleBasedStateMachine):
+    """All states against a dictionary of rows, in planes of different widths."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.arena = Arena(SLOTS, INITIAL)
+        self.all = States(SLOTS, INITIAL)
         self.initial = INITIAL.tolist()
         self.newest = 0
         self.planes = {0}
@@ -49,24 +49,24 @@ class ArenaMachine(RuleBasedStateMachine):
     @rule(initial=st.lists(st.integers(0, 9), min_size=1, max_size=5))
     def begin_plane(self, initial) -> None:
         self.initial = initial
-        self.newest = self.arena.begin_plane(np.array(initial, np.float32))
+        self.newest = self.all.begin_plane(np.array(initial, np.float32))
         assert self.newest not in self.planes
         self.planes.add(self.newest)
 
     @rule()
     def drop_planes(self) -> None:
         for number in self.planes - {self.newest, *self.plane.values()}:
-            self.arena.drop_plane(number)
+            self.all.drop_plane(number)
             self.planes.remove(number)
 
     @rule(value=st.none() | st.integers(0, 9))
     def allocate(self, value) -> None:
         if len(self.rows) == SLOTS:
             with pytest.raises(IndexError):
-                self.arena.allocate()
+                self.all.allocate()
             return
         row = self.initial if value is None else [value] * len(self.initial)
-        slot = self.arena.allocate(None if value is None else np.array(row, np.float32))
+        slot = self.all.allocate(None if value is None else np.array(row, np.float32))
         assert slot not in self.rows
         self.rows[slot], self.plane[slot] = row, self.newest
 
@@ -75,14 +75,14 @@ class ArenaMachine(RuleBasedStateMachine):
     def free(self, data) -> None:
         slot = data.draw(st.sampled_from(sorted(self.rows)))
         del self.rows[slot], self.plane[slot]
-        self.arena.free(slot)
+        self.all.free(slot)
 
     @precondition(lambda self: self.rows)
     @rule(data=st.data(), value=st.integers(10, 99))
     def put(self, data, value) -> None:
         slots = data.draw(st.lists(st.sampled_from(sorted(self.rows)), unique=True))
-        states = np.full((len(slots), self.arena.row_size), value, np.float32)
-        self.arena.put(np.array(slots, np.int64), states)
+        states = np.full((len(slots), self.all.row_size), value, np.float32)
+        self.all.put(np.array(slots, np.int64), states)
         for slot in slots:
             self.rows[slot] = [value] * len(self.rows[slot])
 
@@ -90,39 +90,39 @@ class ArenaMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def reset(self, data) -> None:
         slot = data.draw(st.sampled_from(sorted(self.rows)))
-        self.arena.reset(slot)
+        self.all.reset(slot)
         self.rows[slot], self.plane[slot] = self.initial, self.newest
 
     @invariant()
     def agrees(self) -> None:
         slots = sorted(self.rows)
-        taken = self.arena.take(np.array(slots, np.int64))
+        taken = self.all.take(np.array(slots, np.int64))
         for slot, state in zip(slots, taken.tolist(), strict=True):
             row = self.rows[slot]
             assert state[: len(row)] == row
-            assert self.arena.row(slot).tolist() == row
-            assert self.arena.plane_of(slot) == self.plane[slot]
-        assert self.arena.live == len(slots)
-        assert self.arena.is_full == (len(slots) == SLOTS)
+            assert self.all.row(slot).tolist() == row
+            assert self.all.plane_of(slot) == self.plane[slot]
+        assert self.all.live == len(slots)
+        assert self.all.is_full == (len(slots) == SLOTS)
 
 
-TestArena = ArenaMachine.TestCase
+TestStates = StatesMachine.TestCase
 
 
 @pytest.mark.parametrize("size", [2**42, 2**52])
 def test_states_that_no_memory_holds_are_refused_and_change_nothing(size) -> None:
-    arena = Arena(1024, INITIAL)
+    everything = States(1024, INITIAL)
     with pytest.raises(ModelError, match=r"1,024 sequences .* lower --sequences-max"):
-        arena.begin_plane(np.broadcast_to(np.float32(0), size))
-    slot = np.array([arena.allocate()])
-    assert arena.take(slot).tolist() == [INITIAL.tolist()]
+        everything.begin_plane(np.broadcast_to(np.float32(0), size))
+    slot = np.array([everything.allocate()])
+    assert everything.take(slot).tolist() == [INITIAL.tolist()]
 
 
 def test_a_freed_slot_holds_the_initial_state_for_the_next_sequence() -> None:
     for initial in (INITIAL, np.zeros(3, np.float32)):
-        arena = Arena(1, initial)
-        slot = arena.allocate()
-        arena.put(np.array([slot]), np.full((1, 3), 9, np.float32))
-        arena.free(slot)
-        assert arena.allocate() == slot
-        assert (arena.take(np.array([slot])) == initial).all()
+        everything = States(1, initial)
+        slot = everything.allocate()
+        everything.put(np.array([slot]), np.full((1, 3), 9, np.float32))
+        everything.free(slot)
+        assert everything.allocate() == slot
+        assert (everything.take(np.array([slot])) == initial).all()

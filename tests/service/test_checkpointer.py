@@ -1,4 +1,4 @@
-"""What the keeper does at the worst moments: a store that answers late, or not, or to others."""
+"""What the checkpointer does when a store answers late, or not, or to others."""
 
 import asyncio
 
@@ -14,6 +14,7 @@ from sluice_protos.sequences_pb2 import (
     OpenSequence,
 )
 from sluice_service.models.host import Host
+from sluice_service.sequences.table import SequenceTable
 from sluice_service.store import Key
 from tests.service.hands import Away, Late
 from tests.service.wire import Served, eventually, floats
@@ -38,12 +39,12 @@ async def test_a_store_that_is_away_is_asked_again_until_it_answers(kept, monkey
     store = Away(served, monkeypatch, "write")
     await wire.push(0, floats([1]), first=0)
     await failures(served, 1)
-    keeper = host_of(served)._keeper
-    since = keeper._down_since
+    checkpointer = host_of(served)._durable.checkpointer
+    since = checkpointer._down_since
     assert since is not None
     # It never counts as back only because there was nothing to ask it for a while.
     await failures(served, 5)
-    assert keeper._down_since == since
+    assert checkpointer._down_since == since
     store.come_back()
     await eventually(lambda: served.metric("sluice_store_down_seconds", model=MODEL) == 0)
 
@@ -61,18 +62,23 @@ async def test_strict_sequences_leave_room_for_the_checkpoints_of_others(kept) -
     )
     await wire.until(lambda: len(wire.opened) == count)
     host = host_of(served)
-    table, keeper = host._sequences, host._keeper
+    table, pending = host._table, host._durable.pending
     written = np.zeros(len(table.step), np.int64)
     for _ in range(12):
         # Whoever was written has gone on by the next time.
         alive = np.flatnonzero(table.is_alive)
-        table.step[alive] = table.durable[alive] + host._settings.checkpoint_steps
-        chosen = keeper._choose()
+        _go_on(table, alive, table.durable[alive] + host._settings.checkpoint_steps)
+        chosen = pending.choose()
         assert len(chosen) == 256
         assert len(np.unique(chosen)) == len(chosen)
         written[chosen] += 1
-    table.step[alive] = table.durable[alive]
+    _go_on(table, alive, table.durable[alive])
     assert written[alive].min() >= 6
+
+
+def _go_on(table: SequenceTable, slots: np.ndarray, steps: np.ndarray) -> None:
+    """Let sequences stand at `steps` [n]."""
+    table.apply(slots, steps, table.states.take(slots), None)
 
 
 async def test_a_slot_that_changed_hands_is_not_written_for_its_last_owner(
@@ -82,20 +88,20 @@ async def test_a_slot_that_changed_hands_is_not_written_for_its_last_owner(
     wire = served.wire(MODEL)
     await wire.open(0, "s", writer=ME, attempt=1)
     host = host_of(served)
-    slot = host._sequences.get("s").slot
+    slot = host._table.get("s").slot
     writes = Late(served, "write", monkeypatch)
     await wire.send(park=[0])
     await eventually(lambda: writes.done == 1)
     # Meanwhile it has turned out to live elsewhere, and one that is in no store has its slot.
-    host._lanes.lose(host._sequences.get("s"))
+    host._attachments.lose(host._table.get("s"))
     wire = served.wire(MODEL)
     await wire.open(0, "off", durability=OFF)
-    assert host._sequences.get("off").slot == slot
+    assert host._table.get("off").slot == slot
     wire.cut()
     await served.parked(MODEL, "off")
     writes.answer()
     # Else it would be written for ever, for there is nothing to write.
-    await eventually(lambda: host._keeper.is_safe(slot))
+    await eventually(lambda: host._durable.pending.is_safe(slot))
 
 
 async def test_a_write_that_an_open_here_has_overtaken_loses_nothing(kept, monkeypatch) -> None:
@@ -105,7 +111,7 @@ async def test_a_write_that_an_open_here_has_overtaken_loses_nothing(kept, monke
     await old.push(0, floats([1]), first=0)
     await old.rows(0, 1)
     host = host_of(served)
-    await eventually(lambda: host._keeper.undurable_steps == 0)
+    await eventually(lambda: host._durable.checkpointer.undurable_steps == 0)
     claims = Late(served, "claim", monkeypatch)
     again = OpenSequence(lane=0, sequence_id="s", mode=RESUME, writer=ME, attempt=2, received=1)
     await new.send(open=[again])
@@ -121,7 +127,7 @@ async def test_a_write_that_an_open_here_has_overtaken_loses_nothing(kept, monke
     claims.answer()
     assert (await new.next_opened(0)).applied == 2
     assert served.metric("sluice_sequences_fenced_total", model=MODEL) == 0
-    await eventually(lambda: host._keeper.undurable_steps == 0)
+    await eventually(lambda: host._durable.checkpointer.undurable_steps == 0)
 
 
 async def test_a_stop_waits_for_what_was_applied_while_the_last_write_was_under_way(
@@ -137,7 +143,7 @@ async def test_a_stop_waits_for_what_was_applied_while_the_last_write_was_under_
     await eventually(lambda: served.find(MODEL, "s").step == 2)
     host = host_of(served)
     drained = asyncio.ensure_future(host.drain())
-    await eventually(lambda: not host._keeper.is_safe(host._sequences.get("s").slot))
+    await eventually(lambda: not host._durable.pending.is_safe(host._table.get("s").slot))
     writes.answer()
     await drained
     stored = await served.server._store.read(Key(MODEL, "s"))

@@ -17,7 +17,7 @@ from sluice_service.models.repository import Repository
 from sluice_service.pages import make_app
 from sluice_service.rpc.health import Health
 from sluice_service.rpc.native.models import ModelsService
-from sluice_service.rpc.native.sequences import SequencesService
+from sluice_service.rpc.native.service import SequencesService
 from sluice_service.rpc.open_inference.service import OpenInferenceService
 from sluice_service.runtime import memory
 from sluice_service.settings import Settings

@@ -22,12 +22,12 @@ Call = Callable[[Sequence[Any]], Awaitable[list[Any]]]
 
 def trace_work(trace: Trace) -> None:
     """Note what is applied and what leaves, and close the traps at these instants."""
-    from sluice_service.rpc.native.sequences import _Session
+    from sluice_service.rpc.native.session import Session
     from sluice_service.sequences.table import SequenceTable
     from sluice_service.serving.landing import Landing
     from sluice_service.serving.outputs import OutputBuffer
 
-    apply, note_sent, write = Landing.apply, OutputBuffer.note_sent, _Session._write_next
+    apply, note_sent, write = Landing.apply, OutputBuffer.note_sent, Session._write_next
     forget = SequenceTable.forget
     leaving: dict[int, list[tuple[str, int]]] = {}
     names: dict[tuple[int, int], str] = {}
@@ -63,7 +63,7 @@ def trace_work(trace: Trace) -> None:
     Landing.apply = apply_traced
     SequenceTable.forget = forget_traced
     OutputBuffer.note_sent = note_sent_traced
-    _Session._write_next = write_traced
+    Session._write_next = write_traced
 
 
 class TracedStore:

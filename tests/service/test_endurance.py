@@ -9,16 +9,16 @@ from grpc import StatusCode
 
 from sluice_protos.sequences_pb2 import RESUME, Closed, OpenSequence, Tensor
 from sluice_service.batching.queues import Frame
-from sluice_service.rpc.native.sequences import _Session
+from sluice_service.rpc.native.session import Session
 from sluice_service.sequences.events import Outputs
+from sluice_service.sequences.lifecycle import Held, Sequence
 from sluice_service.sequences.stream import Stream
-from sluice_service.sequences.table import Held, Sequence
 from sluice_service.serving.attachments import Departure
 from sluice_service.store.claims import Record
 from tests.service.wire import Served, eventually, floats
 
 MODEL = "accumulator"
-KINDS = (Sequence, Record, Held, Departure, Outputs, Frame, Stream, _Session)
+KINDS = (Sequence, Record, Held, Departure, Outputs, Frame, Stream, Session)
 ROUNDS = 10
 
 
@@ -103,7 +103,7 @@ def no_collector() -> Iterator[None]:
 
 async def test_a_stream_that_has_ended_leaves_nothing_to_the_collector(sums, no_collector) -> None:
     served = await sums()
-    kinds = (Outputs, Frame, Stream, _Session)
+    kinds = (Outputs, Frame, Stream, Session)
     before = _count(kinds)
     for is_cut in (False, True):
         wire = served.wire(MODEL)

@@ -414,7 +414,6 @@ def _table(slots: int, *, unacknowledged_steps_max: int) -> SequenceTable:
         States(slots, np.zeros(1, np.float32)),
         slots,
         now=lambda: 0.0,
-        tombstones_max=4,
         tombstone_seconds=1,
         unacknowledged_steps_max=unacknowledged_steps_max,
         undurable_steps_max=1,

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from sluice_service.sequences.lifecycle import Event, IllegalTransitionError, Phase
 from sluice_service.sequences.states import States
-from sluice_service.sequences.table import NONE, Event, IllegalTransitionError, Phase, SequenceTable
+from sluice_service.sequences.table import NONE, SequenceTable
 from sluice_service.store.claims import Durability, Record
 
 # Written again here: from where, by what, to where. Every other move is illegal.
@@ -33,10 +34,10 @@ class Now:
         return self.seconds
 
 
-def _table(**changes) -> SequenceTable:
+def _table(slots: int = 8, **changes) -> SequenceTable:
     limits = {"unacknowledged_steps_max": 9, "undurable_steps_max": 9}
-    fields = {"tombstones_max": 4, "tombstone_seconds": 10, "now": Now(), **limits, **changes}
-    return SequenceTable(States(8, np.zeros(1, np.float32)), 8, **fields)
+    fields = {"tombstone_seconds": 10, "now": Now(), **limits, **changes}
+    return SequenceTable(States(slots, np.zeros(1, np.float32)), slots, **fields)
 
 
 def _create(table: SequenceTable, name: str = "s", writer: bytes = b"w", step: int = 0):
@@ -152,7 +153,7 @@ def test_a_tombstone_tells_why_until_its_time_is_over() -> None:
 
 
 def test_tombstones_are_bounded_and_the_oldest_goes_first() -> None:
-    table = _table(tombstones_max=2)
+    table = _table(slots=2)
     for name in ("a", "b", "c"):
         table.end(_create(table, name), "over")
     assert [table.record(name) is None for name in ("a", "b", "c")] == [True, False, False]

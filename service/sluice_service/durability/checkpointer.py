@@ -18,8 +18,8 @@ from sluice_service.durability.snapshots import Snapshot, Snapshots
 from sluice_service.errors import StoreDownError
 from sluice_service.metrics import ModelMetrics
 from sluice_service.sequences.events import EndReason
+from sluice_service.sequences.lifecycle import Sequence as LiveSequence
 from sluice_service.sequences.states import Slots
-from sluice_service.sequences.table import Sequence as LiveSequence
 from sluice_service.sequences.table import SequenceTable
 from sluice_service.serving.attachments import Attachments, Departure
 from sluice_service.serving.outputs import OutputBuffer

@@ -11,8 +11,8 @@ from sluice_service.durability.pending import BATCH_MAX
 from sluice_service.durability.snapshots import Snapshots
 from sluice_service.errors import LaneError, LimitError, NotFoundError, StoreDownError
 from sluice_service.runtime.cooperative import take_turns
+from sluice_service.sequences.lifecycle import Sequence as LiveSequence
 from sluice_service.sequences.stream import Stream
-from sluice_service.sequences.table import Sequence as LiveSequence
 from sluice_service.sequences.table import SequenceTable
 from sluice_service.serving.admission import Admission
 from sluice_service.serving.attachments import Departure

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from sluice_service.batching.versions import Version, Versions
+from sluice_service.sequences.lifecycle import Sequence
 from sluice_service.sequences.states import Slots
-from sluice_service.sequences.table import Sequence, SequenceTable
+from sluice_service.sequences.table import SequenceTable
 from sluice_service.serving.outputs import OutputBuffer
 from sluice_service.store import Checkpoint, Packed, pack
 from sluice_service.store.claims import OpenRequest

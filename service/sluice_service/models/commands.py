@@ -7,7 +7,8 @@ from sluice_service.durability.ownership import Answer, Ownership
 from sluice_service.errors import ExistsError, LaneError, StoreDownError
 from sluice_service.models.queries import Queries
 from sluice_service.sequences.events import EndReason
-from sluice_service.sequences.table import Sequence, SequenceTable
+from sluice_service.sequences.lifecycle import Sequence
+from sluice_service.sequences.table import SequenceTable
 from sluice_service.serving.admission import Admission
 from sluice_service.serving.attachments import Attachments, Departure
 from sluice_service.serving.placement import Placement

@@ -34,9 +34,10 @@ from sluice_service.models.queries import Queries, SequenceInfo
 from sluice_service.runtime.clock import AwakeClock
 from sluice_service.runtime.cooperative import rest, take_turn, take_turns
 from sluice_service.sequences.events import EndReason, Limits, Outputs
+from sluice_service.sequences.lifecycle import Sequence
 from sluice_service.sequences.states import States
 from sluice_service.sequences.stream import Stream, Streams
-from sluice_service.sequences.table import Sequence, SequenceTable
+from sluice_service.sequences.table import SequenceTable
 from sluice_service.serving.admission import Admission, Lifecycle
 from sluice_service.serving.attachments import Attachments
 from sluice_service.serving.faults import Faults
@@ -95,7 +96,6 @@ class Host:
             states,
             settings.sequences_max,
             now=self._clock.now,
-            tombstones_max=settings.sequences_max,
             tombstone_seconds=settings.tombstone_seconds,
             unacknowledged_steps_max=self.limits.unacknowledged_steps_max,
             undurable_steps_max=settings.undurable_steps_max,

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from sluice_service.batching.versions import Versions
 from sluice_service.durability.ownership import Ownership
 from sluice_service.errors import NotFoundError
-from sluice_service.sequences.table import Phase, Sequence, SequenceTable
+from sluice_service.sequences.lifecycle import Phase, Sequence
+from sluice_service.sequences.table import SequenceTable
 from sluice_service.store.claims import State
 
 

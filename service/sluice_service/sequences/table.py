@@ -1,118 +1,25 @@
-"""The lifecycle of every sequence of one model, and the columns that only this table writes.
+"""All sequences of one model, and the columns of them that only this table writes.
 
 No I/O and no clock of its own: `now` gives the seconds in which this process was awake.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterator
-from enum import Enum, auto
 from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sluice_service.arrays import Integers
+from sluice_service.sequences.lifecycle import Event, Sequence
 from sluice_service.sequences.states import Slots, StateRows, States
+from sluice_service.sequences.tombstones import Tombstones
 from sluice_service.store.claims import Durability, Record
 
 NONE = -1
 # `received` of a client without a writer: it never asks again, so nothing is held for it. And
 # `durable` of a sequence that is in no store: nothing waits for it.
 ALL = 1 << 62
-# Tombstones dropped in one call: they take less than a millisecond.
-_TOMBSTONES_AT_ONCE_MAX = 1000
 Scalar = TypeVar("Scalar", bound=np.generic)
-
-
-class Phase(Enum):
-    """Where a sequence is in its life."""
-
-    PARKED = auto()  # alive, no stream attached
-    ATTACHED = auto()  # alive, on a lane of a stream
-    ENDED = auto()  # its state is gone; a tombstone may remain
-
-
-class Event(Enum):
-    """What can happen to a sequence."""
-
-    ATTACH = auto()  # a lane opens it; a new lane ends the old one
-    DETACH = auto()  # its lane is parked, or its stream ends
-    END = auto()  # closed, expired, or owned by another process now
-
-
-LIFECYCLE: dict[tuple[Phase, Event], Phase] = {
-    (Phase.PARKED, Event.ATTACH): Phase.ATTACHED,
-    (Phase.ATTACHED, Event.ATTACH): Phase.ATTACHED,
-    (Phase.ATTACHED, Event.DETACH): Phase.PARKED,
-    (Phase.PARKED, Event.END): Phase.ENDED,
-    (Phase.ATTACHED, Event.END): Phase.ENDED,
-}
-
-
-class IllegalTransitionError(Exception):
-    """An event that the sequence's phase does not allow; nothing has changed."""
-
-
-class Held:
-    """Outputs that a client has not acknowledged, and that no stream holds."""
-
-    __slots__ = ("first", "outputs", "steps")
-
-    def __init__(self, first: int, steps: int, outputs: list[bytes]) -> None:
-        self.first = first
-        self.steps = steps
-        self.outputs = outputs
-
-
-class Sequence:
-    """What is known of one live sequence beside its state and its columns."""
-
-    __slots__ = (
-        "claim_id",
-        "durability",
-        "held",
-        "is_counted",
-        "phase",
-        "record",
-        "sequence_id",
-        "slot",
-    )
-
-    def __init__(self, sequence_id: str, slot: int, record: Record) -> None:
-        self.sequence_id = sequence_id
-        self.slot = slot
-        self.record = record
-        self.phase = Phase.PARKED
-        self.held: list[Held] = []
-        self.durability = Durability.OFF
-        # True where its client has no writer but counts its steps: its unacknowledged outputs
-        # are held all the same.
-        self.is_counted = False
-        # The claim under which this process owns it in the store; empty where durability is off.
-        self.claim_id = b""
-
-    def move(self, event: Event) -> None:
-        """Go where LIFECYCLE says. Raises IllegalTransitionError, and changes nothing then."""
-        phase = LIFECYCLE.get((self.phase, event))
-        if phase is None:
-            raise IllegalTransitionError(
-                f"{self.sequence_id!r}: {event.name} is not allowed in {self.phase.name}"
-            )
-        self.phase = phase
-
-    @property
-    def is_anonymous(self) -> bool:
-        """True when its client has no writer: it cannot replay, so nothing is held for it."""
-        return not self.record.writer
-
-    @property
-    def is_durable(self) -> bool:
-        """True when a store has it too, which then decides who may open it."""
-        return self.durability is not Durability.OFF
-
-    def is_under(self, claim_id: bytes) -> bool:
-        """True while it is alive here under that claim."""
-        return self.phase is not Phase.ENDED and self.claim_id == claim_id
 
 
 class SequenceTable:
@@ -129,7 +36,6 @@ class SequenceTable:
         slots: int,
         *,
         now: Callable[[], float],
-        tombstones_max: int,
         tombstone_seconds: float,
         unacknowledged_steps_max: int,
         undurable_steps_max: int,
@@ -138,12 +44,7 @@ class SequenceTable:
         self.now = now
         self._by_id: dict[str, Sequence] = {}
         self._by_slot: list[Sequence | None] = [None] * slots
-        # Of ended sequences: until when each is remembered, and its record; the same in their
-        # order. An id that lives again leaves its entry in the order.
-        self._tombstones: dict[str, tuple[float, Record]] = {}
-        self._tombstone_order: deque[tuple[float, str]] = deque()
-        self._tombstones_max = tombstones_max
-        self._tombstone_seconds = tombstone_seconds
+        self._tombstones = Tombstones(count_max=slots, seconds=tombstone_seconds)
         self._unacknowledged_steps_max = unacknowledged_steps_max
         self._undurable_steps_max = undurable_steps_max
         self._epoch = 0
@@ -201,10 +102,7 @@ class SequenceTable:
     def record(self, sequence_id: str) -> Record | None:
         """What is known of the owner of that id, alive or closed."""
         sequence = self._by_id.get(sequence_id)
-        if sequence is not None:
-            return sequence.record
-        entry = self._tombstones.get(sequence_id)
-        return entry[1] if entry is not None else None
+        return sequence.record if sequence is not None else self._tombstones.get(sequence_id)
 
     def raise_epoch(self) -> int:
         """An epoch that was never given before."""
@@ -228,7 +126,7 @@ class SequenceTable:
         """
         slot = self.states.allocate(row, plane)
         sequence = Sequence(sequence_id, slot, record)
-        self._tombstones.pop(sequence_id, None)
+        self._tombstones.remove(sequence_id)
         self._by_id[sequence_id] = sequence
         self._by_slot[slot] = sequence
         self._durable[slot] = ALL
@@ -286,17 +184,7 @@ class SequenceTable:
     def end(self, sequence: Sequence, ending: str) -> None:
         """Take a sequence out; a tombstone keeps `ending`, the reason, for its writer."""
         self.forget(sequence)
-        record = sequence.record
-        record.is_alive = False
-        record.ending = ending
-        until = self.now() + self._tombstone_seconds
-        self._tombstones[sequence.sequence_id] = (until, record)
-        self._tombstone_order.append((until, sequence.sequence_id))
-        while (
-            len(self._tombstones) > self._tombstones_max
-            or len(self._tombstone_order) > 2 * self._tombstones_max
-        ):
-            self._drop_oldest_tombstone()
+        self._tombstones.add(sequence.sequence_id, sequence.record, ending, self.now())
 
     def forget(self, sequence: Sequence) -> None:
         """Take a sequence out without a tombstone: the store knows what is to be known of it."""
@@ -315,18 +203,7 @@ class SequenceTable:
 
     def drop_tombstones(self) -> bool:
         """Drop tombstones whose time is over; True when there may be more of them."""
-        now = self.now()
-        for _ in range(_TOMBSTONES_AT_ONCE_MAX):
-            if not self._tombstone_order or self._tombstone_order[0][0] > now:
-                return False
-            self._drop_oldest_tombstone()
-        return True
-
-    def _drop_oldest_tombstone(self) -> None:
-        until, sequence_id = self._tombstone_order.popleft()
-        entry = self._tombstones.get(sequence_id)
-        if entry is not None and entry[0] == until:
-            del self._tombstones[sequence_id]
+        return self._tombstones.drop_expired(self.now())
 
     # Chunks on their way to a run.
 

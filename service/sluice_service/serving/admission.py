@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from sluice_service.batching.versions import Versions
 from sluice_service.errors import DrainingError, InvalidInputError, LaneInUseError, LimitError
+from sluice_service.sequences.lifecycle import Sequence
 from sluice_service.sequences.stream import LANES_MAX, Stream
-from sluice_service.sequences.table import Sequence, SequenceTable
+from sluice_service.sequences.table import SequenceTable
 from sluice_service.store.claims import TABLE, Durability, OpenMode, OpenRequest
 
 # Of a sequence's id and of a writer.

@@ -7,8 +7,9 @@ from sluice_service.batching.scheduler import Scheduler
 from sluice_service.errors import LaneError
 from sluice_service.metrics import ModelMetrics
 from sluice_service.sequences.events import Ended, EndReason
+from sluice_service.sequences.lifecycle import Phase, Sequence
 from sluice_service.sequences.stream import Stream, Streams
-from sluice_service.sequences.table import NONE, Phase, Sequence, SequenceTable
+from sluice_service.sequences.table import NONE, SequenceTable
 from sluice_service.serving.faults import Faults
 from sluice_service.serving.outputs import OutputBuffer
 

@@ -6,8 +6,9 @@ claims of all others are made by `durability/ownership`.
 
 from sluice_service.errors import LaneError
 from sluice_service.sequences.events import Opened
+from sluice_service.sequences.lifecycle import Sequence
 from sluice_service.sequences.stream import LANES_MAX, Stream, Streams
-from sluice_service.sequences.table import Sequence, SequenceTable
+from sluice_service.sequences.table import SequenceTable
 from sluice_service.serving.admission import Admission
 from sluice_service.serving.faults import Faults
 from sluice_service.serving.outputs import OutputBuffer

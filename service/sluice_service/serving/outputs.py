@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from sluice_service.arrays import Integers
 from sluice_service.sequences.events import Durable, Outputs, cut
+from sluice_service.sequences.lifecycle import Held, Sequence
 from sluice_service.sequences.stream import Stream, Streams
-from sluice_service.sequences.table import Held, Sequence, SequenceTable
+from sluice_service.sequences.table import SequenceTable
 from sluice_service.serving.faults import Faults
 
 

@@ -11,8 +11,9 @@ from sluice_service.errors import (
     WrongModelError,
 )
 from sluice_service.metrics import ModelMetrics
+from sluice_service.sequences.lifecycle import Held, Sequence
 from sluice_service.sequences.states import StateRows
-from sluice_service.sequences.table import Held, Sequence, SequenceTable
+from sluice_service.sequences.table import SequenceTable
 from sluice_service.serving.admission import Admission
 from sluice_service.serving.attachments import Attachments
 from sluice_service.store import Checkpoint, Granted, unpack

@@ -20,7 +20,7 @@ from sluice_service.errors import (
 from sluice_service.metrics import Metrics
 from sluice_service.models.host import Host
 from sluice_service.models.repository import Repository
-from sluice_service.rpc.native.sequences import find_host
+from sluice_service.rpc.native.service import find_host
 from sluice_service.rpc.open_inference import models
 from sluice_service.rpc.open_inference.exchange import Exchange
 from sluice_service.rpc.open_inference.requests import Format, Request

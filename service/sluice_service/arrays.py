@@ -1,4 +1,4 @@
-"""Chunks of different lengths as flat rows, and as the padded batch a run wants."""
+"""Chunks of different lengths as flat rows, and as the padded batch of a run."""
 
 from collections.abc import Sequence
 from typing import Any, Final, TypeAlias
@@ -27,7 +27,7 @@ def ones(count: int) -> Integers:
 
 
 def is_ones(lengths: Integers) -> bool:
-    """True when these are `ones` as they were made, so that nobody need look at them."""
+    """True when these are `ones` as they were made: no value needs to be looked at."""
     return lengths.base is _ONES
 
 

@@ -49,6 +49,7 @@ def rests(monkeypatch, short_turns) -> Rests:
     rests = Rests()
     monkeypatch.setattr("sluice_service.runtime.cooperative.rest", rests)
     monkeypatch.setattr("sluice_service.models.host.rest", rests)
+    monkeypatch.setattr("sluice_service.models.expiry.rest", rests)
     return rests
 
 

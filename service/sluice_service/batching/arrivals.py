@@ -4,11 +4,9 @@ Clients have many messages under way, and few of them are read in one turn of th
 loop: a run of each alone would cost several times what they cost together.
 """
 
-# Where waiting has brought more, so many turns that bring nothing are waited out before a run, and
-# so many turns in all; elsewhere it is tried again after so many runs.
-_QUIET_TURNS = 8
-_TURNS_MAX = 128
-_TRIED_AGAIN = 32
+_QUIET_TURNS = 8  # where waiting pays, a run waits for this many turns that bring nothing …
+_TURNS_MAX = 128  # … and for this many turns in all
+_TRIED_AGAIN = 32  # where it does not pay, it is tried again after this many runs
 
 
 class Arrivals:
@@ -19,10 +17,10 @@ class Arrivals:
         self._seen = self._first = 0
         self._turns = self._quiet = 0
         self._is_patient = False
-        self._runs = 0  # until patience is tried again
+        self._runs = 0  # until waiting is tried again
 
     def may_bring_more(self) -> bool:
-        """Asked once a turn while messages wait: True to wait another one."""
+        """Asked once per turn while messages wait: True to wait for another turn."""
         if not self._turns:
             self._first = self._seen = self.count
             self._is_patient = self._is_patient or self._runs <= 0

@@ -65,7 +65,7 @@ class Engine:
         return Outcome(outputs, states, errors, time.monotonic() - started)
 
     def failed(self, run: Run) -> Outcome:
-        """The outcome of a run that gave nothing, through no fault of its rows."""
+        """The outcome of a run that broke through a defect of the server: a fault for each row."""
         count = len(run.slots)
         error = RunFailedError("an error inside the server; its log has the traceback")
         return Outcome(
@@ -107,7 +107,7 @@ class Engine:
                     output[chosen] = result
 
     def _judge(self, states: NDArray[np.float32], errors: dict[int, LaneError]) -> None:
-        """Add an error for each row of `states` [batch, state_size] nobody could go on from."""
+        """Add an error for each row of `states` [batch, state_size] that is not finite."""
         if self._refuses_non_finite and not is_finite(states):
             for row in np.flatnonzero(~np.isfinite(states).all(axis=1)).tolist():
                 errors[row] = NonFiniteError(
@@ -130,7 +130,7 @@ class Engine:
         return max(float(call), 1e-6), max(float(cell), 1e-8)
 
     def _time(self, sequences: int, steps: int) -> float:
-        """The fastest of a few runs of that size: the others shared the machine."""
+        """Seconds of the fastest of a few runs of that size: slower ones shared the machine."""
         inputs = example_inputs(self._model.contract, sequences, steps)
         lengths = np.full(sequences, steps, np.int32)
         states = np.tile(self._model.initial_state, (sequences, 1))

@@ -10,7 +10,7 @@ from sluice_protos.datatypes import DTYPES
 from sluice_service.arrays import Array, Buffers, Integers, is_finite, is_ones
 from sluice_service.errors import InvalidInputError, LaneError, LimitError
 
-# Numbers of steps beyond this are nonsense, and sums of two of them still fit.
+# No client has more steps; the sum of two such numbers still fits into 64 bits.
 STEPS_MAX = 1 << 61
 
 

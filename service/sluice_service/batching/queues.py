@@ -17,11 +17,11 @@ from sluice_service.sequences.states import Slots
 from sluice_service.sequences.table import NONE
 
 _NODES_START = 1024
-# From so many bytes of inputs on, it is looked at how many of them are still waited for; …
+# Waiting inputs of this many bytes are compacted: what is still needed is copied …
 _COMPACTED_BYTES_MIN = 64 << 20
-# … in frames of this size, …
+# … out of frames of at least this size …
 _COMPACTED_FRAME_BYTES_MIN = 64 << 10
-# … and what waits is copied where it is less than this part of its frame.
+# … of which at most one row in so many is still needed.
 _SPARSE = 4
 
 
@@ -36,7 +36,7 @@ class Frame:
     starts: Integers  # [chunks] where each begins in the arrays
     first: Integers | None  # [chunks] the steps before each, where the client named them
     arrays: list[Array]  # [rows, …] for each model input
-    # Of chunks, by index, that cannot be applied; None until somebody has looked.
+    # Of chunks, by index, that cannot be applied; None: not judged yet.
     errors: dict[int, LaneError] | None
     steps_each: int  # what every chunk has; 0 where they differ
     arrived: float  # seconds, time.monotonic
@@ -231,8 +231,10 @@ class Queues:
                 self._compact_at = _COMPACTED_BYTES_MIN
 
     def _compact(self) -> None:
-        """Copy what waits out of frames that are mostly done: a step that waits for long, such
-        as one of a client that does not acknowledge, would keep whole messages.
+        """Copy what is still needed out of frames that are mostly done.
+
+        A step that waits for long, such as one of a client that does not acknowledge, would
+        keep its whole message in memory.
         """
         is_waiting = self.frame != NONE
         is_waiting[self._free[: self._free_count]] = False
@@ -255,7 +257,7 @@ class Queues:
             self._bytes -= rows.bytes
             rows.bytes = _bytes(rows.arrays)
             self._bytes += rows.bytes
-        # To look again only after as much has come again keeps this cheap.
+        # Compacting again only after as much has come again keeps this cheap.
         self._compact_at = max(_COMPACTED_BYTES_MIN, 2 * self._bytes)
 
     def _grow(self) -> None:

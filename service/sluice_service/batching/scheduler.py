@@ -25,9 +25,9 @@ from sluice_service.errors import GapError, LaneError
 from sluice_service.sequences.states import Slots
 from sluice_service.sequences.table import NONE, SequenceTable
 
-# While short chunks come among long ones, a run may take this part of its usual time …
+# While short chunks come among long ones, a run may take one part in this many of its time …
 _SHARE_WHEN_MIXED = 4
-# … for so many runs after the last such mixture.
+# … for this many runs after the last such mixture.
 _MIXED_RUNS = 16
 
 
@@ -169,7 +169,7 @@ class Scheduler:
     # Choosing a run.
 
     def next_run(self) -> Run | None:
-        """The next run, or None. Faults and endings met on the way are left in the lists."""
+        """The next run, or None. Faults and endings that are found are left in the lists."""
         if not self._ring_count:
             run = self._direct.compose()
             if run is not None:
@@ -247,7 +247,7 @@ class Scheduler:
     def _drop_steps(self, slot: int, steps: int) -> None:
         """Note that the slot's stream gets credit back for steps that will never run.
 
-        What is no steps, an ending or an empty chunk, has taken the credit of one.
+        An ending or an empty chunk has taken the credit of one step.
         """
         if steps:
             self.dropped.append((int(self._table.stream[slot]), steps))
@@ -277,7 +277,7 @@ class Scheduler:
         )
 
     def _steps_max(self, sequences: int) -> int:
-        """The most steps for a run of so many sequences that keeps nobody waiting for long."""
+        """The most steps for a run of so many sequences, so that others need not wait for long."""
         cells_max = self._sizes.cells_max
         if self._mixed_runs:
             cells_max //= _SHARE_WHEN_MIXED
@@ -286,10 +286,9 @@ class Scheduler:
     def _cut(self, slots: Slots) -> tuple[Slots, Integers]:
         """Which of `slots` run how many steps, so that little is padding.
 
-        Where some are done with the run while others have more to come, they will soon be
-        back with their next step: for a while, the long chunks of the others run in short
-        pieces. Cut to the length of the short ones they would come to nothing, so they have
-        every other run for themselves.
+        Sequences with short chunks are done with the run and will soon send their next step,
+        so for a while long chunks run in short pieces. Pieces of the short chunks' length alone
+        would hardly advance them, so every other run belongs to the long chunks.
         """
         table, queues = self._table, self._queues
         room = table.limit[slots] - table.step[slots]
@@ -313,7 +312,7 @@ class Scheduler:
     # During a run, and after it.
 
     def set_apart(self, run: Run) -> None:
-        """Let nobody else run its sequences until the run is finished."""
+        """A thread executes the run: no other run has its sequences until it is finished."""
         run.is_apart = True
         self._table.begin_run(run.slots)
 
@@ -342,7 +341,7 @@ class Scheduler:
         self._settle(slots)
 
     def _settle(self, slots: Slots) -> None:
-        """Let `slots`, whose run has ended, be ready again or take the straight way."""
+        """Let `slots`, whose run has ended, be ready again or take the direct path."""
         is_empty = self._queues.head[slots] == NONE
         self._make_ready(slots[~is_empty])
         self._table.derive_direct(slots, is_empty)

@@ -34,15 +34,15 @@ from sluice_service.store import (
 from sluice_service.store.claims import Claim, Durability, OpenMode, OpenRequest
 
 Answer = Granted | LaneError | None
-# The store is asked about so many opens at once.
+# Opens in one question to the store.
 _OPENS_AT_ONCE_MAX = 1000
 
 
 class Ownership:
     """What one model's host and its store say to each other about who owns a sequence.
 
-    While the store is asked about the claim or the end of a sequence, nobody else asks about
-    it: opens and ends of one sequence never cross.
+    While the store is asked about the claim or the end of a sequence, no other question about
+    it is asked: opens and ends of one sequence never cross.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Ownership:
 
     @asynccontextmanager
     async def exclusive(self, sequence_ids: Iterable[str]) -> AsyncIterator[None]:
-        """Inside it nobody else asks the store about the owner of these sequences."""
+        """Inside it the store gets no other question about the owner of these sequences."""
         names = set(sequence_ids)
         while others := {self._asked[name] for name in names if name in self._asked}:
             await asyncio.wait(others)

@@ -23,7 +23,7 @@ class Pending:
         self._table = table
         self._checkpoint_steps = checkpoint_steps
         self._is_due = np.zeros(table.slots, np.bool_)  # its time has come
-        # Somebody waits for a checkpoint after which nothing more runs: park, drain.
+        # A client or a drain waits for a checkpoint after which nothing more runs.
         self._is_final = np.zeros(table.slots, np.bool_)
         # The slots that were written last.
         self._last_strict = self._last_periodic = NONE
@@ -67,7 +67,7 @@ class Pending:
 
     @property
     def is_flushed(self) -> bool:
-        """True when nobody waits for the store."""
+        """True when no client and no drain waits for the store."""
         return not self._is_final.any() and not self._ends
 
     @property
@@ -81,7 +81,7 @@ class Pending:
         return not self._is_final[slot] and bool(table.step[slot] <= table.durable[slot])
 
     def choose(self) -> Slots:
-        """Which slots to write next: most of them strict, for somebody waits for those."""
+        """Which slots to write next: most of them strict, for their clients wait."""
         table = self._table
         behind = np.flatnonzero((table.step > table.durable) | self._is_final)
         lag = table.step[behind] - table.durable[behind]
@@ -115,7 +115,7 @@ class Pending:
         self._is_due[slots] = False
 
     def note_final(self, slot: int) -> None:
-        """Nobody waits for a slot any more: its last checkpoint is written, or it is gone."""
+        """A slot's final checkpoint is written, or its sequence is gone."""
         self._is_final[slot] = False
 
     def take_concluded_parks(self) -> list[Departure]:

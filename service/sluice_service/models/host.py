@@ -30,11 +30,11 @@ from sluice_service.durability.snapshots import Snapshots
 from sluice_service.errors import InvalidInputError, LaneError
 from sluice_service.metrics import ModelMetrics
 from sluice_service.models.commands import Commands, Forked
+from sluice_service.models.expiry import Expiry
 from sluice_service.models.queries import Queries, SequenceInfo
 from sluice_service.runtime.clock import AwakeClock
 from sluice_service.runtime.cooperative import rest, take_turn, take_turns
 from sluice_service.sequences.events import EndReason, Limits, Outputs
-from sluice_service.sequences.lifecycle import Sequence
 from sluice_service.sequences.states import States
 from sluice_service.sequences.stream import Stream, Streams
 from sluice_service.sequences.table import SequenceTable
@@ -158,6 +158,13 @@ class Host:
             self._runs,
             ownership,
             self._durable.checkpointer if self._durable else None,
+        )
+        self._expiry = Expiry(
+            self._table,
+            self._attachments,
+            self._runs,
+            self._durable.checkpointer if self._durable else None,
+            idle_seconds_max=settings.sequence_idle_seconds_max,
         )
         # Work that goes on even where its stream has ended.
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -341,7 +348,7 @@ class Host:
         else:
             if closing:
                 await take_turns(ending, instant=between_runs)
-            # Where the stream ends meanwhile: what the store was asked is brought to its end.
+            # Not cancelled with the stream: the store must not be left with half of an open.
             work = self._open_in_store(self._durable, stream, requests)
             await asyncio.shield(self._start(work))
 
@@ -376,7 +383,7 @@ class Host:
         An InvalidInputError in place of the inputs faults every lane with a chunk here.
         """
         if stream.is_draining:
-            return  # read in the very moment: it is neither run nor answered
+            return  # read as the drain began: neither run nor answered
         self._metrics.chunks.add(len(lanes))
         arrived = time.monotonic()
         slots, starts = stream.slots(lanes), starts_of(steps)
@@ -475,12 +482,12 @@ class Host:
 
     async def fork(self, sequence_id: str, copy: OpenRequest) -> Forked:
         """Copy a live sequence to what `copy` opens; the copy is parked. Raises LaneError."""
-        # Where its caller goes away meanwhile, what the store was asked is brought to its end.
+        # Not cancelled with the call: the store must not be left with half of it.
         return await asyncio.shield(self._start(self._commands.fork(sequence_id, copy)))
 
     async def close_sequence(self, sequence_id: str) -> int:
         """Drop a live sequence, whoever owns it; its steps. Raises LaneError."""
-        # Where its caller goes away meanwhile it is brought to its end.
+        # Not cancelled with the call: the store must not be left with half of it.
         return await asyncio.shield(self._start(self._commands.close(sequence_id)))
 
     # The life of the versions.
@@ -529,38 +536,16 @@ class Host:
         while True:
             await asyncio.sleep(_TICK_SECONDS)
             try:
-                await self.expire()
+                if expired := await self.expire():
+                    log.info("sequences_expired", model=self.name, sequences=expired)
                 await self.sweep()
             except Exception:
                 # A defect of ours must not keep sequences alive for ever: look again.
                 log.exception("expiry_broke", model=self.name)
 
-    async def expire(self) -> None:
-        """Close the sequences that were idle for too long and tell their clients."""
-        now = self._clock.now()
-        while self._table.drop_tombstones():
-            await rest()
-        idle_max = self._settings.sequence_idle_seconds_max
-        await self._excuse(before=now - idle_max)
-        ending = f"it had no step for {idle_max:g} seconds"
-        expired = 0
-
-        def end(sequence: Sequence) -> None:
-            nonlocal expired
-            expired += 1
-            self._attachments.end(sequence, EndReason.IDLE, ending)
-
-        await take_turns(map(end, self._table.idle(before=now - idle_max)))
-        self._runs.settle()
-        if expired:
-            log.info("sequences_expired", model=self.name, sequences=expired)
-
-    async def _excuse(self, *, before: float) -> None:
-        """While the store is away, a sequence that waits for it is not idle: its time restarts."""
-        if self._durable is None or not any(one.is_durable for one in self._table.idle(before)):
-            return
-        if not await self._durable.checkpointer.is_answered():
-            self._table.touch_durable()
+    async def expire(self) -> int:
+        """Close the sequences that were idle for too long and tell their clients; how many."""
+        return await self._expiry.run(self._clock.now())
 
     async def drain(self) -> None:
         """Open nothing new, finish what is queued, then tell every lane that the server stops.

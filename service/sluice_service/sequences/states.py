@@ -32,7 +32,7 @@ class States:
     # Planes.
 
     def begin_plane(self, initial: StateRows) -> int:
-        """A new plane whose rows begin as `initial` [state_size], for all who begin from now on.
+        """A new plane whose rows begin as `initial` [state_size], for all sequences from now on.
 
         Raises ModelError where there is no room for it; nothing has changed then.
         """
@@ -47,7 +47,7 @@ class States:
         self._has_one_plane = len(self._planes) == 1
 
     def drop_plane(self, number: int) -> None:
-        """Give a plane's memory back; nobody is in it, and nobody begins there."""
+        """Free a plane's memory; no slot is in it, and no sequence begins there."""
         del self._planes[number]
         self._has_one_plane = len(self._planes) == 1
 
@@ -90,8 +90,8 @@ class States:
             slot = self._untouched
             self._untouched += 1
         self._plane[slot] = plane.number
-        # Written even where it is zero already: memory that is first written by a run, for
-        # hundreds of sequences at once, holds everybody up.
+        # Written even where it is zero already: otherwise the first run of hundreds of sequences
+        # would write all that new memory at once, which takes long.
         plane.rows[slot] = plane.initial if row is None else row
         return slot
 

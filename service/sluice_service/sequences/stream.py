@@ -18,7 +18,7 @@ _UNKNOWN = -1  # no open has named the lane
 _ENDED = -2  # the server ended it; what the client had already sent is ignored
 
 
-def _wake_nobody() -> None:
+def _do_nothing() -> None:
     pass
 
 
@@ -36,7 +36,7 @@ class Stream:
         self.number = number
         self.outbox: deque[Event] = deque()
         self.unacknowledged: deque[Outputs] = deque()
-        # Beyond so many of them it is worth a look whether all are still due.
+        # Beyond this many of them, those that are not due any more are looked for.
         self.unacknowledged_max = 64
         # Outputs that may not leave before they are durable.
         self.gated: deque[Outputs] = deque()
@@ -47,7 +47,7 @@ class Stream:
         self.queued_steps = 0
         # True once a lane was opened that may ask for its outputs again.
         self.has_writer = False
-        # True where who counts steps has a sequence's outputs before each chunk of it.
+        # True where clients count steps: they have a sequence's outputs before its next chunk.
         self.has_counters = False
         self._outbox_rows = 0
         # True once the client will send no more: it ends when its queue is done.
@@ -74,12 +74,12 @@ class Stream:
         )
 
     def wake(self) -> None:
-        """Have whoever serves this stream look at it."""
+        """Tell the session of this stream that something has changed."""
         self._on_change()
 
     def fall_silent(self) -> None:
-        """Wake nobody any more: whoever served this stream may be forgotten."""
-        self._on_change = _wake_nobody
+        """Call no session any more: it has ended."""
+        self._on_change = _do_nothing
 
     def send(self, item: Event) -> None:
         """Put something into the outbox."""
@@ -141,7 +141,7 @@ class Stream:
     def take_back(self) -> Outputs | None:
         """The oldest of what was delivered and not acknowledged, taken out; None: nothing is left.
 
-        For a stream that has ended: notices that wait are dropped on the way.
+        For a stream that has ended: notices that wait are dropped.
         """
         for waiting in (self.unacknowledged, self.outbox, self.gated):
             while waiting:

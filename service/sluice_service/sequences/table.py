@@ -25,8 +25,8 @@ Scalar = TypeVar("Scalar", bound=np.generic)
 class SequenceTable:
     """All sequences of one model: by id, by slot, and in columns by slot.
 
-    A run reads the columns for its whole batch at once. They are read-only views: whoever
-    wants to change one calls the method that says why. What follows from a change (how far a
+    A run reads the columns for its whole batch at once. They are read-only views: to
+    change one, call the method that says why. What follows from a change (how far a
     sequence may run) is derived in the same call.
     """
 
@@ -48,7 +48,7 @@ class SequenceTable:
         self._unacknowledged_steps_max = unacknowledged_steps_max
         self._undurable_steps_max = undurable_steps_max
         self._epoch = 0
-        # Called when a sequence has gone: whoever waits for room may look.
+        # Called when a sequence has gone and there may be room.
         self.on_gone: Callable[[], None] = lambda: None
         # Called with stalled slots that may run on.
         self.on_resumed: Callable[[Slots], None] = lambda _: None
@@ -263,7 +263,7 @@ class SequenceTable:
     def acknowledge(self, slots: Slots, ends: Integers) -> None:
         """The clients of `slots` [n], all different, have the outputs up to `ends` [n].
 
-        Nobody can have more than was applied, whatever they say; and `received` only rises.
+        A client cannot have more than was applied, whatever it says; and `received` only rises.
         """
         self._received[slots] = np.maximum(
             self._received[slots], np.minimum(ends, self._step[slots])
@@ -358,7 +358,7 @@ class SequenceTable:
 def _column(
     slots: int, dtype: type[Scalar], value: object = 0
 ) -> tuple[NDArray[Scalar], NDArray[Scalar]]:
-    """A column [slots], and the read-only view of it that everybody else sees."""
+    """A column [slots], and the read-only view of it for all other modules."""
     column = np.full(slots, value, dtype)
     view = column.view()
     view.flags.writeable = False

@@ -136,7 +136,7 @@ class Attachments:
         for stream in self._streams:
             for slot in stream.live_slots().tolist():
                 if is_safe(slot):
-                    # Nobody opens it here again: its outputs need not be held.
+                    # It is not opened here again: its outputs need not be held.
                     self._leave(self._table.at(slot), stream, EndReason.DRAINING)
             stream.is_drained = True
             stream.wake()

@@ -138,7 +138,7 @@ class OutputBuffer:
             self._table.acknowledge(slots, ends)
 
     def _drop_received(self, stream: Stream) -> None:
-        """Drop what nobody can ask for again: it arrived, or its sequence left the stream."""
+        """Drop what cannot be asked for again: it arrived, or its sequence left the stream."""
         due = [outputs for outputs in stream.unacknowledged if self._is_due(outputs).any()]
         stream.unacknowledged.clear()
         stream.unacknowledged.extend(due)

@@ -175,7 +175,7 @@ def is_uncounted(request: OpenRequest) -> bool:
 def lost(request: OpenRequest, checkpoint: Checkpoint) -> NotFoundError:
     """What such a caller is told where it may have seen outputs beyond the checkpoint.
 
-    Nobody would send the inputs of those steps again.
+    The inputs of those steps would never be sent again.
     """
     return NotFoundError(
         f"sequence {request.sequence_id!r} was lost with its server after step "

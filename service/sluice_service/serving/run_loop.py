@@ -20,11 +20,11 @@ from sluice_service.serving.landing import Landing
 log = structlog.get_logger()
 T = TypeVar("T")
 
-# Below this a hop to a thread and back costs more than it can overlap; while one
-# stream is alone there is little to overlap with.
+# A run that is shorter is executed on the event loop: a thread would cost more than it overlaps.
+# While one stream is alone there is little to overlap with.
 _INLINE_SECONDS_MAX = 0.0003
 _INLINE_ALONE_SECONDS_MAX = 0.003
-# Where several runs may be in flight: what is as long as two of these is run in parts.
+# Where several runs may be in flight, a run of at least two such parts is split.
 _PART_SECONDS_MIN = 0.001
 
 
@@ -68,10 +68,10 @@ class RunLoop:
             await self._idle.wait()
 
     def wake(self, *, is_alone: bool = False) -> None:
-        """Something has arrived: look what can run, once this turn of the event loop is over.
+        """Chunks have arrived: start a run once this turn of the event loop is over.
 
-        Whatever else arrives in the same turn joins the run, and in the next ones where
-        that has brought more; a stream that is alone has nothing else to wait for.
+        Chunks that arrive in the same turn join the run, and those of a few more turns where
+        waiting has paid. A stream that is alone (`is_alone`) waits for no other.
         """
         self._arrivals.count += 1
         if is_alone and not self._is_pump_due and not self._arrivals.may_bring_more():
@@ -92,7 +92,7 @@ class RunLoop:
 
     @property
     def _may_start(self) -> bool:
-        """False while as many runs are in flight as may be, or somebody waits for their end."""
+        """False while as many runs are in flight as may be, or an action waits for their end."""
         return self._in_flight < self._runs_at_once_max and not self._waiting
 
     def settle(self) -> None:
@@ -108,7 +108,7 @@ class RunLoop:
         result: asyncio.Future[T] = asyncio.get_running_loop().create_future()
 
         def act() -> None:
-            if result.cancelled():  # whoever asked is gone: its stream has ended
+            if result.cancelled():  # its stream has ended
                 return
             try:
                 result.set_result(action())
@@ -147,7 +147,7 @@ class RunLoop:
             self._pump_soon()
 
     def _start(self, run: Run) -> None:
-        """Have a thread execute a run."""
+        """Let a thread execute a run."""
         self._in_flight += 1
         self._scheduler.set_apart(run)
         future = asyncio.get_running_loop().run_in_executor(self._executor, self._execute, run)
@@ -162,7 +162,7 @@ class RunLoop:
             return self._versions.failed(run)
 
     def _land(self, run: Run, outcome: Outcome) -> None:
-        """Apply a run, then what waited for that instant."""
+        """Apply a run, then the actions that waited for an instant between runs."""
         if run.is_apart:
             self._in_flight -= 1
         self._landing.apply(run, outcome)

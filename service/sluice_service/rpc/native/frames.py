@@ -48,7 +48,7 @@ class Chunks:
     inputs: list[Array] | InvalidInputError
 
     def parts(self, chunks_max: int) -> "Iterator[Chunks]":
-        """The same, in pieces of at most so many chunks; none of them keeps the whole."""
+        """The same in pieces of at most `chunks_max` chunks, whose rows are copies."""
         if len(self.lanes) <= chunks_max:
             yield self
             return
@@ -119,7 +119,7 @@ class Encoder:
     """Packs what waits in an outbox into as few responses as order and size allow."""
 
     def __init__(self, rules: InputRules, *, response_bytes_max: int) -> None:
-        # However little a client takes, a response carries one row or one notice.
+        # A response carries at least one row or one notice, however little the client takes.
         budget = max(1, (response_bytes_max or RESPONSE_BYTES_DEFAULT) - _RESPONSE_BYTES)
         self._bytes_max = budget
         self._rows_max = max(1, budget // (rules.output_step_bytes + _CHUNK_BYTES))

@@ -37,7 +37,7 @@ class Session:
         self._stream = host.attach(self._notice)
         self._encoder = Encoder(host.inputs, response_bytes_max=response_bytes_max)
         self._responses = 0
-        self._is_broken = False  # by a message that cannot be
+        self._is_broken = False  # by a message that cannot be read
 
     async def serve(self) -> None:
         """Until the client sends no more and has all its outputs, or the server drains."""
@@ -58,13 +58,13 @@ class Session:
             self._host.detach(self._stream)
 
     def _break_off(self) -> None:
-        """Send nothing more: what waits is kept for another stream."""
+        """Send nothing more: waiting outputs are held for another stream."""
         self._is_broken = True
         self._host.detach(self._stream)
         self._changed.set()
 
     def _notice(self) -> None:
-        """Have reader and writer look again: the host has done something for this stream."""
+        """Wake reader and writer: the host has changed something of this stream."""
         self._changed.set()
         self._may_read.set()
 
@@ -74,9 +74,9 @@ class Session:
         data, self._first = self._first, b""
         while True:
             await self._take(data)
-            del data  # a client that is silent costs nothing
+            del data  # frees the message while the client is silent
             if stream.outbox:
-                await asyncio.sleep(0)  # what came of it goes out before more is asked for
+                await asyncio.sleep(0)  # outputs go out before more is read
             await self._until_not_ahead()
             if not isinstance(data := await context.read(), bytes):
                 break
@@ -119,13 +119,14 @@ class Session:
             await self._end_after(request.park, Kind.PARK)
 
     def _check_count(self, chunks: int) -> None:
-        """Refuse more chunks than anybody within his credit has, before they are looked at."""
+        """Refuse more chunks than any credit allows, before they are read."""
         chunks_max = max(self._host.limits.credit_steps, LANES_MAX)
         if chunks > chunks_max:
             raise RequestError(f"a message of {chunks} chunks; send at most {chunks_max} in one")
 
-    # What may be very much comes in parts, between which others have the event loop, and
-    # which wait while the client is ahead: one message holds nobody up for longer than many do.
+    # Long lists are taken in parts: between two of them other work has the event loop, and the
+    # next part waits while the client is ahead. One large message delays others no more than
+    # many small ones do.
 
     async def _acknowledge(self, received: Sequence[Received]) -> None:
         for start in range(0, len(received), _ENTRIES_AT_ONCE):
@@ -147,7 +148,7 @@ class Session:
             self._host.end_after(self._stream, part, kind)
 
     async def _until_turn(self, number: int) -> None:
-        """Return when the next part may be taken; at once before the first one, number 0."""
+        """Return when part `number` may be taken: the first one, 0, at once."""
         if number:
             await rest()
             await self._until_not_ahead()

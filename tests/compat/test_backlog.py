@@ -298,7 +298,7 @@ async def test_a_sequence_that_expires_makes_room(hands, full) -> None:
     task = asked(caller, 5, 2)
     await waiting(served, 1)
     (host,) = served.server._hosts.values()
-    hands.go(host._clock, 21)
+    hands.go(host, 21)
     await host.expire()
     assert await task == [5]
 
@@ -345,17 +345,17 @@ async def test_whoever_waits_too_long_is_refused_with_all_its_requests(hands, fu
     (host,) = served.server._hosts.values()
     tasks = [asked(caller, 5, 2)]
     await waiting(served, 1)
-    hands.go(host._clock, 10)
+    hands.go(host, 10)
     later = asked(caller, 6, 3)
     await waiting(served, 2)
     stream = caller.stream()
     await stream.send(request(1, sequence_id=2, label="second"))
     exchange = served.server._open_inference._models[MODEL].exchange
     await eventually(lambda: exchange._by_key["int64:2"].queue)
-    hands.go(host._clock, 19)
+    hands.go(host, 19)
     expire(served)
     await waiting(served, 2)
-    hands.go(host._clock, 2)
+    hands.go(host, 2)
     expire(served)
     code, text = await refused(tasks[0])
     assert code is Code.UNAVAILABLE
@@ -388,7 +388,7 @@ async def test_a_request_says_how_long_its_sequence_may_wait(hands, full, which)
         await stream.send(request(number, sequence_id=2, **fields))
     exchange = served.server._open_inference._models[MODEL].exchange
     await eventually(lambda: "int64:2" in exchange._by_key and exchange._by_key["int64:2"].queue)
-    hands.go(host._clock, 6)
+    hands.go(host, 6)
     expire(served)
     for _ in range(2):
         assert TIMED_OUT in (await stream.read()).error_message

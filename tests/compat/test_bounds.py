@@ -122,7 +122,7 @@ async def test_a_place_that_expires_as_a_request_borrows_it_is_opened_again(hand
     caller = Caller(served.channel)
     (host,) = served.server._hosts.values()
     assert await caller.infer(1) == [1]
-    hands.go(host._clock, 61)
+    hands.go(host, 61)
     done = asyncio.Event()
     borrower = Request(done.set)
     served.server._open_inference.submit(request([[[2], [3]]]), borrower)
@@ -168,7 +168,7 @@ async def test_an_answer_goes_with_its_sequence_unless_it_is_to_the_end(hands, s
         fields = {"sequence_id": sequence, "sequence_start": True, "sequence_step": 0}
         await caller.infer(1, sequence_end=sequence == "ended", **fields)
     await caller.infer(1, sequence_id="uncounted")
-    hands.go(host._clock, 61)
+    hands.go(host, 61)
     await host.expire()
     answers = served.server._open_inference._models[MODEL].exchange._answers
     await eventually(lambda: list(answers._kept) == ["string:ended"])

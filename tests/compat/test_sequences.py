@@ -234,7 +234,7 @@ async def test_an_idle_sequence_expires_and_says_so(hands, sums) -> None:
     caller = Caller(served.channel)
     await caller.infer(1, sequence_id=1, sequence_start=True)
     (host,) = served.server._hosts.values()
-    hands.go(host._clock, 61)
+    hands.go(host, 61)
     await host.expire()
     code, text = await caller.fails(request(1, sequence_id=1))
     assert code is Code.NOT_FOUND
@@ -259,9 +259,9 @@ async def test_live_sequences_go_on_above_thousands_that_were_abandoned(
     await eventually(lambda: all(one.is_done for one in begun))
     assert not any(one.error for one in begun)
     assert await caller.infer(1, sequence_id="live", sequence_start=True) == [1]
-    hands.go(host._clock, 59)
+    hands.go(host, 59)
     assert await caller.infer(1, sequence_id="live") == [2]
-    hands.go(host._clock, 2)
+    hands.go(host, 2)
     # The event loop has its turn all the while: nothing stands still until all are gone.
     before, steps = 3001, []
     expiring = asyncio.ensure_future(host.expire())

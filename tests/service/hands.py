@@ -6,7 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from typing import Any
 
-from sluice_service.runtime.clock import AwakeClock
+from sluice_service.models.host import Host
 from sluice_service.store import StoreError
 from tests.service.wire import Served, eventually
 
@@ -20,11 +20,11 @@ class Hands:
     def __call__(self) -> float:
         return self.seconds
 
-    def go(self, clock: AwakeClock, seconds: float, *, tick: float = 1.0) -> None:
+    def go(self, host: Host, seconds: float, *, tick: float = 1.0) -> None:
         """Let time pass with somebody asking at each tick, as a process that is awake does."""
         for _ in range(int(seconds / tick)):
             self.seconds += tick
-            clock.now()
+            host.now()
 
 
 class Gate(Executor):

@@ -166,7 +166,7 @@ async def test_a_sequence_that_waits_for_the_store_does_not_idle(
         await wire.push(0, floats([1, 1, 1]), first=0)
         await failures(served, 1)
     host = host_of(served)
-    hands.go(host._clock, 11)
+    hands.go(host, 11)
     await host.expire()
     assert await wire.next_closed(1) == Closed.IDLE
     store.come_back()
@@ -179,6 +179,6 @@ async def test_a_sequence_that_waits_for_the_store_does_not_idle(
     # What it has waited does not count later on either.
     await host.expire()
     assert served.find(MODEL, "s") is not None
-    hands.go(host._clock, 11)
+    hands.go(host, 11)
     await host.expire()
     assert await wire.next_closed(0) == Closed.IDLE

@@ -617,7 +617,7 @@ async def test_a_sequence_that_idles_ends_in_the_store_too(replica, hands) -> No
     host = served.server._hosts[MODEL]
     wire = served.wire(MODEL)
     await wire.open(0, "s", writer=ME, attempt=1)
-    hands.go(host._clock, 11)
+    hands.go(host, 11)
     await host.expire()
     assert await wire.next_closed(0) == Closed.IDLE
     fault = await wire.refused(1, "s", mode=RESUME, writer=ME, attempt=2)

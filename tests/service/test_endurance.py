@@ -71,12 +71,12 @@ async def test_what_has_ended_leaves_nothing_behind(sums, hands) -> None:
     (host,) = served.server._hosts.values()
 
     async def expire() -> None:
-        hands.go(host._clock, 61)
+        hands.go(host, 61)
         await host.expire()
 
     served.expire = expire
     await _live(served, "warm")
-    hands.go(host._clock, 101)
+    hands.go(host, 101)
     await host.expire()
     await eventually(lambda: not len(host._streams))
     before = _count_collected()
@@ -84,7 +84,7 @@ async def test_what_has_ended_leaves_nothing_behind(sums, hands) -> None:
         await _live(served, f"round{number}")
     # What runs does not expire, though its stream has ended.
     await eventually(lambda: host._runs.is_idle)
-    hands.go(host._clock, 101)
+    hands.go(host, 101)
     await host.expire()
     assert not host._table.states.live
     assert not host._scheduler._queues.frames

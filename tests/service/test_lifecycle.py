@@ -34,7 +34,7 @@ async def timed(sums, hands):
     (host,) = served.server._hosts.values()
 
     async def go(seconds: float) -> None:
-        hands.go(host._clock, seconds)
+        hands.go(host, seconds)
         await host.expire()
 
     served.go = go

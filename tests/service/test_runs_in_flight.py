@@ -147,7 +147,7 @@ async def test_a_slot_that_is_freed_during_a_run_takes_nothing_of_it(hands, gate
     await gate.reached()
     (host,) = gated.server._hosts.values()
     # Everything expires but what runs.
-    hands.go(host._clock, 601)
+    hands.go(host, 601)
     await host.expire()
     assert await wire.next_closed(1) == Closed.IDLE
     assert set(await gated.list("accumulator")) == {"runs"}

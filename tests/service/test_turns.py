@@ -197,7 +197,7 @@ async def test_who_goes_on_while_others_expire_lives_on(sums, hands, rests) -> N
     for lane in range(4):
         await wire.open(lane, f"s{lane}", **MINE)
     rests.begin()
-    hands.go(host._clock, 61)
+    hands.go(host, 61)
     expiry = asyncio.ensure_future(host.expire())
     await rests.reached()
     await wire.push(3, floats([1]))

@@ -37,7 +37,7 @@ SECONDS ?= 600
 SEED ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test chaos bench check format protos wheel test-wheel constraints setup tools clean
+.PHONY: help demo test test-slow test-all chaos bench check format protos wheel test-wheel constraints setup tools clean
 
 help: ## show this page
 	@echo "Sluice: stateful streaming inference for LSTM, GRU and RNN models."
@@ -49,8 +49,13 @@ help: ## show this page
 demo: $(READY) ## two minutes: train, export, serve, stream, watch
 	@$(BIN)/sluice demo
 
-test: $(READY) tools ## every test, against this checkout
+test: $(READY) tools ## the everyday suite, against this checkout
 	@$(BIN)/python -m pytest
+
+test-slow: $(READY) tools ## the tests marked slow: more examples, more rows, every form
+	@$(BIN)/python -m pytest -m slow
+
+test-all: test test-slow ## every test there is
 
 chaos: $(READY) tools ## break everything for SECONDS=600, drawn from SEED=1; see docs/reliability.md
 	@$(BIN)/python -m tests.chaos --seconds $(SECONDS) --seed $(SEED) \
@@ -78,7 +83,7 @@ wheel: $(READY) ## build dist/*.whl, by way of the source distribution
 	@rm -rf dist
 	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python -m build
 
-test-wheel: wheel tools ## the tests against the built wheel, in a clean environment
+test-wheel: wheel tools ## the everyday suite against the built wheel, in a clean environment
 	@rm -rf $(WHEEL_TESTS) && mkdir -p $(WHEEL_TESTS)
 	@cp -R $(WHEEL_TEST_FILES) $(WHEEL_TESTS)
 	@rm -rf $(WHEEL_TESTS)/tests/structure $(WHEEL_TESTS)/tests/deploy $(WHEEL_TESTS)/tests/bench

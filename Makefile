@@ -33,6 +33,11 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 INSTALL := -m pip install -qq --constraint constraints.txt --build-constraint constraints.txt
 
+# Whole files go to worker processes: fixtures of a module are set up once. Folders in their
+# order, so that the files with the longest tests do not come last.
+WORKERS ?= 2
+PYTEST := -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+
 SECONDS ?= 600
 SEED ?= 1
 
@@ -50,10 +55,10 @@ demo: $(READY) ## two minutes: train, export, serve, stream, watch
 	@$(BIN)/sluice demo
 
 test: $(READY) tools ## the everyday suite, against this checkout
-	@$(BIN)/python -m pytest
+	@$(BIN)/python $(PYTEST)
 
 test-slow: $(READY) tools ## the tests marked slow: more examples, more rows, every form
-	@$(BIN)/python -m pytest -m slow
+	@$(BIN)/python $(PYTEST) -m slow
 
 test-all: test test-slow ## every test there is
 
@@ -92,7 +97,7 @@ test-wheel: wheel tools ## the everyday suite against the built wheel, in a clea
 	@$(WHEEL_VENV)/bin/python -m pip install -qq --constraint constraints.txt pip
 	@$(WHEEL_VENV)/bin/python $(INSTALL) --group dev "$$(echo dist/*.whl)[service,export]"
 	@cd $(WHEEL_TESTS) && PATH="$(CURDIR)/$(WHEEL_VENV)/bin:$$PATH" \
-		$(CURDIR)/$(WHEEL_VENV)/bin/python -m pytest
+		$(CURDIR)/$(WHEEL_VENV)/bin/python $(PYTEST)
 
 constraints: $(READY) ## pin what is installed now in constraints.txt
 	@{ sed -n '/^#/p' constraints.txt; $(BIN)/python -m pip freeze --all --exclude-editable \

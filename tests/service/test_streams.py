@@ -642,6 +642,7 @@ async def test_a_step_that_waits_for_long_does_not_keep_the_messages_it_came_in(
 ) -> None:
     compacted_bytes_min = 1 << 18
     monkeypatch.setattr("sluice_service.queues._COMPACTED_BYTES_MIN", compacted_bytes_min)
+    monkeypatch.setattr("sluice_service.queues._COMPACTED_FRAME_BYTES_MIN", 16 << 10)
     served = await sums(unacknowledged_steps_max=8)
     (host,) = served.server._hosts.values()
     wire = served.wire("accumulator")

@@ -33,11 +33,16 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 INSTALL := -m pip install -qq --constraint constraints.txt --build-constraint constraints.txt
 
+# Whole files go to worker processes: fixtures of a module are set up once. Folders in their
+# order, so that the files with the longest tests do not come last.
+WORKERS ?= 2
+PYTEST := -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+
 SECONDS ?= 600
 SEED ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test chaos bench check format protos wheel test-wheel constraints setup tools clean
+.PHONY: help demo test test-slow test-all chaos bench check format protos wheel test-wheel constraints setup tools clean
 
 help: ## show this page
 	@echo "Sluice: stateful streaming inference for LSTM, GRU and RNN models."
@@ -49,8 +54,13 @@ help: ## show this page
 demo: $(READY) ## two minutes: train, export, serve, stream, watch
 	@$(BIN)/sluice demo
 
-test: $(READY) tools ## every test, against this checkout
-	@$(BIN)/python -m pytest
+test: $(READY) tools ## the everyday suite, against this checkout
+	@$(BIN)/python $(PYTEST)
+
+test-slow: $(READY) tools ## the tests marked slow: more examples, more rows, every form
+	@$(BIN)/python $(PYTEST) -m slow
+
+test-all: test test-slow ## every test there is
 
 chaos: $(READY) tools ## break everything for SECONDS=600, drawn from SEED=1; see docs/reliability.md
 	@$(BIN)/python -m tests.chaos --seconds $(SECONDS) --seed $(SEED) \
@@ -78,7 +88,7 @@ wheel: $(READY) ## build dist/*.whl, by way of the source distribution
 	@rm -rf dist
 	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python -m build
 
-test-wheel: wheel tools ## the tests against the built wheel, in a clean environment
+test-wheel: wheel tools ## the everyday suite against the built wheel, in a clean environment
 	@rm -rf $(WHEEL_TESTS) && mkdir -p $(WHEEL_TESTS)
 	@cp -R $(WHEEL_TEST_FILES) $(WHEEL_TESTS)
 	@rm -rf $(WHEEL_TESTS)/tests/structure $(WHEEL_TESTS)/tests/deploy $(WHEEL_TESTS)/tests/bench
@@ -87,7 +97,7 @@ test-wheel: wheel tools ## the tests against the built wheel, in a clean environ
 	@$(WHEEL_VENV)/bin/python -m pip install -qq --constraint constraints.txt pip
 	@$(WHEEL_VENV)/bin/python $(INSTALL) --group dev "$$(echo dist/*.whl)[service,export]"
 	@cd $(WHEEL_TESTS) && PATH="$(CURDIR)/$(WHEEL_VENV)/bin:$$PATH" \
-		$(CURDIR)/$(WHEEL_VENV)/bin/python -m pytest
+		$(CURDIR)/$(WHEEL_VENV)/bin/python $(PYTEST)
 
 constraints: $(READY) ## pin what is installed now in constraints.txt
 	@{ sed -n '/^#/p' constraints.txt; $(BIN)/python -m pip freeze --all --exclude-editable \

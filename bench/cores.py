@@ -26,9 +26,10 @@ def counts() -> list[int]:
 def main() -> None:
     """Measure and print."""
     effort = read_effort(__doc__ or "", rounds=3)
-    hiddens = (QUICK_HIDDEN,) if effort.is_quick else HIDDEN
+    hiddens = effort.pick(full=HIDDEN, quick=(QUICK_HIDDEN,))
     ways = {f"{count} runs at once": ("--runs-at-once-max", str(count)) for count in counts()}
     ways |= {f"{count} threads a run": ("--run-threads", str(count)) for count in counts()[1:]}
+    ways = effort.pick(full=ways, quick=ways, smoke=dict(list(ways.items())[:1]))
     figures = Figures()
     with bar() as progress:
         for hidden in progress.track(hiddens, description="cores"):

@@ -25,6 +25,7 @@ from sluice_client import AsyncClient
 
 HIDDEN = 128
 SEQUENCES = 1_000
+DURABILITIES = ("periodic", "strict")
 KILLS = 20
 RECOVERED = 10_000
 
@@ -50,9 +51,10 @@ def load(server: Server, sequences: int, seconds: float) -> dict[str, float]:
 
 def measure_costs(effort: Effort, stores: dict[str, str], figures: Figures) -> list[str]:
     """One round: every durability over every store; the names of what was measured."""
-    sequences = 100 if effort.is_quick else SEQUENCES
+    sequences = effort.pick(full=SEQUENCES, quick=100)
+    durabilities = effort.pick(full=DURABILITIES, quick=DURABILITIES, smoke=DURABILITIES[-1:])
     wanted = [("off", "")] + [
-        (durability, store) for durability in ("periodic", "strict") for store in stores
+        (durability, store) for durability in durabilities for store in stores
     ]
     names = []
     for durability, store in wanted:
@@ -112,7 +114,7 @@ def main() -> None:
     """Measure and print."""
     effort = read_effort(__doc__ or "", rounds=3)
     figures = Figures()
-    kills, recovered = (1, 100) if effort.is_quick else (KILLS, RECOVERED)
+    kills, recovered = effort.pick(full=(KILLS, RECOVERED), quick=(1, 100), smoke=(0, 0))
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory()))
         stores = {
@@ -120,19 +122,19 @@ def main() -> None:
             "SQLite": f"sqlite:///{folder}/store.db",
             "Redis": stack.enter_context(redis_server(folder / "redis", "always")),
         }
-        if effort.is_quick:
-            del stores["memory"], stores["Redis"]
+        stores = effort.pick(full=stores, quick={"SQLite": stores["SQLite"]})
         progress = stack.enter_context(bar())
         names: list[str] = []
         for _ in progress.track(range(effort.rounds), description="cost"):
             names = measure_costs(effort, stores, figures)
-        shared = {name: url for name, url in stores.items() if url != "memory"}
+        shared = {name: url for name, url in stores.items() if url != "memory" and kills}
         for name, url in progress.track(shared.items(), description="kills"):
             for milliseconds in asyncio.run(watch_kills(url, kills)):
                 figures.add(f"{name} kill", milliseconds)
             figures.add(f"{name} recovery", asyncio.run(watch_recovery(url, recovered)))
     print_costs(figures, names)
-    print_resumes(figures, list(shared), recovered)
+    if kills:
+        print_resumes(figures, list(shared), recovered)
 
 
 def print_costs(figures: Figures, names: list[str]) -> None:

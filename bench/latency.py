@@ -17,7 +17,7 @@ HIDDEN = (128, 512)
 def main() -> None:
     """Measure and print."""
     effort = read_effort(__doc__ or "", rounds=7, seconds=1.0)
-    cases = (QUICK_HIDDEN,) if effort.is_quick else HIDDEN
+    cases = effort.pick(full=HIDDEN, quick=(QUICK_HIDDEN,))
     figures = Figures()
     for hidden in cases:
         model = export_model(hidden)

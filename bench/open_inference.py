@@ -131,6 +131,7 @@ def measure(server: Server, load: Load, sequences: int, seconds: float) -> Spent
 def main() -> None:
     """Measure and print."""
     effort = read_effort(__doc__ or "", rounds=3)
+    counts = effort.pick(full=SEQUENCES, quick=SEQUENCES, smoke=SEQUENCES[:1])
     figures = Figures()
     reply_bytes = 4 * HIDDEN + 60
     with ExitStack() as stack:
@@ -145,7 +146,7 @@ def main() -> None:
             ("Sluice unary", ours, load_unary),
         ]
         for _ in progress.track(range(effort.rounds), description="open inference"):
-            for sequences in SEQUENCES:
+            for sequences in counts:
                 for name, server, load in cases:
                     spent = measure(server, load, sequences, effort.seconds)
                     figures.add(f"{name} {sequences}", spent.cpu)
@@ -154,14 +155,14 @@ def main() -> None:
                     bound = figures.last(f"echo {kind} {sequences}")
                     bound += figures.last(f"Sluice {kind} {sequences} runs")
                     figures.add(f"bound {kind} {sequences}", bound)
-    print_requests(figures)
+    print_requests(figures, counts)
 
 
-def print_requests(figures: Figures) -> None:
+def print_requests(figures: Figures, counts: tuple[int, ...]) -> None:
     """What a request costs, by kind of call."""
     rows = []
     for kind, call in CALLS.items():
-        for sequences in SEQUENCES:
+        for sequences in counts:
             case = f"{kind} {sequences}"
             native = f"{figures.least(f'native {case}'):.0f}" if kind == "stream" else ""
             rows.append(

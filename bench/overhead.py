@@ -41,15 +41,18 @@ def measure_bare(bare: Asked, sequences: int, seconds: float) -> float:
 def main() -> None:
     """Measure and print."""
     effort = read_effort(__doc__ or "", rounds=3)
-    models = {hidden: export_model(hidden) for hidden in HIDDEN}
-    cases = [(hidden, sequences) for hidden in HIDDEN for sequences in SEQUENCES]
-    if effort.is_quick:
-        cases = [(QUICK_HIDDEN, 1), (QUICK_HIDDEN, 256)]
+    cases = effort.pick(
+        full=[(hidden, sequences) for hidden in HIDDEN for sequences in SEQUENCES],
+        quick=[(QUICK_HIDDEN, 1), (QUICK_HIDDEN, 256)],
+        smoke=[(QUICK_HIDDEN, 1)],
+    )
+    models = {hidden: export_model(hidden) for hidden, _ in cases}
     figures = Figures()
     with ExitStack() as stack:
-        server = stack.enter_context(sluice({f"h{hidden}": models[hidden] for hidden in HIDDEN}))
+        server = stack.enter_context(sluice({f"h{one}": path for one, path in models.items()}))
         bares = {
-            hidden: stack.enter_context(asked("bench.bare", models[hidden])) for hidden in HIDDEN
+            hidden: stack.enter_context(asked("bench.bare", path))
+            for hidden, path in models.items()
         }
         progress = stack.enter_context(bar())
         for _ in progress.track(range(effort.rounds), description="overhead"):

@@ -57,7 +57,7 @@ def measure_singles(server: Server, model: str, effort: Effort) -> float:
 def main() -> None:
     """Measure and print."""
     effort = read_effort(__doc__ or "", rounds=3)
-    hiddens = (QUICK_HIDDEN,) if effort.is_quick else HIDDEN
+    hiddens = effort.pick(full=HIDDEN, quick=(QUICK_HIDDEN,))
     figures = Figures()
     with ExitStack() as stack:
         server = stack.enter_context(sluice({f"h{one}": export_model(one) for one in hiddens}))

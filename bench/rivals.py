@@ -14,7 +14,6 @@ HIDDEN = (128, 512)
 SEQUENCES = (1, 256)
 # Of the rivals; the best of these counts for them.
 CONCURRENCIES = (4, 32, 256)
-KINDS = ("asyncio", "threads")
 NAMES = {
     "frames": "Sluice, in frames",
     "streams": "Sluice, one stream a sequence",
@@ -44,7 +43,7 @@ def rival_question(name: str, server: Server, state_bytes: int, sequences: int) 
 def measure_rival(client: Asked, question: Question, sequences: int, effort: Effort) -> float:
     """Steps per CPU second of the server, at the concurrency that suits it best."""
     found = []
-    for concurrency in CONCURRENCIES[-1:] if effort.is_quick else CONCURRENCIES:
+    for concurrency in effort.pick(full=CONCURRENCIES, quick=CONCURRENCIES[-1:]):
         streams = min(concurrency, sequences)
         asking = replace(question, streams=streams, connections=min(streams, 16))
         answer = client.ask(asdict(replace(asking, seconds=effort.seconds)))
@@ -61,19 +60,22 @@ def measure_streams(client: Asked, server: Server, sequences: int, effort: Effor
     return 1e6 / float(client.ask(asdict(asking))["server_cpu"])
 
 
-def measure(hidden: int, names: list[str], figures: Figures, effort: Effort) -> None:
+def measure(
+    hidden: int, names: list[str], counts: tuple[int, ...], figures: Figures, effort: Effort
+) -> None:
     """One model, all servers in turns."""
     model = export_model(hidden)
     (state,) = (value for value in load(str(model)).get_inputs() if value.name == "state")
     with ExitStack() as stack:
         client = stack.enter_context(asked("bench.pingpong"))
         server = stack.enter_context(sluice({"m": model}))
-        servers = {kind: stack.enter_context(rival("bench.plain", model, kind)) for kind in KINDS}
+        kinds = dict.fromkeys(name.split()[1] for name in names if " " in name)
+        servers = {kind: stack.enter_context(rival("bench.plain", model, kind)) for kind in kinds}
         progress = stack.enter_context(bar())
         rounds = [
             (sequences, name)
             for _ in range(effort.rounds)
-            for sequences in SEQUENCES
+            for sequences in counts
             for name in names
         ]
         for sequences, name in progress.track(rounds, description=f"rivals, H={hidden}"):
@@ -93,10 +95,11 @@ def main() -> None:
     """Measure and print."""
     effort = read_effort(__doc__ or "", rounds=2, seconds=1.0)
     figures = Figures()
-    names = list(NAMES)[:3] if effort.is_quick else list(NAMES)
-    for hidden in (QUICK_HIDDEN,) if effort.is_quick else HIDDEN:
-        measure(hidden, names, figures, effort)
-        for sequences in SEQUENCES:
+    names = effort.pick(full=list(NAMES), quick=list(NAMES)[:3])
+    counts = effort.pick(full=SEQUENCES, quick=SEQUENCES, smoke=SEQUENCES[:1])
+    for hidden in effort.pick(full=HIDDEN, quick=(QUICK_HIDDEN,)):
+        measure(hidden, names, counts, figures, effort)
+        for sequences in counts:
             case = f"{hidden} {sequences}"
             rows = [
                 [

@@ -42,7 +42,7 @@ class Worst:
 
 def idle_seconds(effort: Effort) -> float:
     """Long enough that nothing expires while it is still to be measured."""
-    return 3 if effort.is_quick else 8
+    return effort.pick(full=8, quick=3)
 
 
 def measure_count(count: int, effort: Effort) -> Round:
@@ -93,7 +93,7 @@ class Watch:
 def watch_lives(count: int, effort: Effort) -> Worst:
     """What `count` sequences that come and go together do to another one."""
     idle, model = idle_seconds(effort), {"m": export_model(HIDDEN)}
-    seconds = 2.0 if effort.is_quick else 12.0
+    seconds = effort.pick(full=12.0, quick=2.0)
     flags = ("--sequences-max", str(SEQUENCES_MAX))
     with ExitStack() as stack:
         server = stack.enter_context(
@@ -117,17 +117,20 @@ def watch_lives(count: int, effort: Effort) -> Worst:
 def main() -> None:
     """Measure and print."""
     effort = read_effort(__doc__ or "", rounds=3)
-    counts = (1_000, 3_000) if effort.is_quick else COUNTS
+    counts = effort.pick(full=COUNTS, quick=(1_000, 3_000), smoke=COUNTS[:1])
+    has_lives = effort.pick(full=True, quick=True, smoke=False)
     figures = Figures()
     with bar() as progress:
         for _ in progress.track(range(effort.rounds), description="scale"):
             for count in counts:
                 for name, value in asdict(measure_count(count, effort)).items():
                     figures.add(f"{name} {count}", value)
-            for name, value in asdict(watch_lives(counts[-1], effort)).items():
-                figures.add(name, value)
+            if has_lives:
+                for name, value in asdict(watch_lives(counts[-1], effort)).items():
+                    figures.add(name, value)
     print_rates(figures, counts)
-    print_lives(figures, counts)
+    if has_lives:
+        print_lives(figures, counts)
 
 
 def print_rates(figures: Figures, counts: tuple[int, ...]) -> None:

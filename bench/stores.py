@@ -35,6 +35,7 @@ SEQUENCES = 10_000
 AT_ONCE = 1000
 ROW_BYTES = 2048
 ALONE = 200
+FSYNCS = ("everysec", "always")
 # No two alike, so that nothing is gained by leaving equal pages alone.
 ROWS = [secrets.token_bytes(ROW_BYTES) for _ in range(64)]
 _REDIS_SECONDS_MAX = 30
@@ -68,7 +69,7 @@ async def write_all(store: Store, claims: Claims, step: int) -> None:
 
 async def measure(name: str, url: str, effort: Effort, figures: Figures) -> None:
     """One round of one store, with sequences of its own."""
-    count = AT_ONCE if effort.is_quick else SEQUENCES
+    count = effort.pick(full=SEQUENCES, quick=AT_ONCE, smoke=ALONE)
     keys = [Key("m", secrets.token_hex(16)) for _ in range(count)]
     opening = OpenSequence(mode=START, writer=secrets.token_bytes(16), attempt=1)
     coming_back = OpenSequence(mode=RESUME, writer=opening.writer, attempt=2)
@@ -146,7 +147,7 @@ def main() -> None:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory()))
         urls = {"memory": "memory", "SQLite": f"sqlite:///{folder}/store.db"}
-        for fsync in ("everysec", "always"):
+        for fsync in effort.pick(full=FSYNCS, quick=FSYNCS, smoke=FSYNCS[:1]):
             urls[f"Redis, {fsync}"] = stack.enter_context(redis_server(folder / fsync, fsync))
         progress = stack.enter_context(bar())
         for _ in progress.track(range(effort.rounds), description="stores"):

@@ -20,7 +20,7 @@ def main() -> None:
     effort = read_effort(__doc__ or "", rounds=3)
     model = export_model(HIDDEN)
     figures = Figures()
-    cases = CASES[:2] if effort.is_quick else CASES
+    cases = effort.pick(full=CASES, quick=CASES[:2], smoke=CASES[:1])
     with ExitStack() as stack:
         client = stack.enter_context(asked("bench.pingpong"))
         server = stack.enter_context(sluice({"m": model}))

@@ -5,30 +5,44 @@ import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+T = TypeVar("T")
+Size = Literal["full", "quick", "smoke"]
+
 
 @dataclass(frozen=True)
 class Effort:
-    """How long and how often each thing is measured."""
+    """How long and how often each thing is measured, and how much of a table."""
 
     rounds: int
     seconds: float
-    is_quick: bool
+    size: Size = "full"
+
+    def pick(self, *, full: T, quick: T, smoke: T | None = None) -> T:
+        """What is measured at this size; a smoke run takes that of a quick one without its own."""
+        if self.size == "full":
+            return full
+        return quick if self.size == "quick" or smoke is None else smoke
 
 
 def read_effort(description: str, *, rounds: int = 5, seconds: float = 1.5) -> Effort:
     """What the command line asks for."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--quick", action="store_true", help="one short round, to see it work")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="one short round, to see it work")
+    size.add_argument("--smoke", action="store_true", help="one row, to see that it can be made")
     parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--seconds", type=float, default=seconds, help="of one measurement")
     given = parser.parse_args()
     if given.quick:
-        return Effort(1, 1.0, True)
-    return Effort(given.rounds, given.seconds, False)
+        return Effort(1, 1.0, "quick")
+    if given.smoke:
+        return Effort(1, 0.3, "smoke")
+    return Effort(given.rounds, given.seconds)
 
 
 class Figures:

@@ -20,7 +20,8 @@ ROOT = Path(__file__).parents[2]
 class Commands:
     """The command of each table, two at a time: more would starve each other."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: str) -> None:
+        self._size = size
         self._threads = ThreadPoolExecutor(2)
         self._running: list[subprocess.Popen[str]] = []
         self.done = {name: self._threads.submit(self._run, name) for name in TABLES}
@@ -28,7 +29,7 @@ class Commands:
     def _run(self, name: str) -> tuple[int, str, str]:
         """Its exit code, what it printed, and what it complained of."""
         process = subprocess.Popen(
-            [sys.executable, "-m", f"bench.{name}", "--quick"],
+            [sys.executable, "-m", f"bench.{name}", f"--{self._size}"],
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -49,10 +50,10 @@ class Commands:
         self._threads.shutdown()
 
 
-@pytest.fixture(scope="module")
-def commands() -> Iterator[Commands]:
+@pytest.fixture(scope="module", params=["smoke", pytest.param("quick", marks=pytest.mark.slow)])
+def commands(request) -> Iterator[Commands]:
     export_model(QUICK_HIDDEN)
-    commands = Commands()
+    commands = Commands(request.param)
     yield commands
     commands.end()
 

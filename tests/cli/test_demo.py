@@ -30,7 +30,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def shown(output: Path) -> str:
     """What a short demo printed."""
-    command = [sys.executable, "-m", "sluice_cli", "demo", "--train-seconds", "2"]
+    command = [sys.executable, "-m", "sluice_cli", "demo", "--train-seconds", "1"]
     command += ["--sequences", str(SEQUENCES), "--characters", str(STEPS), "--output", str(output)]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,6 +1,7 @@
 """Whatever happens to the streams, every output arrives once and is that of an undisturbed run."""
 
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -247,8 +248,13 @@ class ClientUnderLoss(RuleBasedStateMachine):
 
 TestClientUnderLoss = ClientUnderLoss.TestCase
 TestClientUnderLoss.settings = settings(
-    max_examples=300,
+    max_examples=100,
     stateful_step_count=60,
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )
+
+
+@pytest.mark.slow
+class TestClientUnderLossLonger(ClientUnderLoss.TestCase):
+    settings = settings(TestClientUnderLoss.settings, max_examples=300)

@@ -1,5 +1,6 @@
 """Whatever happens to servers that share a store, every output arrives once, and is right."""
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, precondition, rule
@@ -166,8 +167,13 @@ class ClientOfMortalServers(ClientUnderLoss):
 
 TestClientOfMortalServers = ClientOfMortalServers.TestCase
 TestClientOfMortalServers.settings = settings(
-    max_examples=150,
+    max_examples=50,
     stateful_step_count=80,
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )
+
+
+@pytest.mark.slow
+class TestClientOfMortalServersLonger(ClientOfMortalServers.TestCase):
+    settings = settings(TestClientOfMortalServers.settings, max_examples=150)

@@ -1,6 +1,7 @@
 """However often clients and servers are killed, a journal gets every output once, in order."""
 
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
@@ -215,8 +216,13 @@ class Successors(RuleBasedStateMachine):
 
 TestSuccessors = Successors.TestCase
 TestSuccessors.settings = settings(
-    max_examples=100,
+    max_examples=50,
     stateful_step_count=50,
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )
+
+
+@pytest.mark.slow
+class TestSuccessorsLonger(Successors.TestCase):
+    settings = settings(TestSuccessors.settings, max_examples=100)

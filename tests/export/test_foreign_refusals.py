@@ -236,7 +236,9 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("write, options, message", OPTIONS, ids=lambda v: str(v)[:40])
+@pytest.mark.parametrize(
+    "write, options, message", OPTIONS, ids=lambda v: getattr(v, "__name__", str(v)[:40])
+)
 def test_an_option_that_the_file_contradicts_is_refused(tmp_path, write, options, message):
     source = write(tmp_path / "model.onnx")
     with pytest.raises(ExportError, match=message):

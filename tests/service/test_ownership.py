@@ -202,9 +202,10 @@ async def test_an_open_does_not_take_what_became_durable_while_the_store_was_ask
     claim = store.claim
 
     async def answer_the_first_late(claims):
+        is_first = not names
         names.extend(one.key.sequence_id for one in claims)
         answers = await claim(claims)
-        if len(names) == 1:
+        if is_first:
             await may_answer.wait()
         return answers
 

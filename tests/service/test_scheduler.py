@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from unittest.mock import patch
 
 import numpy as np
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
@@ -442,8 +443,13 @@ def _streams_of(run: Run) -> list[int]:
 
 TestScheduler = SchedulerMachine.TestCase
 TestScheduler.settings = settings(
-    max_examples=200, stateful_step_count=50, deadline=None, derandomize=True
+    max_examples=100, stateful_step_count=50, deadline=None, derandomize=True
 )
+
+
+@pytest.mark.slow
+class TestSchedulerLonger(SchedulerMachine.TestCase):
+    settings = settings(TestScheduler.settings, max_examples=200)
 
 
 def _scheduler(

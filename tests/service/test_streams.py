@@ -640,7 +640,9 @@ async def test_what_is_acknowledged_twice_or_for_nobody_counts_once(sums) -> Non
 async def test_a_step_that_waits_for_long_does_not_keep_the_messages_it_came_in(
     sums, monkeypatch
 ) -> None:
-    monkeypatch.setattr("sluice_service.batching.queues._COMPACTED_BYTES_MIN", 1 << 20)
+    compacted_bytes_min = 1 << 18
+    monkeypatch.setattr("sluice_service.batching.queues._COMPACTED_BYTES_MIN", compacted_bytes_min)
+    monkeypatch.setattr("sluice_service.batching.queues._COMPACTED_FRAME_BYTES_MIN", 16 << 10)
     served = await sums(unacknowledged_steps_max=8)
     (host,) = served.server._hosts.values()
     wire = served.wire("accumulator")
@@ -648,11 +650,11 @@ async def test_a_step_that_waits_for_long_does_not_keep_the_messages_it_came_in(
     await wire.open(1)
     frames, peak = host._scheduler._queues.frames, 0
     for number in range(1, 41):
-        data = np.r_[np.float32(1), np.zeros(20_000, np.float32)]
-        await wire.send(lane=[0, 1], steps=[1, 20_000], inputs=[Tensor(data=data.tobytes())])
-        await wire.until(lambda number=number: wire.steps(1) == 20_000 * number)
+        data = np.r_[np.float32(1), np.zeros(5_000, np.float32)]
+        await wire.send(lane=[0, 1], steps=[1, 5_000], inputs=[Tensor(data=data.tobytes())])
+        await wire.until(lambda number=number: wire.steps(1) == 5_000 * number)
         peak = max(peak, sum(rows.bytes for rows in frames.values()))
-    assert peak < 1.5 * 2**20  # of 3.2 MB
+    assert peak < 1.5 * compacted_bytes_min  # of 0.8 MB
     totals = list[float]()
     for step in range(8, 48, 8):
         totals += await _totals(wire, 0, 8)

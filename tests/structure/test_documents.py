@@ -97,3 +97,10 @@ def test_every_setting_that_is_named_exists(root: Path) -> None:
     named = {name for name in named if not name.startswith("sluice_")}
     assert len(named) > 5
     assert named <= set(Settings.model_fields)
+
+
+def test_the_map_of_the_tests_names_every_file_once_and_no_other(root: Path) -> None:
+    _, _, section = (root / "CONTRIBUTING.md").read_text().partition("## Where the tests are")
+    named = re.findall(r"`([\w/]*test_\w+\.py)`", section.split("\n## ")[0])
+    there = [path.relative_to(root / "tests") for path in (root / "tests").rglob("test_*.py")]
+    assert sorted(named) == sorted(map(str, there))

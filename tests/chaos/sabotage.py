@@ -23,7 +23,7 @@ def forget_duplicates() -> None:
 
 def forget_claims() -> None:
     """T4: a checkpoint is written whoever owns the record."""
-    from sluice_service.store import sqlite
+    from sluice_service.store.sqlite import store as sqlite
 
     for name in ("_OWNED", "_WRITE", "_RENEW"):
         statement = getattr(sqlite, name)

@@ -29,7 +29,7 @@ from sluice_service.sequences.stream import Stream
 from sluice_service.settings import Settings
 from sluice_service.store import StoreError
 from sluice_service.store.claims import OpenMode, OpenRequest
-from sluice_service.store.memory import MemoryStore
+from tests.service.store.memory import MemoryStore
 
 MODEL = "accumulator"
 WRITERS = 2

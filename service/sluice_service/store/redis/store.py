@@ -27,8 +27,9 @@ from sluice_service.store.protocol import (
     Write,
 )
 from sluice_service.store.records import Grant, Header, answer, give_epoch, grant
-from sluice_service.store.redis_check import check
-from sluice_service.store.redis_scripts import (
+from sluice_service.store.redaction import redact
+from sluice_service.store.redis.checks import check
+from sluice_service.store.redis.scripts import (
     CLAIM,
     CLOSE,
     READ,
@@ -38,7 +39,6 @@ from sluice_service.store.redis_scripts import (
     TICK,
     WRITE,
 )
-from sluice_service.store.urls import redact
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")

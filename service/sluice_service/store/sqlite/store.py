@@ -7,7 +7,6 @@ from pathlib import Path
 
 from sluice_service.errors import LaneError
 from sluice_service.store.claims import Claim, Record
-from sluice_service.store.commits import Commits
 from sluice_service.store.protocol import (
     ClaimRequest,
     Closing,
@@ -27,7 +26,8 @@ from sluice_service.store.records import (
     is_closed_by,
     may_close,
 )
-from sluice_service.store.sqlite_file import SqliteFile, Transaction
+from sluice_service.store.sqlite.commits import Commits
+from sluice_service.store.sqlite.file import SqliteFile, Transaction
 
 _CHORE_SECONDS_MAX = 10.0
 # In one transaction: others wait for it.

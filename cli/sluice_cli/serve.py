@@ -113,8 +113,9 @@ def _explain(error: "ValidationError") -> str:
     """Each wrong setting on a line, by the name of its flag."""
     lines = []
     for problem in error.errors():
-        flag = "--" + str(problem["loc"][0]).replace("_", "-") if problem["loc"] else "settings"
-        lines.append(f"{flag}: {problem['msg'].removeprefix('Value error, ')}")
+        # A problem of several settings together names its flags itself.
+        flag = "".join(f"--{name}: ".replace("_", "-") for name in problem["loc"][:1])
+        lines.append(flag + problem["msg"].removeprefix("Value error, "))
     return "\n".join(lines)
 
 

@@ -21,7 +21,7 @@ from sluice_service.rpc.native.sequences import SequencesService
 from sluice_service.rpc.open_inference.service import OpenInferenceService
 from sluice_service.runtime import memory
 from sluice_service.settings import Settings
-from sluice_service.store import Store, open_store
+from sluice_service.store import Store, StoreSetupError, open_store
 
 log = structlog.get_logger()
 
@@ -34,10 +34,13 @@ _PING_SECONDS_MIN = 10
 class Server:
     """A server from its settings. `await start()`, then `await stop()`."""
 
-    def __init__(self, settings: Settings, *, shares_port: bool = False) -> None:
-        """Load every model, test it and warm it up; takes seconds.
+    def __init__(
+        self, settings: Settings, *, store: Store | None = None, shares_port: bool = False
+    ) -> None:
+        """Load and test every model, which takes seconds.
 
-        Raises ModelError when a file cannot be served, StoreSetupError for a bad store.
+        `store` is used in place of the one that the settings name. Raises ModelError when a
+        file cannot be served, StoreSetupError when the store cannot be used.
         """
         self.settings = settings
         self._shares_port = shares_port
@@ -45,7 +48,7 @@ class Server:
         self.grpc_port = 0
         self.http_port = 0
         self._is_ready = False
-        self._store = _store(settings)
+        self._store = store or _open_store(settings)
         self._hosts = Hosts(settings, self.metrics, self._store, self._changed)
         for name, path in settings.model.items():
             self._hosts.add(name, self._hosts.load(path))
@@ -177,18 +180,24 @@ class Server:
         ]
 
 
-def _store(settings: Settings) -> Store | None:
-    """The store that sequences are kept in, if they are. Raises StoreSetupError."""
+def _open_store(settings: Settings) -> Store | None:
+    """The store that the settings name; None without durability. Raises StoreSetupError."""
+    if settings.store is None:
+        if settings.durability != "off":
+            raise StoreSetupError(
+                f"--durability {settings.durability} needs a store; name one with --store "
+                "sqlite:///PATH or redis://HOST:PORT, or serve with --durability off"
+            )
+        return None
     store = open_store(
         settings.store,
         tombstone_seconds=settings.tombstone_seconds,
         record_seconds=settings.record_seconds,
     )
-    if settings.durability != "off":
-        return store
-    if settings.store != "memory":
-        log.warning("store_unused", fix="with --durability off nothing is stored; set periodic")
-    return None
+    if settings.durability == "off":
+        log.warning("store_unused", fix="--durability off stores nothing; use periodic or strict")
+        return None
+    return store
 
 
 def require_free(flag: str, address: str) -> None:

@@ -41,7 +41,7 @@ Replicas = Callable[..., Awaitable[Served]]
 async def crash(served: Served) -> None:
     """End a server as kill -9 would: nothing is finished, and the store hears no more of it."""
     store = served.server._store
-    for method in ("claim", "read", "write", "close", "renew"):
+    for method in ("claim", "read", "write", "close", "renew_leases"):
         setattr(store, method, _fail)
     served.server._hosts.stop()
     await store.stop()

@@ -314,7 +314,7 @@ class Keeper:
         alive = [(one, one.claim_id) for one in self._sequences if one.is_durable]
         for start in range(0, len(alive), _WRITES_MAX):
             part = alive[start : start + _WRITES_MAX]
-            verdicts = await self._store.renew(
+            verdicts = await self._store.renew_leases(
                 [(Key(self._model, one.sequence_id), claim_id) for one, claim_id in part]
             )
             await self._settled([one for one, _ in part], verdicts)

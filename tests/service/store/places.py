@@ -84,7 +84,7 @@ class MemoryPlace(Place):
         while seconds > 0:
             self._now += min(seconds, _STEP_SECONDS)
             seconds -= _STEP_SECONDS
-            await self._store.renew([])
+            await self._store.renew_leases([])
 
     async def jump(self, seconds: float) -> None:
         self._now += max(seconds, 0)  # this clock never goes back

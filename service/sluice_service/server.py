@@ -48,19 +48,19 @@ class Server:
         self.grpc_port = 0
         self.http_port = 0
         self._is_ready = False
-        self._store = store or _open_store(settings)
-        self._hosts = Hosts(settings, self.metrics, self._store, self._changed)
+        self.store = store or _open_store(settings)
+        self.hosts = Hosts(settings, self.metrics, self.store, self._changed)
         for name, path in settings.model.items():
-            self._hosts.add(name, self._hosts.load(path))
+            self.hosts.add(name, self.hosts.load(path))
         self._repository: Repository | None = None
         if settings.model_repository is not None:
             self._repository = Repository(
-                settings.model_repository, settings, self._hosts, self.metrics
+                settings.model_repository, settings, self.hosts, self.metrics
             )
             self._repository.open()
-        self._health = Health(self._hosts)
+        self._health = Health(self.hosts)
         self._open_inference = OpenInferenceService(
-            self._hosts, self._repository, settings, self.metrics, lambda: self._is_ready
+            self.hosts, self._repository, settings, self.metrics, lambda: self._is_ready
         )
         self._following: asyncio.Task[None] | None = None
         self._resting: asyncio.Task[None] | None = None
@@ -73,8 +73,8 @@ class Server:
         Raises OSError when one is taken, StoreSetupError or StoreError when the store
         cannot be used.
         """
-        if self._store is not None:
-            for warning in await self._store.start():
+        if self.store is not None:
+            for warning in await self.store.start():
                 log.warning("store", warning=warning)
         if not self._shares_port:
             require_free("listen", self.settings.listen)
@@ -91,8 +91,8 @@ class Server:
         self.http_port = self._http.addresses[0][1]
 
         self._grpc = grpc.aio.server(options=self._options())
-        self._grpc.add_generic_rpc_handlers((SequencesService(self._hosts).handler(),))
-        add_ModelsServicer_to_server(ModelsService(self._hosts), self._grpc)
+        self._grpc.add_generic_rpc_handlers((SequencesService(self.hosts).handler(),))
+        add_ModelsServicer_to_server(ModelsService(self.hosts), self._grpc)
         self._health.register(self._grpc)
         self._grpc.add_generic_rpc_handlers((self._open_inference.handler(),))
         names = [
@@ -112,17 +112,17 @@ class Server:
                 "Choose another address with --listen"
             ) from error
         await self._grpc.start()
-        self._hosts.start()
+        self.hosts.start()
         if self._repository is not None:
             self._following = asyncio.create_task(self._repository.live())
         memory.settle()
-        self._resting = asyncio.create_task(memory.give_back_when_quiet(self._hosts.activity))
+        self._resting = asyncio.create_task(memory.give_back_when_quiet(self.hosts.activity))
         await self._say(is_ready=True)
         log.info(
             "ready",
             listen=f"{self.settings.listen.rpartition(':')[0]}:{self.grpc_port}",
             http=f"{host}:{self.http_port}",
-            models=sorted(self._hosts),
+            models=sorted(self.hosts),
         )
 
     async def stop(self) -> None:
@@ -134,15 +134,15 @@ class Server:
                 task.cancel()
         self._open_inference.drain()
         try:
-            await asyncio.wait_for(self._hosts.drain(), self.settings.drain_seconds_max)
+            await asyncio.wait_for(self.hosts.drain(), self.settings.drain_seconds_max)
         except TimeoutError:
             log.warning("drain_cut_off", seconds=self.settings.drain_seconds_max)
         self._open_inference.stop()
-        self._hosts.stop()
+        self.hosts.stop()
         await self._grpc.stop(GRACE_SECONDS)
         await self._http.cleanup()
-        if self._store is not None:
-            await self._store.stop()
+        if self.store is not None:
+            await self.store.stop()
         log.info("stopped")
 
     async def _expose(self, accept: str) -> tuple[bytes, str]:
@@ -150,7 +150,7 @@ class Server:
 
     def _trouble(self) -> str:
         """What an operator should know of a server that serves all the same."""
-        down = max((host.store_down_seconds for host in self._hosts.values()), default=0.0)
+        down = max((host.store_down_seconds for host in self.hosts.values()), default=0.0)
         return f": the store has not answered for {down:.0f} seconds" if down else ""
 
     async def _say(self, *, is_ready: bool) -> None:
@@ -161,7 +161,7 @@ class Server:
     async def _changed(self, name: str) -> None:
         """A model has come, has another version, or has gone."""
         self._open_inference.renew(name)
-        is_serving = self._is_ready and name in self._hosts and self._hosts[name].is_welcoming
+        is_serving = self._is_ready and name in self.hosts and self.hosts[name].is_welcoming
         await self._health.tell(name, is_serving=is_serving)
 
     def _options(self) -> list[tuple[str, int]]:

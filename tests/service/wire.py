@@ -87,7 +87,7 @@ class Served:
 
     def find(self, model: str, sequence_id: str) -> SequenceInfo | None:
         """What the server would list of a live sequence, without a call."""
-        infos = self.server._hosts[model].listing.here()
+        infos = self.server.hosts[model].listing.here()
         return next((info for info in infos if info.sequence_id == sequence_id), None)
 
     async def parked(self, model: str, *sequence_ids: str) -> None:

@@ -1,12 +1,14 @@
 """Assembles a server, serves, and stops in good order."""
 
 import asyncio
+import os
 import socket
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.metadata import version
 
 import grpc
 import structlog
-from aiohttp import web
 from grpc_reflection.v1alpha import reflection
 
 from sluice_protos import open_inference_pb2, sequences_pb2
@@ -14,7 +16,6 @@ from sluice_protos.sequences_pb2_grpc import add_ModelsServicer_to_server
 from sluice_service.metrics import Metrics, as_info
 from sluice_service.models.registry import Hosts
 from sluice_service.models.repository import Repository
-from sluice_service.pages import make_app
 from sluice_service.rpc.health import Health
 from sluice_service.rpc.native.models import ModelsService
 from sluice_service.rpc.native.sequences import SequencesService
@@ -50,14 +51,12 @@ class Server:
         self._is_ready = False
         self.store = store or _open_store(settings)
         self.hosts = Hosts(settings, self.metrics, self.store, self._changed)
-        for name, path in settings.model.items():
-            self.hosts.add(name, self.hosts.load(path))
         self._repository: Repository | None = None
         if settings.model_repository is not None:
             self._repository = Repository(
                 settings.model_repository, settings, self.hosts, self.metrics
             )
-            self._repository.open()
+        self._load()
         self._health = Health(self.hosts)
         self._open_inference = OpenInferenceService(
             self.hosts, self._repository, settings, self.metrics, lambda: self._is_ready
@@ -66,6 +65,24 @@ class Server:
         self._resting: asyncio.Task[None] | None = None
         packages = ("sluice-serving", "onnxruntime", "grpcio", "numpy")
         self.metrics.build.info(as_info({package: version(package) for package in packages}))
+
+    def _load(self) -> None:
+        """Load all models, as many at once as there are cores, and aiohttp meanwhile."""
+        threads = ThreadPoolExecutor(os.cpu_count(), "load")
+        try:
+            load = partial(self.hosts.load, warms_up=False)
+            named = threads.map(load, self.settings.model.values())
+            found = self._repository.open(threads) if self._repository is not None else ()
+            from sluice_service.pages import Pages  # noqa: PLC0415 - see there
+
+            self._pages = Pages(self._expose, lambda: self._is_ready, self._trouble)
+            models = [*zip(self.settings.model, named, strict=True), *found]
+        finally:
+            threads.shutdown(cancel_futures=True)
+        # All is quiet now, as it must be while runs are measured.
+        for name, loaded in models:
+            loaded.warm_up()
+            self.hosts.add(name, loaded)
 
     async def start(self) -> None:
         """Listen, and say ready once both ports are open.
@@ -79,16 +96,8 @@ class Server:
         if not self._shares_port:
             require_free("listen", self.settings.listen)
         require_free("http", self.settings.http)
-        self._http = web.AppRunner(
-            make_app(self._expose, lambda: self._is_ready, self._trouble),
-            access_log=None,
-            handle_signals=False,
-        )
-        await self._http.setup()
-        host, _, port = self.settings.http.rpartition(":")
-        site = web.TCPSite(self._http, host.strip("[]"), int(port))
-        await site.start()
-        self.http_port = self._http.addresses[0][1]
+        await self._pages.start(self.settings.http)
+        self.http_port = self._pages.port
 
         self._grpc = grpc.aio.server(options=self._options())
         self._grpc.add_generic_rpc_handlers((SequencesService(self.hosts).handler(),))
@@ -106,7 +115,7 @@ class Server:
         try:
             self.grpc_port = self._grpc.add_insecure_port(self.settings.listen)
         except RuntimeError as error:
-            await self._http.cleanup()
+            await self._pages.stop()
             raise OSError(
                 f"cannot listen on {self.settings.listen}; is another server there? "
                 "Choose another address with --listen"
@@ -121,7 +130,7 @@ class Server:
         log.info(
             "ready",
             listen=f"{self.settings.listen.rpartition(':')[0]}:{self.grpc_port}",
-            http=f"{host}:{self.http_port}",
+            http=f"{self.settings.http.rpartition(':')[0]}:{self.http_port}",
             models=sorted(self.hosts),
         )
 
@@ -140,7 +149,7 @@ class Server:
         self._open_inference.stop()
         self.hosts.stop()
         await self._grpc.stop(GRACE_SECONDS)
-        await self._http.cleanup()
+        await self._pages.stop()
         if self.store is not None:
             await self.store.stop()
         log.info("stopped")

@@ -1,5 +1,6 @@
 """Assembles `sluice` from its commands."""
 
+import gc
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -35,4 +36,7 @@ def main() -> None:
     """Run the command line; the `sluice` script."""
     # A command starts sooner without the imports of the others.
     named = [word for word in sys.argv[1:2] if word in COMMANDS]
-    make_app(named or COMMANDS)()
+    gc.disable()  # it would find nothing in what imports make
+    app = make_app(named or COMMANDS)
+    gc.enable()
+    app()

@@ -15,7 +15,6 @@ from pydantic_settings import (
     SettingsError,
     YamlConfigSettingsSource,
 )
-from yaml import YAMLError
 
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]
@@ -278,8 +277,8 @@ class Settings(BaseSettings):
             )
         if self.workers > 1 and self.model_control == "explicit":
             raise ValueError(
-                "--model-control: with several workers a client's load or unload would reach only "
-                "one of them; use --workers 1 or --model-control poll"
+                "--model-control: a client's load or unload reaches only one worker of several; "
+                "use --workers 1 or --model-control poll"
             )
         return self
 
@@ -294,11 +293,16 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Flags, then the environment, then the file that either of them names."""
         file = init_settings().get("config") or env_settings().get("config")
-        return init_settings, env_settings, _read(settings_cls, file)
+        flags_and_environment = init_settings, env_settings
+        if file is None:
+            return flags_and_environment
+        return *flags_and_environment, _read(settings_cls, file)
 
 
 def _read(settings_cls: type[BaseSettings], file: Any) -> YamlConfigSettingsSource:
-    """The settings of a YAML file. Raises SettingsError when it has none to read."""
+    """The settings of a YAML file. Raises SettingsError if it cannot be read as one."""
+    from yaml import YAMLError  # noqa: PLC0415 - few servers have a file
+
     try:
         return YamlConfigSettingsSource(settings_cls, yaml_file=file)
     except (YAMLError, TypeError, ValueError, OSError) as error:

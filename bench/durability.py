@@ -118,7 +118,6 @@ def main() -> None:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory()))
         stores = {
-            "memory": "memory",
             "SQLite": f"sqlite:///{folder}/store.db",
             "Redis": stack.enter_context(redis_server(folder / "redis", "always")),
         }
@@ -127,14 +126,13 @@ def main() -> None:
         names: list[str] = []
         for _ in progress.track(range(effort.rounds), description="cost"):
             names = measure_costs(effort, stores, figures)
-        shared = {name: url for name, url in stores.items() if url != "memory" and kills}
-        for name, url in progress.track(shared.items(), description="kills"):
+        for name, url in progress.track(stores.items() if kills else [], description="kills"):
             for milliseconds in asyncio.run(watch_kills(url, kills)):
                 figures.add(f"{name} kill", milliseconds)
             figures.add(f"{name} recovery", asyncio.run(watch_recovery(url, recovered)))
     print_costs(figures, names)
     if kills:
-        print_resumes(figures, list(shared), recovered)
+        print_resumes(figures, list(stores), recovered)
 
 
 def print_costs(figures: Figures, names: list[str]) -> None:

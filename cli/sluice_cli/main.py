@@ -1,35 +1,42 @@
 """Assembles `sluice` from its commands."""
 
+import gc
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
 import typer
 
-from sluice_cli import bench, demo, export, inspect, sequences, serve, stream, verify
-
-app = typer.Typer(
-    name="sluice",
-    help="Serve recurrent models: export LSTM, GRU and RNN models from PyTorch to ONNX, "
-    "stream any number of stateful sequences through them over gRPC.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode="markdown",
-    pretty_exceptions_enable=False,
-)
+COMMANDS = ("bench", "demo", "export", "inspect", "sequences", "serve", "stream", "verify")
 
 
-@app.callback()
-def _name_the_group() -> None:
-    """Keep `serve` a word of its own, however few commands there are."""
+def make_app(commands: Sequence[str] = COMMANDS) -> typer.Typer:
+    """The command line with these commands; each is a module with `add_to`."""
+    app = typer.Typer(
+        name="sluice",
+        help="Serve recurrent models: export LSTM, GRU and RNN models from PyTorch to ONNX, "
+        "stream any number of stateful sequences through them over gRPC.",
+        no_args_is_help=True,
+        add_completion=False,
+        rich_markup_mode="markdown",
+        pretty_exceptions_enable=False,
+    )
+    # With a callback a single command keeps its name.
+    app.callback()(_do_nothing)
+    for command in commands:
+        import_module(f"sluice_cli.{command}").add_to(app)
+    return app
 
 
-bench.add_to(app)
-demo.add_to(app)
-export.add_to(app)
-inspect.add_to(app)
-sequences.add_to(app)
-serve.add_to(app)
-stream.add_to(app)
-verify.add_to(app)
+def _do_nothing() -> None:
+    """No option of ours stands before the command."""
 
 
 def main() -> None:
     """Run the command line; the `sluice` script."""
+    # A command starts sooner without the imports of the others.
+    named = [word for word in sys.argv[1:2] if word in COMMANDS]
+    gc.disable()  # it would find nothing in what imports make
+    app = make_app(named or COMMANDS)
+    gc.enable()
     app()

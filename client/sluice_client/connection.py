@@ -493,7 +493,7 @@ class Connection:
         if lane.status is Status.ENDED:
             self._free(lane)
         elif lane.status is Status.ENDING:
-            is_parked = lane.is_parking and closed.reason not in (Closed.IDLE, Closed.EVICTED)
+            is_parked = lane.is_parking and closed.reason != Closed.IDLE
             if closed.reason == Closed.DRAINING and not lane.is_parking:
                 self._reopen(lane)
             elif is_parked or not lane.is_parking:

@@ -195,7 +195,6 @@ _OF_FAULT: dict["Fault.Reason.ValueType", type[SluiceError]] = {
 _OF_CLOSED: dict["Closed.Reason.ValueType", tuple[type[SluiceError], str]] = {
     Closed.CLIENT: (SequenceClosed, "somebody closed it"),
     Closed.IDLE: (SequenceExpired, "it was idle for longer than the server allows"),
-    Closed.EVICTED: (SequenceExpired, "the server gave its place to others"),
     Closed.FENCED: (Fenced, "another client has taken it over"),
 }
 

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
-import onnx
 from google.protobuf import json_format
 from google.protobuf.message import Message
 from numpy.typing import NDArray
 
 from sluice_model.errors import ContractError, NotAModelError
+from sluice_model.messages import ModelProto, TensorProto, ValueInfoProto
 from sluice_protos.contract_pb2 import ModelContract, StatePart, TensorSpec
 from sluice_protos.datatypes import DTYPES
 
@@ -26,29 +26,29 @@ _MINIMUM_MAX: Final = 64
 _Require = Callable[[bool, str], None]
 
 _ELEMENT_TYPES: Final[dict[int, str]] = {
-    onnx.TensorProto.BOOL: "BOOL",
-    onnx.TensorProto.INT8: "INT8",
-    onnx.TensorProto.INT16: "INT16",
-    onnx.TensorProto.INT32: "INT32",
-    onnx.TensorProto.INT64: "INT64",
-    onnx.TensorProto.UINT8: "UINT8",
-    onnx.TensorProto.UINT16: "UINT16",
-    onnx.TensorProto.UINT32: "UINT32",
-    onnx.TensorProto.UINT64: "UINT64",
-    onnx.TensorProto.FLOAT16: "FP16",
-    onnx.TensorProto.FLOAT: "FP32",
-    onnx.TensorProto.DOUBLE: "FP64",
+    TensorProto.BOOL: "BOOL",
+    TensorProto.INT8: "INT8",
+    TensorProto.INT16: "INT16",
+    TensorProto.INT32: "INT32",
+    TensorProto.INT64: "INT64",
+    TensorProto.UINT8: "UINT8",
+    TensorProto.UINT16: "UINT16",
+    TensorProto.UINT32: "UINT32",
+    TensorProto.UINT64: "UINT64",
+    TensorProto.FLOAT16: "FP16",
+    TensorProto.FLOAT: "FP32",
+    TensorProto.DOUBLE: "FP64",
 }
 
 
-def load_proto(path: Path) -> onnx.ModelProto:
+def load_proto(path: Path) -> ModelProto:
     """Parse an ONNX file that is whole.
 
     Raises NotAModelError when it is missing, is not ONNX, or keeps weights in
     files beside it.
     """
     proto = parse_proto(path)
-    if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in _tensors(proto)):
+    if any(tensor.data_location == TensorProto.EXTERNAL for tensor in _tensors(proto)):
         raise NotAModelError(
             f"{path}: keeps weights in other files; save it as one file "
             "(onnx.save_model with save_as_external_data=False)"
@@ -56,13 +56,13 @@ def load_proto(path: Path) -> onnx.ModelProto:
     return proto
 
 
-def parse_proto(path: Path) -> onnx.ModelProto:
+def parse_proto(path: Path) -> ModelProto:
     """Parse an ONNX file, without what it keeps in other files.
 
     Raises NotAModelError when it is missing or is not ONNX.
     """
     try:
-        proto = onnx.load_model(path, load_external_data=False)
+        proto = ModelProto.FromString(path.read_bytes())
     except OSError as error:
         raise NotAModelError(f"{path}: cannot be read ({error.strerror or error})") from error
     except Exception as error:  # protobuf's DecodeError, or whatever parsing meets first
@@ -77,9 +77,9 @@ def parse_proto(path: Path) -> onnx.ModelProto:
     return proto
 
 
-def compute_digest(proto: onnx.ModelProto) -> str:
+def compute_digest(proto: ModelProto) -> str:
     """SHA-256, in hex, of graph and weights: metadata, doc strings and producer do not count."""
-    bare = onnx.ModelProto()
+    bare = ModelProto()
     bare.CopyFrom(proto)
     del bare.metadata_props[:]
     for field in ("doc_string", "producer_name", "producer_version", "domain", "model_version"):
@@ -95,7 +95,7 @@ def compute_digest(proto: onnx.ModelProto) -> str:
     return hashlib.sha256(bare.SerializeToString(deterministic=True)).hexdigest()
 
 
-def write_contract(proto: onnx.ModelProto, contract: ModelContract) -> None:
+def write_contract(proto: ModelProto, contract: ModelContract) -> None:
     """Put `contract` into `proto`, with the schema version and the digest filled in.
 
     Raises ContractError when the contract does not describe the graph.
@@ -118,7 +118,7 @@ def read_contract(path: Path) -> ModelContract:
     return parse_contract(load_proto(path), name=str(path))
 
 
-def parse_contract(proto: onnx.ModelProto, *, name: str) -> ModelContract:
+def parse_contract(proto: ModelProto, *, name: str) -> ModelContract:
     """The contract inside `proto`, checked. `name` is what errors call the file."""
     texts = [entry.value for entry in proto.metadata_props if entry.key == METADATA_KEY]
     if not texts:
@@ -157,9 +157,9 @@ def initial_row(contract: ModelContract) -> NDArray[np.float32]:
     return row
 
 
-def count_parameters(proto: onnx.ModelProto) -> int:
+def count_parameters(proto: ModelProto) -> int:
     """The floats of a graph's weights."""
-    floats = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE}
+    floats = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE}
     return sum(
         math.prod(tensor.dims) for tensor in proto.graph.initializer if tensor.data_type in floats
     )
@@ -170,19 +170,19 @@ def part_size(part: StatePart) -> int:
     return math.prod(part.shape)
 
 
-def _tensors(message: Message) -> Iterator[onnx.TensorProto]:
+def _tensors(message: Message) -> Iterator[TensorProto]:
     """Every tensor inside: of graphs, of the branches of their nodes, of functions."""
     for field, value in message.ListFields():
         if field.message_type is None:
             continue
         for part in [value] if isinstance(value, Message) else value:
-            if isinstance(part, onnx.TensorProto):
+            if isinstance(part, TensorProto):
                 yield part
             else:
                 yield from _tensors(part)
 
 
-def _check(proto: onnx.ModelProto, contract: ModelContract, *, name: str) -> None:
+def _check(proto: ModelProto, contract: ModelContract, *, name: str) -> None:
     """Raise ContractError unless names, types and state layout are the graph's."""
 
     def require(is_true: bool, problem: str) -> None:
@@ -226,8 +226,8 @@ def _check(proto: onnx.ModelProto, contract: ModelContract, *, name: str) -> Non
 
 
 def _check_state(
-    inputs: dict[str, onnx.ValueInfoProto],
-    outputs: dict[str, onnx.ValueInfoProto],
+    inputs: dict[str, ValueInfoProto],
+    outputs: dict[str, ValueInfoProto],
     contract: ModelContract,
     require: _Require,
 ) -> None:
@@ -249,17 +249,17 @@ def _check_state(
             sizes = [dim.dim_value for dim in tensor.shape.dim]
             is_row = len(sizes) == 2 and sizes[1] == size
             require(
-                is_row and tensor.elem_type == onnx.TensorProto.FLOAT,
+                is_row and tensor.elem_type == TensorProto.FLOAT,
                 f"gives {value.name!r} rows of {size} floats, which the graph does not",
             )
     if contract.lengths_input:
         tensor = inputs[contract.lengths_input].type.tensor_type
-        is_counts = tensor.elem_type == onnx.TensorProto.INT32 and len(tensor.shape.dim) == 1
+        is_counts = tensor.elem_type == TensorProto.INT32 and len(tensor.shape.dim) == 1
         require(is_counts, f"takes {contract.lengths_input!r} for lengths, which are [batch] int32")
 
 
 def _check_tensor(
-    value: onnx.ValueInfoProto, spec: TensorSpec, contract: ModelContract, require: _Require
+    value: ValueInfoProto, spec: TensorSpec, contract: ModelContract, require: _Require
 ) -> None:
     tensor = value.type.tensor_type
     datatype = _ELEMENT_TYPES.get(tensor.elem_type)

@@ -503,8 +503,6 @@ class Closed(_message.Message):
         """by this lane's own wish"""
         IDLE: Closed._Reason.ValueType  # 2
         """no step for longer than the server allows; the state is gone"""
-        EVICTED: Closed._Reason.ValueType  # 3
-        """made room for others; the state is gone"""
         FENCED: Closed._Reason.ValueType  # 4
         """another lane has the sequence now"""
         DRAINING: Closed._Reason.ValueType  # 5
@@ -517,8 +515,6 @@ class Closed(_message.Message):
     """by this lane's own wish"""
     IDLE: Closed.Reason.ValueType  # 2
     """no step for longer than the server allows; the state is gone"""
-    EVICTED: Closed.Reason.ValueType  # 3
-    """made room for others; the state is gone"""
     FENCED: Closed.Reason.ValueType  # 4
     """another lane has the sequence now"""
     DRAINING: Closed.Reason.ValueType  # 5

@@ -1,12 +1,14 @@
 """Assembles a server, serves, and stops in good order."""
 
 import asyncio
+import os
 import socket
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.metadata import version
 
 import grpc
 import structlog
-from aiohttp import web
 from grpc_reflection.v1alpha import reflection
 
 from sluice_protos import open_inference_pb2, sequences_pb2
@@ -14,14 +16,13 @@ from sluice_protos.sequences_pb2_grpc import add_ModelsServicer_to_server
 from sluice_service.metrics import Metrics, as_info
 from sluice_service.models.registry import Hosts
 from sluice_service.models.repository import Repository
-from sluice_service.pages import make_app
 from sluice_service.rpc.health import Health
 from sluice_service.rpc.native.models import ModelsService
 from sluice_service.rpc.native.service import SequencesService
 from sluice_service.rpc.open_inference.service import OpenInferenceService
 from sluice_service.runtime import memory
 from sluice_service.settings import Settings
-from sluice_service.store import Store, open_store
+from sluice_service.store import Store, StoreSetupError, open_store
 
 log = structlog.get_logger()
 
@@ -34,10 +35,13 @@ _PING_SECONDS_MIN = 10
 class Server:
     """A server from its settings. `await start()`, then `await stop()`."""
 
-    def __init__(self, settings: Settings, *, shares_port: bool = False) -> None:
-        """Load every model, test it and warm it up; takes seconds.
+    def __init__(
+        self, settings: Settings, *, store: Store | None = None, shares_port: bool = False
+    ) -> None:
+        """Load and test every model, which takes seconds.
 
-        Raises ModelError when a file cannot be served, StoreSetupError for a bad store.
+        `store` is used in place of the one that the settings name. Raises ModelError when a
+        file cannot be served, StoreSetupError when the store cannot be used.
         """
         self.settings = settings
         self._shares_port = shares_port
@@ -45,24 +49,40 @@ class Server:
         self.grpc_port = 0
         self.http_port = 0
         self._is_ready = False
-        self._store = _store(settings)
-        self._hosts = Hosts(settings, self.metrics, self._store, self._changed)
-        for name, path in settings.model.items():
-            self._hosts.add(name, self._hosts.load(path))
+        self.store = store or _open_store(settings)
+        self.hosts = Hosts(settings, self.metrics, self.store, self._changed)
         self._repository: Repository | None = None
         if settings.model_repository is not None:
             self._repository = Repository(
-                settings.model_repository, settings, self._hosts, self.metrics
+                settings.model_repository, settings, self.hosts, self.metrics
             )
-            self._repository.open()
-        self._health = Health(self._hosts)
+        self._load()
+        self._health = Health(self.hosts)
         self._open_inference = OpenInferenceService(
-            self._hosts, self._repository, settings, self.metrics, lambda: self._is_ready
+            self.hosts, self._repository, settings, self.metrics, lambda: self._is_ready
         )
         self._following: asyncio.Task[None] | None = None
         self._resting: asyncio.Task[None] | None = None
         packages = ("sluice-serving", "onnxruntime", "grpcio", "numpy")
         self.metrics.build.info(as_info({package: version(package) for package in packages}))
+
+    def _load(self) -> None:
+        """Load all models, as many at once as there are cores, and aiohttp meanwhile."""
+        threads = ThreadPoolExecutor(os.cpu_count(), "load")
+        try:
+            load = partial(self.hosts.load, warms_up=False)
+            named = threads.map(load, self.settings.model.values())
+            found = self._repository.open(threads) if self._repository is not None else ()
+            from sluice_service.pages import Pages  # noqa: PLC0415 - see there
+
+            self._pages = Pages(self._expose, lambda: self._is_ready, self._trouble)
+            models = [*zip(self.settings.model, named, strict=True), *found]
+        finally:
+            threads.shutdown(cancel_futures=True)
+        # All is quiet now, as it must be while runs are measured.
+        for name, loaded in models:
+            loaded.warm_up()
+            self.hosts.add(name, loaded)
 
     async def start(self) -> None:
         """Listen, and say ready once both ports are open.
@@ -70,26 +90,18 @@ class Server:
         Raises OSError when one is taken, StoreSetupError or StoreError when the store
         cannot be used.
         """
-        if self._store is not None:
-            for warning in await self._store.start():
+        if self.store is not None:
+            for warning in await self.store.start():
                 log.warning("store", warning=warning)
         if not self._shares_port:
             require_free("listen", self.settings.listen)
         require_free("http", self.settings.http)
-        self._http = web.AppRunner(
-            make_app(self._expose, lambda: self._is_ready, self._trouble),
-            access_log=None,
-            handle_signals=False,
-        )
-        await self._http.setup()
-        host, _, port = self.settings.http.rpartition(":")
-        site = web.TCPSite(self._http, host.strip("[]"), int(port))
-        await site.start()
-        self.http_port = self._http.addresses[0][1]
+        await self._pages.start(self.settings.http)
+        self.http_port = self._pages.port
 
         self._grpc = grpc.aio.server(options=self._options())
-        self._grpc.add_generic_rpc_handlers((SequencesService(self._hosts).handler(),))
-        add_ModelsServicer_to_server(ModelsService(self._hosts), self._grpc)
+        self._grpc.add_generic_rpc_handlers((SequencesService(self.hosts).handler(),))
+        add_ModelsServicer_to_server(ModelsService(self.hosts), self._grpc)
         self._health.register(self._grpc)
         self._grpc.add_generic_rpc_handlers((self._open_inference.handler(),))
         names = [
@@ -103,23 +115,23 @@ class Server:
         try:
             self.grpc_port = self._grpc.add_insecure_port(self.settings.listen)
         except RuntimeError as error:
-            await self._http.cleanup()
+            await self._pages.stop()
             raise OSError(
                 f"cannot listen on {self.settings.listen}; is another server there? "
                 "Choose another address with --listen"
             ) from error
         await self._grpc.start()
-        self._hosts.start()
+        self.hosts.start()
         if self._repository is not None:
             self._following = asyncio.create_task(self._repository.live())
         memory.settle()
-        self._resting = asyncio.create_task(memory.give_back_when_quiet(self._hosts.activity))
+        self._resting = asyncio.create_task(memory.give_back_when_quiet(self.hosts.activity))
         await self._say(is_ready=True)
         log.info(
             "ready",
             listen=f"{self.settings.listen.rpartition(':')[0]}:{self.grpc_port}",
-            http=f"{host}:{self.http_port}",
-            models=sorted(self._hosts),
+            http=f"{self.settings.http.rpartition(':')[0]}:{self.http_port}",
+            models=sorted(self.hosts),
         )
 
     async def stop(self) -> None:
@@ -131,15 +143,15 @@ class Server:
                 task.cancel()
         self._open_inference.drain()
         try:
-            await asyncio.wait_for(self._hosts.drain(), self.settings.drain_seconds_max)
+            await asyncio.wait_for(self.hosts.drain(), self.settings.drain_seconds_max)
         except TimeoutError:
             log.warning("drain_cut_off", seconds=self.settings.drain_seconds_max)
         self._open_inference.stop()
-        self._hosts.stop()
+        self.hosts.stop()
         await self._grpc.stop(GRACE_SECONDS)
-        await self._http.cleanup()
-        if self._store is not None:
-            await self._store.stop()
+        await self._pages.stop()
+        if self.store is not None:
+            await self.store.stop()
         log.info("stopped")
 
     async def _expose(self, accept: str) -> tuple[bytes, str]:
@@ -147,7 +159,7 @@ class Server:
 
     def _trouble(self) -> str:
         """What an operator should know of a server that serves all the same."""
-        down = max((host.store_down_seconds for host in self._hosts.values()), default=0.0)
+        down = max((host.store_down_seconds for host in self.hosts.values()), default=0.0)
         return f": the store has not answered for {down:.0f} seconds" if down else ""
 
     async def _say(self, *, is_ready: bool) -> None:
@@ -158,7 +170,7 @@ class Server:
     async def _changed(self, name: str) -> None:
         """A model has come, has another version, or has gone."""
         self._open_inference.renew(name)
-        is_serving = self._is_ready and name in self._hosts and self._hosts[name].is_welcoming
+        is_serving = self._is_ready and name in self.hosts and self.hosts[name].is_welcoming
         await self._health.tell(name, is_serving=is_serving)
 
     def _options(self) -> list[tuple[str, int]]:
@@ -177,18 +189,24 @@ class Server:
         ]
 
 
-def _store(settings: Settings) -> Store | None:
-    """The store that sequences are kept in, if they are. Raises StoreSetupError."""
+def _open_store(settings: Settings) -> Store | None:
+    """The store that the settings name; None without durability. Raises StoreSetupError."""
+    if settings.store is None:
+        if settings.durability != "off":
+            raise StoreSetupError(
+                f"--durability {settings.durability} needs a store; name one with --store "
+                "sqlite:///PATH or redis://HOST:PORT, or serve with --durability off"
+            )
+        return None
     store = open_store(
         settings.store,
         tombstone_seconds=settings.tombstone_seconds,
         record_seconds=settings.record_seconds,
     )
-    if settings.durability != "off":
-        return store
-    if settings.store != "memory":
-        log.warning("store_unused", fix="with --durability off nothing is stored; set periodic")
-    return None
+    if settings.durability == "off":
+        log.warning("store_unused", fix="--durability off stores nothing; use periodic or strict")
+        return None
+    return store
 
 
 def require_free(flag: str, address: str) -> None:

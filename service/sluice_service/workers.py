@@ -1,4 +1,8 @@
-"""Several server processes on one port, over a shared store, watched and shown as one."""
+"""Runs a server until a signal stops it: in this process, or as several worker processes.
+
+Workers share one port and one store; the process that started them restarts those that
+die, and shows the pages of all as one.
+"""
 
 import asyncio
 import contextlib
@@ -9,40 +13,38 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
-import aiohttp
 import structlog
 import uvloop
-from aiohttp import web
 
 from sluice_model import ModelError
 from sluice_service.logs import set_up_logs
 from sluice_service.metrics import merge_pages
-from sluice_service.pages import make_app
 from sluice_service.server import GRACE_SECONDS, Server, require_free
 from sluice_service.settings import Settings
 from sluice_service.store import StoreError, StoreSetupError
 
 log = structlog.get_logger()
 
-_SCRAPE_SECONDS_MAX = 5.0
-# A worker that dies at once, again and again, must not take the machine with it.
+# The pause before a worker that died is started again: the first, and the longest. It doubles
+# each time, unless the worker has lived for long: one that dies at every start must not keep the
+# machine busy.
 _RESTART_SECONDS = (0.1, 10.0)
 _LIVED_LONG_SECONDS = 60.0
 
 
 class Worker:
-    """One server process, started again whenever it ends by itself."""
+    """One server process, restarted whenever it dies."""
 
     def __init__(self, number: int, settings: Settings) -> None:
         self.number = number
-        # Where its metrics are; empty while it does not serve.
+        # HOST:PORT of its pages; empty while it does not serve.
         self.http = ""
         self._settings = settings
         self._process: BaseProcess | None = None
         self._is_stopping = False
 
-    async def keep(self, *, has_started: asyncio.Event) -> None:
-        """Run the process until `stop`. Raises OSError when it cannot even start."""
+    async def keep_running(self, *, has_started: asyncio.Event) -> None:
+        """Run the process until `stop`. Raises OSError when it dies before `has_started`."""
         wait = _RESTART_SECONDS[0]
         loop = asyncio.get_running_loop()
         while not self._is_stopping:
@@ -50,7 +52,7 @@ class Worker:
             try:
                 receiver = self._start()
             except OSError as error:
-                # The machine has no room for it now: the others go on, and it may have later.
+                # The machine has no room for it now. The others go on, and it is tried again.
                 if not has_started.is_set():
                     raise
                 log.error("worker_not_started", worker=self.number, reason=str(error))
@@ -70,7 +72,7 @@ class Worker:
         return self._process.exitcode if self._process is not None else None
 
     def _start(self) -> "Connection[str, str]":
-        """Start the process; where it says that it serves. Raises OSError."""
+        """Start the process; return the pipe on which it tells its address. Raises OSError."""
         # Spawned, not forked: gRPC's threads do not survive a fork.
         context = multiprocessing.get_context("spawn")
         receiver, sender = context.Pipe(duplex=False)
@@ -88,9 +90,9 @@ class Worker:
         return receiver
 
     async def _watch(self, receiver: "Connection[str, str]") -> None:
-        """One life of the process."""
+        """Wait until the process serves, and then until it ends."""
         assert self._process is not None
-        # By descriptors, not in threads: a pool has fewer than there may be workers.
+        # By descriptors, not in threads: there may be more workers than a pool has threads.
         await _is_readable(receiver.fileno())
         with contextlib.suppress(EOFError):
             self.http = receiver.recv()
@@ -100,19 +102,19 @@ class Worker:
         self.http = ""
 
     def stop(self) -> None:
-        """Ask for a stop in good order."""
+        """Ask the process to drain and stop."""
         self._is_stopping = True
         if self._process is not None and self._process.is_alive():
             self._process.terminate()
 
     def kill(self) -> None:
-        """End what did not stop in time."""
+        """Kill the process if it has not stopped in time."""
         if self._process is not None and self._process.is_alive():
             self._process.kill()
 
 
 async def _is_readable(descriptor: int) -> None:
-    """Wait until there is something to read, or nobody who could write it."""
+    """Wait until there is something to read, or the other end is closed."""
     readable = asyncio.Event()
     loop = asyncio.get_running_loop()
     loop.add_reader(descriptor, readable.set)
@@ -123,7 +125,7 @@ async def _is_readable(descriptor: int) -> None:
 
 
 def work(settings: Settings, number: int, sender: "Connection[str, str]") -> None:
-    """The body of a worker's process."""
+    """Serve, in a worker's process."""
     set_up_logs(settings)
     structlog.contextvars.bind_contextvars(worker=number)
     try:
@@ -135,10 +137,9 @@ def work(settings: Settings, number: int, sender: "Connection[str, str]") -> Non
 
 async def _work(settings: Settings, sender: "Connection[str, str]") -> None:
     server = Server(settings, shares_port=True)
-
     stopping = _stop_signal()
     if (parent := multiprocessing.parent_process()) is not None:
-        # Without the one who watches it a worker would hold the port for good.
+        # A worker whose parent has died stops: nobody else would make it give the port back.
         asyncio.get_running_loop().add_reader(parent.sentinel, stopping.set)
 
     def tell() -> None:
@@ -159,7 +160,7 @@ async def _serve(
 
 
 def _stop_signal() -> asyncio.Event:
-    """Set by SIGTERM or SIGINT."""
+    """An event that SIGTERM and SIGINT set."""
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
@@ -167,14 +168,14 @@ def _stop_signal() -> asyncio.Event:
 
 
 class Workers:
-    """All worker processes of one server, its port, and its pages."""
+    """The worker processes of one server, their common port, and their pages as one."""
 
     def __init__(self, settings: Settings) -> None:
-        """Check the ports; nothing runs yet. Raises OSError when one is taken."""
+        """Reserve the port; no process runs yet. Raises OSError when a port is taken."""
         require_free("listen", settings.listen)
         require_free("http", settings.http)
         self._settings = settings
-        # Bound but not listening: it keeps the port for the workers, and takes no call.
+        # Bound but not listening: it keeps the port for the workers, and accepts no call.
         self._port = _reserve(settings.listen)
         host = settings.listen.rpartition(":")[0]
         self.grpc_port = self._port.getsockname()[1]
@@ -185,26 +186,32 @@ class Workers:
         self.workers = [Worker(number, shared) for number in range(settings.workers)]
 
     async def serve(self, stopping: asyncio.Event) -> None:
-        """Run until `stopping`, then stop all in good order."""
+        """Run until `stopping`, then drain and stop all workers."""
+        from sluice_service.pages import Pages  # noqa: PLC0415 - see there
+
         has_started = asyncio.Event()
-        pages = await self._show()
-        living = [asyncio.create_task(one.keep(has_started=has_started)) for one in self.workers]
+        pages = Pages(self._expose, lambda: self.is_ready, lambda: "")
+        await pages.start(self._settings.http)
+        self.http_port = pages.port
+        living = [
+            asyncio.create_task(one.keep_running(has_started=has_started)) for one in self.workers
+        ]
         saying = asyncio.create_task(self._say_ready(has_started))
         stop = asyncio.create_task(stopping.wait())
         try:
-            # Nothing but a stop, or a start that failed, ends any of these.
+            # Only a stop, or a worker that cannot start, ends any of these tasks.
             await asyncio.wait({stop, *living}, return_when=asyncio.FIRST_COMPLETED)
             log.info("draining")
             await self._stop(living)
         finally:
             saying.cancel()
             stop.cancel()
-            await pages.cleanup()
+            await pages.stop()
             self._port.close()
             log.info("stopped")
 
     async def _stop(self, living: list[asyncio.Task[None]]) -> None:
-        """Stop every worker in good order. Raises OSError where one could not start."""
+        """Drain and stop every worker. Raises OSError if one could not start."""
         for worker in self.workers:
             worker.stop()
         deadline = self._settings.drain_seconds_max + 2 * GRACE_SECONDS
@@ -231,40 +238,17 @@ class Workers:
                 models=sorted(self._settings.model),
             )
 
-    async def _show(self) -> web.AppRunner:
-        """The pages of all workers as one."""
-        runner = web.AppRunner(
-            make_app(self._expose, lambda: self.is_ready, lambda: ""),
-            access_log=None,
-            handle_signals=False,
-        )
-        await runner.setup()
-        host, _, port = self._settings.http.rpartition(":")
-        await web.TCPSite(runner, host.strip("[]"), int(port)).start()
-        self.http_port = runner.addresses[0][1]
-        return runner
-
     async def _expose(self, accept: str) -> tuple[bytes, str]:
-        """Every worker's metrics, each with a label that says whose it is."""
-        del accept  # workers are asked in the text format, which every scraper takes
-        timeout = aiohttp.ClientTimeout(total=_SCRAPE_SECONDS_MAX)
-        async with aiohttp.ClientSession(timeout=timeout) as session:
-            pages = await asyncio.gather(*(self._ask(session, one) for one in self.workers))
-        return merge_pages({number: page for number, page in enumerate(pages) if page})
+        """The metrics of every worker that answers, each sample with its worker's number."""
+        del accept  # workers are asked for the text format, which every scraper takes
+        from sluice_service.pages import scrape  # noqa: PLC0415 - see there
 
-    async def _ask(self, session: aiohttp.ClientSession, worker: Worker) -> str:
-        """A worker's page; empty where it does not answer."""
-        if not worker.http:
-            return ""
-        try:
-            async with session.get(f"http://{worker.http}/metrics") as response:
-                return await response.text()
-        except (aiohttp.ClientError, TimeoutError):
-            return ""
+        pages = await scrape([worker.http for worker in self.workers])
+        return merge_pages({number: page for number, page in enumerate(pages) if page})
 
 
 def _reserve(address: str) -> socket.socket:
-    """A socket that holds HOST:PORT for processes that share it."""
+    """A bound socket that keeps HOST:PORT for the processes that share it."""
     host, _, port = address.rpartition(":")
     family, kind, _, _, place = socket.getaddrinfo(
         host.strip("[]"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -276,7 +260,7 @@ def _reserve(address: str) -> socket.socket:
 
 
 async def serve(settings: Settings) -> None:
-    """Serve until SIGTERM or SIGINT, then stop in good order.
+    """Serve until SIGTERM or SIGINT, then drain and stop.
 
     Raises ModelError, OSError, StoreSetupError or StoreError when the server cannot start.
     """

@@ -28,7 +28,7 @@ SETTINGS = [
     Setting("redis", "strict", servers=2, is_march=True, clients=(THREADS, PLAIN)),
     Setting("redis", "periodic", processes=2),
     Setting("sqlite", "periodic", holds_outputs=False, flags=TIGHT),
-    Setting("memory", "off", clients=(LIBRARY, THREADS, PLAIN)),
+    Setting("none", "off", clients=(LIBRARY, THREADS, PLAIN)),
 ]
 
 

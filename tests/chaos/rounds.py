@@ -69,7 +69,7 @@ def sources(setting: Setting) -> list[list[Fault]]:
             _WORKERS,
             {"sqlite": [faults.lock_database], "redis": _REDIS}[setting.store],
         ]
-    stores = _STORE + {"sqlite": _SQLITE, "redis": _REDIS, "memory": []}[setting.store]
+    stores = _STORE + {"sqlite": _SQLITE, "redis": _REDIS, "none": []}[setting.store]
     return [_NETWORK, _DEATHS, stores]
 
 

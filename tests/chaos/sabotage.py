@@ -22,10 +22,10 @@ def forget_duplicates() -> None:
 
 
 def forget_claims() -> None:
-    """T4: a checkpoint is written whoever owns the record."""
-    from sluice_service.store import sqlite
+    """A checkpoint is written whoever owns the record."""
+    from sluice_service.store.sqlite import store as sqlite
 
-    for name in ("_OWNED", "_WRITE", "_RENEW"):
+    for name in ("_OWNED", "_WRITE", "_RENEW_LEASE"):
         statement = getattr(sqlite, name)
         assert "claim_id = ?" in statement
         setattr(sqlite, name, statement.replace("claim_id = ?", "claim_id != x'00' || ?"))

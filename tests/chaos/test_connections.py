@@ -12,7 +12,7 @@ SMALL: dict[str, Any] = {"workers": 4, "steps_max": 150}
 
 def test_connections_may_break_at_any_moment(models: Models, tmp_path: Path) -> None:
     setting = Setting(
-        "memory", "off", clients=(LIBRARY, THREADS, PLAIN), holds_outputs=False, **SMALL
+        "none", "off", clients=(LIBRARY, THREADS, PLAIN), holds_outputs=False, **SMALL
     )
     with World(setting, models, tmp_path, seed=1) as world:
         (server,) = world.servers

@@ -19,7 +19,7 @@ ATTEMPTS_MAX = 50
 def test_a_server_without_a_rule_of_the_stream_is_found_out(
     rule: str, models: Models, tmp_path: Path
 ) -> None:
-    setting = Setting("memory", "off", workers=4, clients=(PLAIN,))
+    setting = Setting("none", "off", workers=4, clients=(PLAIN,))
     with World(setting, models, tmp_path, seed=1, without=rule) as world:
         for _ in range(ATTEMPTS_MAX):
             moments.lose_responses(world, world.servers[0])

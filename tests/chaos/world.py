@@ -23,7 +23,7 @@ PLAIN, RIVAL = "tests.chaos.plain_client", "tests.chaos.rival"
 class Setting:
     """What is put together for a round."""
 
-    store: str  # "memory", "sqlite", "redis"
+    store: str  # "none", "sqlite", "redis"
     durability: str  # "off", "periodic", "strict"
     servers: int = 1
     processes: int = 1  # of each server
@@ -127,7 +127,7 @@ class World:
     def _store_url(self) -> str:
         if self.redis is not None:
             return self.redis.url
-        return "memory" if self.setting.store == "memory" else f"sqlite:///{self.database}"
+        return f"sqlite:///{self.database}"
 
     def _client(self, seed: int, number: int) -> Client:
         setting = self.setting

@@ -8,7 +8,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from sluice_cli.main import app
+from sluice_cli.main import make_app
 from sluice_model import Model, read_contract
 from tests.models import embedding_module, lstm_module
 
@@ -17,7 +17,7 @@ from tests.models import embedding_module, lstm_module
 def run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save(lstm_module().state_dict(), "lstm.pt")
-    return lambda *arguments: CliRunner().invoke(app, ["export", *arguments])
+    return lambda *arguments: CliRunner().invoke(make_app(), ["export", *arguments])
 
 
 def test_a_factory_and_a_checkpoint_become_a_file(run):

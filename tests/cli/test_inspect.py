@@ -11,13 +11,13 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from sluice_cli.inspect import show
-from sluice_cli.main import app
+from sluice_cli.main import make_app
 from sluice_model import read_contract
 from sluice_protos.contract_pb2 import ModelContract, StatePart
 
 
 def run(*arguments):
-    return CliRunner().invoke(app, ["inspect", *map(str, arguments)], env={"COLUMNS": "120"})
+    return CliRunner().invoke(make_app(), ["inspect", *map(str, arguments)], env={"COLUMNS": "120"})
 
 
 def test_people_see_inputs_outputs_state_cells_and_proofs(multi_file):

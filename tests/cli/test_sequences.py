@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 from typer.testing import CliRunner
 
-from sluice_cli.main import app
+from sluice_cli.main import make_app
 from sluice_client import Client, Mode, SequenceNotFound
 from tests.client.server_process import ServerProcess
 
@@ -31,7 +31,9 @@ def sequences(server):
     """Run `sluice sequences …`: what it printed, or the error when it failed."""
 
     def run(*arguments: str, fails: bool = False) -> str:
-        done = CliRunner().invoke(app, ["sequences", *arguments, "--address", server.address])
+        done = CliRunner().invoke(
+            make_app(), ["sequences", *arguments, "--address", server.address]
+        )
         assert bool(done.exit_code) is fails, done.output
         return done.stderr if fails else done.stdout
 

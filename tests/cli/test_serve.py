@@ -18,7 +18,15 @@ import grpc
 import onnx
 import pytest
 
-from sluice_protos.sequences_pb2 import InferRequest, ListModelsRequest, OpenSequence, Tensor
+from sluice_protos.sequences_pb2 import (
+    OFF,
+    PERIODIC,
+    STRICT,
+    InferRequest,
+    ListModelsRequest,
+    OpenSequence,
+    Tensor,
+)
 from sluice_protos.sequences_pb2_grpc import ModelsStub, SequencesStub
 from sluice_service.settings import Settings
 
@@ -214,6 +222,13 @@ def test_a_port_that_is_taken_is_told_with_the_flag_to_change(model, flag) -> No
         (("--model", "no-equals-sign"), "is not NAME=PATH"),
         (("--model", "a=x.onnx", "--model", "a=y.onnx"), "names must differ"),
         (("--config", "/nonexistent.yaml"), "--config: "),
+        (
+            ("--durability", "periodic"),
+            "--durability periodic needs a store; name",
+        ),
+        (("--durability", "strict"), "--durability strict needs a store; name"),
+        (("--store", "memory"), "'memory' is not a store"),
+        (("--store", "memory", "--durability", "off"), "'memory' is not a store"),
     ],
 )
 def test_a_wrong_setting_is_told_by_the_name_of_its_flag(model, flags, words) -> None:
@@ -300,6 +315,23 @@ def test_several_models_may_come_from_flags_or_from_one_variable(
         ):
             models = ModelsStub(channel).ListModels(ListModelsRequest(), timeout=SECONDS).models
             assert {info.name for info in models} == {"sum", "plus"}
+
+
+def test_a_store_makes_sequences_durable_unless_durability_is_off(model, tmp_path) -> None:
+    store = ("--store", f"sqlite:///{tmp_path}/sequences.db")
+    for flags, durability, is_used in (
+        (store, PERIODIC, True),
+        ((*store, "--durability", "strict"), STRICT, True),
+        ((*store, "--durability", "off"), OFF, False),
+        ((), OFF, True),
+    ):
+        with _serving("--model", model, *flags) as server:
+            assert any('"store_unused"' in line for line in server.lines) is not is_used
+            with grpc.insecure_channel(server.ready["listen"]) as channel:
+                request = InferRequest(model="accumulator", open=[OpenSequence(lane=0)])
+                responses = SequencesStub(channel).Infer(iter([request]), timeout=SECONDS)
+                (opened,) = (one for response in responses for one in response.opened)
+                assert opened.durability == durability
 
 
 def test_help_teaches_every_setting() -> None:

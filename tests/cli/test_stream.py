@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from sluice_cli.main import app
+from sluice_cli.main import make_app
 from tests.client.server_process import ServerProcess
 
 SLUICE = str(Path(sys.executable).with_name("sluice"))
@@ -113,7 +113,7 @@ def test_what_is_wrong_is_said_with_its_row(server, tmp_path, text, arguments, m
     file = tmp_path / "rows"
     file.write_text(text)
     command = ["stream", "--address", server.address, "--input", str(file), *arguments]
-    done = CliRunner().invoke(app, command)
+    done = CliRunner().invoke(make_app(), command)
     assert message in done.stderr
     assert done.exit_code == 1
     assert isinstance(done.exception, SystemExit)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from sluice_cli.main import app
+from sluice_cli.main import make_app
 from sluice_model import read_contract, write_contract
 from tests.export.foreign_models import write_predictor, write_voice_detector
 
@@ -15,7 +15,7 @@ from tests.export.foreign_models import write_predictor, write_voice_detector
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    return lambda *arguments: CliRunner().invoke(app, list(arguments), terminal_width=200)
+    return lambda *arguments: CliRunner().invoke(make_app(), list(arguments), terminal_width=200)
 
 
 def test_every_proof_is_made_again_and_told(run, lstm_file):

@@ -273,7 +273,7 @@ async def test_a_place_that_the_first_in_line_did_not_take_is_the_next_ones(full
 
 async def test_a_place_that_the_first_in_line_did_not_need_is_the_next_ones(sums) -> None:
     served = await sums(sequences_max=2)
-    caller, (host,) = Caller(served.channel), served.server._hosts.values()
+    caller, (host,) = Caller(served.channel), served.server.hosts.values()
     stream = host.attach(lambda: None)
     await host.open(stream, [OpenRequest(lane=lane) for lane in (0, 1)])
     tasks = [asked(caller, 5, 2)]
@@ -297,7 +297,7 @@ async def test_a_sequence_that_expires_makes_room(hands, full) -> None:
     served, caller = await full(sequence_idle_seconds_max=20)
     task = asked(caller, 5, 2)
     await waiting(served, 1)
-    (host,) = served.server._hosts.values()
+    (host,) = served.server.hosts.values()
     hands.go(host, 21)
     await host.expire()
     assert await task == [5]
@@ -342,7 +342,7 @@ async def test_native_streams_are_refused_at_once_while_others_wait(full) -> Non
 
 async def test_whoever_waits_too_long_is_refused_with_all_its_requests(hands, full) -> None:
     served, caller = await full(backlog_seconds_max=30)
-    (host,) = served.server._hosts.values()
+    (host,) = served.server.hosts.values()
     tasks = [asked(caller, 5, 2)]
     await waiting(served, 1)
     hands.go(host, 10)
@@ -379,7 +379,7 @@ async def test_whoever_waits_too_long_is_refused_with_all_its_requests(hands, fu
 @pytest.mark.parametrize("which", [0, 1])
 async def test_a_request_says_how_long_its_sequence_may_wait(hands, full, which) -> None:
     served, caller = await full(backlog_seconds_max=60)
-    (host,) = served.server._hosts.values()
+    (host,) = served.server.hosts.values()
     stream, patient = caller.stream(), asked(caller, 8, 3, timeout=0)
     await waiting(served, 1)
     seconds = [20, 5] if which else [5, 20]
@@ -572,7 +572,7 @@ async def test_an_unloaded_model_answers_those_who_wait(full) -> None:
     served, caller = await full()
     task = asked(caller, 5, 2)
     await waiting(served, 1)
-    await served.server._hosts.unload(MODEL)
+    await served.server.hosts.unload(MODEL)
     code, text = await refused(task)
     assert code is Code.UNAVAILABLE
     assert "unloaded" in text
@@ -592,7 +592,7 @@ async def test_who_waits_for_a_version_that_is_old_is_told_and_others_begin_on_t
     message = request(3, sequence_id=3, sequence_start=True)
     new = asyncio.ensure_future(caller.send(message))
     await waiting(served, 2)
-    await served.server._hosts.adopt(MODEL, served.server._hosts.load(accumulator_file, 2))
+    await served.server.hosts.adopt(MODEL, served.server.hosts.load(accumulator_file, 2))
     code, text = await refused(old)
     assert code is Code.NOT_FOUND
     assert "version 1" in text
@@ -653,7 +653,7 @@ async def test_a_place_that_became_free_while_a_sequence_was_refused_one_is_take
     await Caller(first.channel).infer(1, sequence_id="moves", sequence_start=True)
     await crash(first)
     served = await replica()
-    caller, store = Caller(served.channel), served.server._store
+    caller, store = Caller(served.channel), served.server.store
     await caller.infer(1, sequence_id=1, sequence_start=True)
     asking, answering = asyncio.Event(), asyncio.Event()
     claim = store.claim

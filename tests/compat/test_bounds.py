@@ -120,7 +120,7 @@ async def test_a_batch_of_which_one_row_has_failed_waits_for_no_more_places(sums
 async def test_a_place_that_expires_as_a_request_borrows_it_is_opened_again(hands, sums) -> None:
     served = await sums(sequence_idle_seconds_max=60)
     caller = Caller(served.channel)
-    (host,) = served.server._hosts.values()
+    (host,) = served.server.hosts.values()
     assert await caller.infer(1) == [1]
     hands.go(host, 61)
     done = asyncio.Event()
@@ -163,7 +163,7 @@ async def test_answers_beyond_their_bytes_are_forgotten_the_oldest_first(monkeyp
 async def test_an_answer_goes_with_its_sequence_unless_it_is_to_the_end(hands, sums) -> None:
     served = await sums(sequence_idle_seconds_max=60)
     caller = Caller(served.channel)
-    (host,) = served.server._hosts.values()
+    (host,) = served.server.hosts.values()
     for sequence in ("idle", "ended", "uncounted"):
         fields = {"sequence_id": sequence, "sequence_start": True, "sequence_step": 0}
         await caller.infer(1, sequence_end=sequence == "ended", **fields)

@@ -64,7 +64,7 @@ async def test_periodic_who_counts_steps_replays_and_others_are_told_the_last_du
     first = await replica(**settings)
     caller = Caller(first.channel)
     assert await caller.infer([[[1], [2]]], sequence_id=1, sequence_start=True) == [1, 3]
-    (host,) = first.server._hosts.values()
+    (host,) = first.server.hosts.values()
     await eventually(lambda: host._table.durable[0] == 2)
     assert await caller.infer(3, sequence_id=1) == [6]
     await crash(first)
@@ -141,7 +141,7 @@ async def test_periodic_the_last_answer_is_as_durable_as_the_state(replica, how)
     first = await replica(**settings)
     await count(Caller(first.channel), [[1], [2, 3]])
     if how == "checkpoint":
-        (host,) = first.server._hosts.values()
+        (host,) = first.server.hosts.values()
         await eventually(lambda: host._table.durable[0] == 3)
         await crash(first)
     else:
@@ -164,7 +164,7 @@ async def test_a_request_whose_server_died_in_the_middle_is_finished_by_the_next
     for _ in range(2):
         await gate.let_through()
     # The last step of it stands at the gate, and the store has some of those before.
-    store, key = first.server._store, Key("accumulator", "int64:1")
+    store, key = first.server.store, Key("accumulator", "int64:1")
     while unpack((await store.read(key)).checkpoint.data).step == 1:  # noqa: ASYNC110
         await asyncio.sleep(0.001)
     await gate.reached()
@@ -212,7 +212,7 @@ async def test_an_end_that_was_not_told_is_told_by_the_next_server(replica, monk
     caller = Caller(first.channel)
     await count(caller, [[1]])
     end = part([2], 1, sequence_end=True)
-    monkeypatch.setattr(first.server._store, "close", _fail)
+    monkeypatch.setattr(first.server.store, "close", _fail)
     assert values(await caller.send(end)) == [3]
     await crash(first)
     second = await replica()
@@ -321,7 +321,7 @@ async def test_strict_a_sequence_goes_on_when_the_store_is_back(
     first = {"sequence_step": 0} if counts else {}
     await caller.infer(1, sequence_id=1, sequence_start=True, **first)
     await caller.infer(10, sequence_id=2, sequence_start=True, **first)
-    store = served.server._store
+    store = served.server.store
     write = store.write
     monkeypatch.setattr(store, "write", _fail)
     code, text = await caller.fails(request(2, sequence_id=1, **step))
@@ -345,7 +345,7 @@ async def test_strict_what_the_store_held_up_goes_to_nobody_else(replica, monkey
     caller = Caller(served.channel)
     # What no store holds up keeps the stream to the host in use.
     assert await caller.infer(1) == [1]
-    store = served.server._store
+    store = served.server.store
     write = store.write
     monkeypatch.setattr(store, "write", _fail)
     code, _ = await caller.fails(request(1, sequence_id=1, sequence_start=True))
@@ -368,7 +368,7 @@ async def test_a_step_waits_for_no_store_that_is_asked_about_a_start_of_the_same
 ) -> None:
     served = await replica(durability="periodic")
     await Caller(served.channel).infer(1, sequence_id=1, sequence_start=True)
-    service, store = served.server._open_inference, served.server._store
+    service, store = served.server._open_inference, served.server.store
     answering, claim = asyncio.Event(), store.claim
 
     async def claim_later(requests: Any) -> Any:

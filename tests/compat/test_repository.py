@@ -128,7 +128,7 @@ async def test_live_sequences_finish_on_their_version_and_new_ones_take_the_next
     await caller.send(ask(1, 7, sequence_end=True))
     await wire.send(close=[0])
     assert await wire.next_closed(0) == Closed.CLIENT
-    await served.server._hosts["sum"].sweep()
+    await served.server.hosts["sum"].sweep()
     assert await index(caller) == {
         ("sum", "1"): "UNAVAILABLE version 3 is served",
         ("sum", "3"): "READY",
@@ -193,9 +193,9 @@ async def test_a_version_that_comes_during_a_run_waits_for_it(gate, folder, foll
     await wire.open(0)
     await wire.push(0, floats([1]))
     await gate.reached()
-    (host,) = served.server._hosts.values()
+    (host,) = served.server.hosts.values()
     folder.put(2)
-    version = served.server._hosts.load(folder.path / "sum" / "2" / "model.onnx", 2)
+    version = served.server.hosts.load(folder.path / "sum" / "2" / "model.onnx", 2)
     adopting = asyncio.ensure_future(host.adopt(version))
     await eventually(lambda: host._runs._waiting)
     assert host.version.number == 1
@@ -216,8 +216,8 @@ async def test_a_second_start_begins_on_the_newest_version(folder, followed) -> 
     await served.server._repository.look()
     answer = await caller.send(ask(1, 7, sequence_start=True))
     assert (values(answer), answer.model_version) == ([2], "2")
-    await served.server._hosts["sum"].sweep()
-    assert len(served.server._hosts["sum"].versions) == 1
+    await served.server.hosts["sum"].sweep()
+    assert len(served.server.hosts["sum"].versions) == 1
 
 
 async def test_a_version_may_be_named(folder, followed) -> None:
@@ -306,8 +306,8 @@ async def test_a_version_changed_in_place_and_one_taken_away_are_followed(folder
     folder.remove(2)
     await look()
     assert values(await caller.send(ask(2))) == [10]
-    await served.server._hosts["sum"].sweep()
-    assert [v.number for v in served.server._hosts["sum"].versions] == [1, 1]
+    await served.server.hosts["sum"].sweep()
+    assert [v.number for v in served.server.hosts["sum"].versions] == [1, 1]
 
 
 async def test_models_come_and_go(folder, followed) -> None:
@@ -334,7 +334,7 @@ async def test_models_come_and_go(folder, followed) -> None:
     await wire.send(close=[0])
     await wire.next_closed(0)
     await look()
-    assert set(served.server._hosts) == {"other"}
+    assert set(served.server.hosts) == {"other"}
     assert await wire.status() is Code.OK
     code, _ = await caller.fails(ask(1))
     assert code is Code.NOT_FOUND
@@ -414,8 +414,8 @@ async def test_clients_load_and_unload_where_the_server_says_so(folder, followed
     assert values(await caller.send(ask(1))) == [2]
     await unload()
     assert values(await caller.send(ask(1, 7, sequence_end=True))) == [2]
-    await served.server._hosts.sweep()
-    assert not served.server._hosts
+    await served.server.hosts.sweep()
+    assert not served.server.hosts
     await load()
     assert values(await caller.send(ask(1))) == [2]
 
@@ -453,7 +453,7 @@ async def test_a_file_that_breaks_what_tests_it_is_a_bad_file(
     folder.put(1, name="zebra")
     await served.server._repository.look()
     assert "export it again" in (await index(caller))["sum", "3"]
-    assert "zebra" in served.server._hosts
+    assert "zebra" in served.server.hosts
 
 
 async def test_a_server_without_one_good_version_of_a_model_does_not_start(

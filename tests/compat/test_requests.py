@@ -32,7 +32,7 @@ async def test_requests_that_come_together_share_a_run(gate, sums, monkeypatch) 
     monkeypatch.setattr("sluice_service.runtime.cooperative._TURN_SECONDS", 1e6)
     served = await sums()
     caller = Caller(served.channel)
-    (host,) = served.server._hosts.values()
+    (host,) = served.server.hosts.values()
     wire, stream = served.wire("accumulator"), caller.stream()
     await wire.open(0)
     await wire.push(0, floats([1]))
@@ -256,7 +256,7 @@ async def test_who_is_overtaken_is_not_told_to_start_again(gate, sums) -> None:
     await eventually(lambda: exchange._waiting_steps == 2)
     await gate.reached()
     await other.send(open=[OpenSequence(lane=0, sequence_id="int64:1", mode=RESUME)])
-    (host,) = served.server._hosts.values()
+    (host,) = served.server.hosts.values()
     await eventually(lambda: host._runs._waiting)
     await gate.let_through()
     assert (await other.next_opened(0)).applied == 2
@@ -270,7 +270,7 @@ async def test_a_stop_answers_what_was_asked_and_refuses_what_comes_after(
 ) -> None:
     served = await sums()
     caller = Caller(served.channel)
-    (host,) = served.server._hosts.values()
+    (host,) = served.server.hosts.values()
     stream, later = caller.stream(), caller.stream()
     for each, fields in ((later, {}), (stream, {"sequence_id": 1, "sequence_start": True})):
         await each.send(request(1, **fields))

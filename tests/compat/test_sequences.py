@@ -233,7 +233,7 @@ async def test_an_idle_sequence_expires_and_says_so(hands, sums) -> None:
     served = await sums(sequence_idle_seconds_max=60)
     caller = Caller(served.channel)
     await caller.infer(1, sequence_id=1, sequence_start=True)
-    (host,) = served.server._hosts.values()
+    (host,) = served.server.hosts.values()
     hands.go(host, 61)
     await host.expire()
     code, text = await caller.fails(request(1, sequence_id=1))
@@ -250,7 +250,7 @@ async def test_live_sequences_go_on_above_thousands_that_were_abandoned(
     monkeypatch.setattr("sluice_service.runtime.cooperative._TURN_SECONDS", -1.0)
     served = await sums(sequence_idle_seconds_max=60)
     caller = Caller(served.channel)
-    (host,) = served.server._hosts.values()
+    (host,) = served.server.hosts.values()
     # By no socket: so many would take a busy machine a minute.
     service, begun = served.server._open_inference, []
     for number in range(1, 3001):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from sluice_cli.main import app
+from sluice_cli.main import make_app
 from sluice_export import BidirectionalError, CheckpointError
 from sluice_export.factory import read_weights
 from sluice_export.weights import make_layer
@@ -47,10 +47,10 @@ def test_a_layer_alone_is_exported_from_the_command_line(tmp_path):
     torch.save(layer.state_dict(), tmp_path / "rnn.pt")
     command = ["export", "--checkpoint", str(tmp_path / "rnn.pt")]
     command += ["--output", str(tmp_path / "rnn.onnx")]
-    result = CliRunner().invoke(app, command)
+    result = CliRunner().invoke(make_app(), command)
     assert result.exit_code == 1
     assert "--arg nonlinearity=tanh (or relu)" in result.output
-    result = CliRunner().invoke(app, [*command, "--arg", "nonlinearity=relu"])
+    result = CliRunner().invoke(make_app(), [*command, "--arg", "nonlinearity=relu"])
     assert result.exit_code == 0, result.output
     assert read_contract(tmp_path / "rnn.onnx").cells[0].kind == "RNN_RELU"
     x = torch.randn(1, 9, 3)

@@ -52,10 +52,10 @@ class Late:
     """A method of a store that does what it is asked, and says so when it is let."""
 
     def __init__(self, served: Served, method: str, monkeypatch) -> None:
-        self._method = getattr(served.server._store, method)
+        self._method = getattr(served.server.store, method)
         self._may_answer = asyncio.Event()
         self.done = 0
-        monkeypatch.setattr(served.server._store, method, self)
+        monkeypatch.setattr(served.server.store, method, self)
 
     async def __call__(self, *arguments: Any) -> Any:
         answer = await self._method(*arguments)
@@ -71,7 +71,7 @@ class Away:
     """Methods of a store that does not answer for a while."""
 
     def __init__(self, served: Served, monkeypatch, *methods: str) -> None:
-        self._patch, self._store = monkeypatch, served.server._store
+        self._patch, self._store = monkeypatch, served.server.store
         self._methods = {method: getattr(self._store, method) for method in methods}
         for method in methods:
             monkeypatch.setattr(self._store, method, _fail)

@@ -24,7 +24,7 @@ ME = b"me"
 
 
 def host_of(served: Served) -> Host:
-    return served.server._hosts[MODEL]
+    return served.server.hosts[MODEL]
 
 
 async def failures(served: Served, count: int) -> None:
@@ -146,7 +146,7 @@ async def test_a_stop_waits_for_what_was_applied_while_the_last_write_was_under_
     await eventually(lambda: not host._durable.pending.is_safe(host._table.get("s").slot))
     writes.answer()
     await drained
-    stored = await served.server._store.read(Key(MODEL, "s"))
+    stored = await served.server.store.read(Key(MODEL, "s"))
     assert stored.checkpoint.step == 2
     assert await wire.next_closed(0) == Closed.DRAINING
     assert (await wire.rows(0, 2)).ravel().tolist() == [1, 3]

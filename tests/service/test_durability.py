@@ -40,10 +40,10 @@ Replicas = Callable[..., Awaitable[Served]]
 
 async def crash(served: Served) -> None:
     """End a server as kill -9 would: nothing is finished, and the store hears no more of it."""
-    store = served.server._store
-    for method in ("claim", "read", "write", "close", "renew"):
+    store = served.server.store
+    for method in ("claim", "read", "write", "close", "renew_leases"):
         setattr(store, method, _fail)
-    served.server._hosts.stop()
+    served.server.hosts.stop()
     await store.stop()
     await served.server._grpc.stop(0)
     await served.server._http.cleanup()
@@ -74,7 +74,7 @@ def held_writes(monkeypatch) -> Callable[[Served], asyncio.Event]:
     """`held_writes(served)`: checkpoints reach the store of a server once that event is set."""
 
     def hold(served: Served) -> asyncio.Event:
-        store, may_write = served.server._store, asyncio.Event()
+        store, may_write = served.server.store, asyncio.Event()
         write = store.write
 
         async def write_late(writes):
@@ -138,7 +138,7 @@ async def test_a_parked_lane_is_stored_with_its_outputs_once_while_its_stream_go
     await wire.send(park=[0])
     await wire.next_closed(0)
     # Both are stored once more, in one go.
-    host = first.server._hosts[MODEL]
+    host = first.server.hosts[MODEL]
     await host._durable.checkpointer.flush()
     await crash(first)
 
@@ -174,7 +174,7 @@ async def test_a_client_that_has_sent_all_gets_all_however_slow_the_store(
     may_write = held_writes(served)
     await wire.push(0, floats([1] * 300))
     await wire.until(lambda: wire.steps(0) == 64)
-    (stream,) = served.server._hosts[MODEL]._streams
+    (stream,) = served.server.hosts[MODEL]._streams
     ending = asyncio.ensure_future(wire.end())
     await eventually(lambda: stream.is_half_closed)
     may_write.set()
@@ -186,7 +186,7 @@ async def test_a_stream_that_has_sent_all_ends_when_what_it_waits_for_is_another
     replica, held_writes
 ) -> None:
     here, there = await replica(), await replica()
-    (host,) = here.server._hosts.values()
+    (host,) = here.server.hosts.values()
     wire, other = here.wire(MODEL), there.wire(MODEL)
     epoch = (await wire.open(0, "s", writer=ME, attempt=1)).epoch
     may_write = held_writes(here)
@@ -205,7 +205,7 @@ async def test_a_stream_that_has_sent_all_ends_when_its_lane_goes_to_another_str
     replica, held_writes
 ) -> None:
     served = await replica()
-    (host,) = served.server._hosts.values()
+    (host,) = served.server.hosts.values()
     wire, other = served.wire(MODEL), served.wire(MODEL)
     await wire.open(0, "s", writer=ME, attempt=1)
     may_write = held_writes(served)
@@ -224,7 +224,7 @@ async def test_a_server_that_is_cut_off_calls_nothing_safe_that_is_not_stored(
     replica, held_writes, monkeypatch
 ) -> None:
     first = await replica(durability="periodic", drain_seconds_max=0.05)
-    (host,) = first.server._hosts.values()
+    (host,) = first.server.hosts.values()
     wire = first.wire(MODEL)
     await wire.open(0, "s", writer=ME, attempt=1)
     await sums(wire, 0, 0, [1, 2])
@@ -244,7 +244,7 @@ async def test_strict_nothing_leaves_while_the_store_does_not_answer(replica, mo
     served = await replica()
     wire = served.wire(MODEL)
     await wire.open(0, "s", writer=ME, attempt=1)
-    store = served.server._store
+    store = served.server.store
     write = store.write
     monkeypatch.setattr(store, "write", _fail)
     await wire.push(0, floats([1, 2]), first=0)
@@ -265,7 +265,7 @@ async def test_strict_a_lane_is_told_when_the_store_stays_away_and_loses_nothing
     served = await replica()
     wire = served.wire(MODEL)
     await wire.open(0, "s", writer=ME, attempt=1)
-    store = served.server._store
+    store = served.server.store
     write, claim = store.write, store.claim
     monkeypatch.setattr(store, "write", _fail)
     monkeypatch.setattr(store, "claim", _fail)
@@ -323,7 +323,7 @@ async def test_periodic_a_sequence_waits_when_it_is_too_far_ahead_of_the_store(
     served = await replica(durability="periodic", checkpoint_steps=1, undurable_steps_max=4)
     wire = served.wire(MODEL)
     await wire.open(0, "s", writer=ME, attempt=1)
-    store = served.server._store
+    store = served.server.store
     write = store.write
     monkeypatch.setattr(store, "write", _fail)
     await wire.push(0, floats(range(10)), first=0)
@@ -480,13 +480,13 @@ async def test_a_park_is_told_when_it_is_safe(replica) -> None:
 
 async def test_a_park_is_told_however_busy_the_store_is_with_others(replica, monkeypatch) -> None:
     served = await replica()
-    write = served.server._store.write
+    write = served.server.store.write
 
     async def write_slowly(writes: Any) -> Any:
         await asyncio.sleep(0.02)
         return await write(writes)
 
-    monkeypatch.setattr(served.server._store, "write", write_slowly)
+    monkeypatch.setattr(served.server.store, "write", write_slowly)
     busy, wire = served.wire(MODEL), served.wire(MODEL)
     await busy.open(0, "busy")
     await wire.open(0, "s", writer=ME, attempt=1)
@@ -531,7 +531,7 @@ async def test_a_close_that_the_store_did_not_hear_is_said_again(replica, monkey
     served = await replica()
     wire = served.wire(MODEL)
     await wire.open(0, "s", writer=ME, attempt=1)
-    store = served.server._store
+    store = served.server.store
     close = store.close
     monkeypatch.setattr(store, "close", _fail)
     await wire.send(close=[0])
@@ -563,7 +563,7 @@ async def test_what_comes_when_a_server_has_begun_to_stop_is_not_applied(
     replica, held_writes, unhurried, monkeypatch
 ) -> None:
     first = await replica(durability="periodic")
-    (host,) = first.server._hosts.values()
+    (host,) = first.server.hosts.values()
     wire = first.wire(MODEL)
     await wire.open(0, "s")  # without a writer: it counts what it has been answered
     await sums(wire, 0, 0, [1])
@@ -595,7 +595,7 @@ async def test_a_server_that_stops_finishes_what_had_waited_for_its_store(
 ) -> None:
     settings = {"durability": "periodic", "undurable_steps_max": 64, "checkpoint_steps": 16}
     first = await replica(**settings)
-    (host,) = first.server._hosts.values()
+    (host,) = first.server.hosts.values()
     wire = first.wire(MODEL)
     await wire.open(0, "s")
     may_write = held_writes(first)
@@ -614,7 +614,7 @@ async def test_a_server_that_stops_finishes_what_had_waited_for_its_store(
 
 async def test_a_sequence_that_idles_ends_in_the_store_too(replica, hands) -> None:
     served = await replica(sequence_idle_seconds_max=10)
-    host = served.server._hosts[MODEL]
+    host = served.server.hosts[MODEL]
     wire = served.wire(MODEL)
     await wire.open(0, "s", writer=ME, attempt=1)
     hands.go(host, 11)

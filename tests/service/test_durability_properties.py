@@ -29,7 +29,7 @@ from sluice_service.sequences.stream import Stream
 from sluice_service.settings import Settings
 from sluice_service.store import StoreError
 from sluice_service.store.claims import OpenMode, OpenRequest
-from sluice_service.store.memory import MemoryStore
+from tests.service.store.memory import MemoryStore
 
 MODEL = "accumulator"
 WRITERS = 2
@@ -137,9 +137,11 @@ class Durability(RuleBasedStateMachine):
     def _boot(self, place: int) -> None:
         strait = Strait(self.stored, self.weather)
         self.straits[place : place + 1] = [strait]
+        version = load_version(self.path, ONLY, threads=1, refuses_non_finite=True)
+        version.warm_up()
         host = Host(
             MODEL,
-            load_version(self.path, ONLY, threads=1, refuses_non_finite=True),
+            version,
             self.settings,
             Metrics().model(MODEL),
             self.executor,

@@ -68,7 +68,7 @@ async def _live(served: Served, name: str) -> None:
 
 async def test_what_has_ended_leaves_nothing_behind(sums, hands) -> None:
     served = await sums(sequence_idle_seconds_max=60, tombstone_seconds=100)
-    (host,) = served.server._hosts.values()
+    (host,) = served.server.hosts.values()
 
     async def expire() -> None:
         hands.go(host, 61)

@@ -31,7 +31,7 @@ def test_time_that_a_process_was_paused_does_not_count() -> None:
 async def timed(sums, hands):
     """A server whose sequences may idle for 60 seconds of a clock in our hands."""
     served = await sums(sequence_idle_seconds_max=60, tombstone_seconds=100)
-    (host,) = served.server._hosts.values()
+    (host,) = served.server.hosts.values()
 
     async def go(seconds: float) -> None:
         hands.go(host, seconds)
@@ -231,7 +231,7 @@ async def test_a_list_that_goes_out_slowly_tells_no_ones_numbers_as_anothers(sum
     wire = served.wire("accumulator")
     await wire.open(0, "a")
     await wire.open(1, "b")
-    (host,) = served.server._hosts.values()
+    (host,) = served.server.hosts.values()
     listing = host.sequences()
     assert next(listing).sequence_id == "a"
     await served.close("accumulator", "b")
@@ -278,5 +278,5 @@ async def test_sequences_that_come_at_once_and_go_at_once_leave_no_trace(sums) -
             assert await wire.end() == StatusCode.OK
     assert served.metric("sluice_sequences_live", model="accumulator") == 0
     assert served.metric("sluice_steps_total", model="accumulator") == 150
-    (host,) = served.server._hosts.values()
+    (host,) = served.server.hosts.values()
     assert host._table.states.live == 0

@@ -50,7 +50,7 @@ async def test_a_resume_beyond_the_limit_takes_nothing_from_the_server_that_has_
         ]
     )
     await eventually(lambda: here.find(MODEL, "s0"))
-    host = there.server._hosts[MODEL]
+    host = there.server.hosts[MODEL]
     await host._durable.checkpointer.flush()
     assert {name: there.find(MODEL, name) is not None for name in ("s0", "s1", "s2")} == {
         "s0": False,
@@ -106,7 +106,7 @@ async def test_an_unloaded_model_waits_for_its_store_and_nobody_waits_for_it(
     kept, monkeypatch
 ) -> None:
     served = await kept()
-    hosts = served.server._hosts
+    hosts = served.server.hosts
     host = hosts[MODEL]
     wire = served.wire(MODEL)
     await wire.open(0, "s", writer=ME, attempt=1)
@@ -128,7 +128,7 @@ async def test_a_model_that_is_loaded_while_its_unloading_ends_is_served_whole(
     kept, monkeypatch
 ) -> None:
     served = await kept()
-    hosts = served.server._hosts
+    hosts = served.server.hosts
     host, version = hosts[MODEL], hosts[MODEL].version
     wire = served.wire(MODEL)
     await wire.open(0, "s", writer=ME, attempt=1)
@@ -157,7 +157,7 @@ async def test_a_start_that_a_stop_has_overtaken_leaves_its_id_to_the_next_serve
     # Without a writer it cannot say that it is the same one who asks again.
     await wire.send(open=[OpenSequence(lane=0, sequence_id="s")])
     await eventually(lambda: claims.done == 1)
-    host = here.server._hosts[MODEL]
+    host = here.server.hosts[MODEL]
     await host.drain()
     claims.answer()
     await host._durable.ownership.answered(["s"])
@@ -170,7 +170,7 @@ async def test_a_place_that_is_promised_is_taken_until_the_store_has_answered(
     kept, monkeypatch
 ) -> None:
     served = await kept(sequences_max=1)
-    (host,) = served.server._hosts.values()
+    (host,) = served.server.hosts.values()
     free = list[int]()
     host.watch_room(lambda: free.append(host.room))
     claims = Late(served, "claim", monkeypatch)
@@ -198,7 +198,7 @@ async def test_an_open_does_not_take_what_became_durable_while_the_store_was_ask
     kept, monkeypatch
 ) -> None:
     served = await kept()
-    store, may_answer, names = served.server._store, asyncio.Event(), list[str]()
+    store, may_answer, names = served.server.store, asyncio.Event(), list[str]()
     claim = store.claim
 
     async def answer_the_first_late(claims):

@@ -115,7 +115,7 @@ async def test_an_open_whose_stream_went_away_attaches_nothing(gate, gated) -> N
     await wire.push(0, floats([1]))
     await gate.reached()
     await gone.send(open=[OpenSequence(lane=0, sequence_id="wanted", mode=RESUME, **MINE)])
-    (host,) = gated.server._hosts.values()
+    (host,) = gated.server.hosts.values()
     await eventually(lambda: host._runs._waiting)
     gone.cut()
     await eventually(lambda: gated.metric("sluice_streams_open", model="accumulator") == 1)
@@ -145,7 +145,7 @@ async def test_a_slot_that_is_freed_during_a_run_takes_nothing_of_it(hands, gate
     await wire.open(1, "rests")
     await wire.push(0, floats([5]))
     await gate.reached()
-    (host,) = gated.server._hosts.values()
+    (host,) = gated.server.hosts.values()
     # Everything expires but what runs.
     hands.go(host, 601)
     await host.expire()
@@ -296,7 +296,7 @@ async def test_a_long_run_is_done_in_parts_where_several_may_be_in_flight(gate, 
 
 async def test_nothing_new_runs_while_somebody_waits_for_all_runs_to_end(gate, sums) -> None:
     served = await sums(runs_at_once_max=2)
-    (host,) = served.server._hosts.values()
+    (host,) = served.server.hosts.values()
     first, second = await _streams(served, 2)
     await first.push(0, floats([5]))
     await gate.reached()

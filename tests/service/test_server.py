@@ -14,7 +14,9 @@ from sluice_model import read_contract
 from sluice_protos.sequences_pb2 import GetModelRequest, ListModelsRequest, OpenSequence, Tensor
 from sluice_service.server import Server
 from sluice_service.settings import Settings
+from sluice_service.store import Key
 from tests.processes import free_port
+from tests.service.store.memory import MemoryStore
 from tests.service.wire import SECONDS, Served, floats
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -217,6 +219,18 @@ async def test_what_is_not_a_page_is_not_found(served) -> None:
 
 
 # Starting and stopping.
+
+
+async def test_a_program_may_bring_a_store_of_its_own(sums) -> None:
+    store = MemoryStore(tombstone_seconds=600, record_seconds=600)
+    served = await sums(own_store=store, durability="strict")
+    wire = served.wire("accumulator")
+    await wire.open(0, "s", writer=b"w")
+    await wire.push(0, floats([1, 2]))
+    await wire.rows(0, 2)
+    stored = await store.read(Key("accumulator", "s"))
+    assert stored is not None
+    assert stored.checkpoint.step == 2
 
 
 async def test_a_port_that_is_taken_is_told_and_leaves_nothing_open(

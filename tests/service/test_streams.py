@@ -546,7 +546,7 @@ async def test_a_client_beyond_its_credit_stays_correct_and_the_server_small(sum
 
     async def watch() -> None:
         nonlocal peak
-        (host,) = served.server._hosts.values()
+        (host,) = served.server.hosts.values()
         while True:
             peak = max(peak, *(s.queued_steps for s in host._streams))
             await asyncio.sleep(0)
@@ -586,7 +586,7 @@ async def test_all_credit_comes_back(sums) -> None:
         await wire.send(received=[Received(lane=0, step=step)])
     await wire.next_closed(0)
     await wire.settle()
-    (host,) = served.server._hosts.values()
+    (host,) = served.server.hosts.values()
     assert [stream.queued_steps for stream in host._streams] == [0]
 
 
@@ -596,7 +596,7 @@ async def test_what_has_no_steps_takes_credit_too(sums) -> None:
     await wire.open(0, "s", **MINE)
     await wire.push(0, floats([1] * 20))
     await wire.rows(0, 8)
-    (host,) = served.server._hosts.values()
+    (host,) = served.server.hosts.values()
     (stream,) = host._streams
     await wire.send(lane=[0, 0], steps=[0, 0], inputs=[Tensor()])
     await wire.send(park=[0, 0])
@@ -615,7 +615,7 @@ async def test_who_does_not_read_is_not_read_from(sums) -> None:
     wire = served.wire("accumulator")
     lanes = range(1, 40_001)
     await wire.send(lane=lanes, inputs=[Tensor(data=bytes(4 * len(lanes)))])
-    (host,) = served.server._hosts.values()
+    (host,) = served.server.hosts.values()
     await eventually(lambda: [one for one in host._streams if one.is_ahead])
     (stream,) = host._streams
     assert len(stream.outbox) < 25_000
@@ -644,7 +644,7 @@ async def test_a_step_that_waits_for_long_does_not_keep_the_messages_it_came_in(
     monkeypatch.setattr("sluice_service.batching.queues._COMPACTED_BYTES_MIN", compacted_bytes_min)
     monkeypatch.setattr("sluice_service.batching.queues._COMPACTED_FRAME_BYTES_MIN", 16 << 10)
     served = await sums(unacknowledged_steps_max=8)
-    (host,) = served.server._hosts.values()
+    (host,) = served.server.hosts.values()
     wire = served.wire("accumulator")
     await wire.open(0, "slow", **MINE)
     await wire.open(1)
@@ -674,7 +674,7 @@ async def test_sequences_that_come_and_go_unacknowledged_leave_nothing_behind(su
         await wire.rows(0, 1)
         await wire.send(close=[0])
         await wire.next_closed(0)
-    (host,) = served.server._hosts.values()
+    (host,) = served.server.hosts.values()
     (stream,) = host._streams
     assert len(stream.unacknowledged) < 100
     wire.cut()
@@ -706,7 +706,7 @@ async def test_a_stop_finishes_what_is_queued_then_tells_every_lane(sums, unhurr
 
 async def test_a_server_that_stops_opens_nothing_new(sums) -> None:
     served = await sums()
-    (host,) = served.server._hosts.values()
+    (host,) = served.server.hosts.values()
     await host.drain()
     wire = served.wire("accumulator")
     fault = await wire.refused(0, "late")
@@ -765,7 +765,7 @@ async def test_a_client_that_never_reads_takes_no_memory_without_bound(serve, ls
     x = np.zeros((500, 8), np.float32)
     messages = 400  # of 16 kB each; their outputs are half of that
     writing = asyncio.ensure_future(_push(wire, x, messages))
-    (stream,) = served.server._hosts["lstm"]._streams
+    (stream,) = served.server.hosts["lstm"]._streams
 
     def waiting() -> int:
         deliveries = [item for item in stream.outbox if isinstance(item, Outputs)]

@@ -85,7 +85,7 @@ async def test_the_lanes_of_a_stream_that_ended_are_parked_in_turns_and_lose_not
     sums, rests
 ) -> None:
     served = await sums()
-    (host,) = served.server._hosts.values()
+    (host,) = served.server.hosts.values()
     wire, again = served.wire(MODEL), served.wire(MODEL)
     names = [f"s{lane}" for lane in range(4)]
     for lane, name in enumerate(names):
@@ -164,7 +164,7 @@ async def test_a_run_that_lands_when_its_lane_is_parked_already_is_held_for_the_
     await again.send(
         open=[OpenSequence(lane=0, sequence_id="c", mode=RESUME, attempt=2, received=0, **MINE)]
     )
-    (host,) = served.server._hosts.values()
+    (host,) = served.server.hosts.values()
     await eventually(lambda: host._runs._waiting)
     await gate.let_through()
     assert (await again.next_opened(0)).applied == 1
@@ -192,7 +192,7 @@ async def test_opens_of_a_stream_that_ends_meanwhile_leave_nothing_attached(sums
 
 async def test_who_goes_on_while_others_expire_lives_on(sums, hands, rests) -> None:
     served = await sums(sequence_idle_seconds_max=60)
-    (host,) = served.server._hosts.values()
+    (host,) = served.server.hosts.values()
     wire = served.wire(MODEL)
     for lane in range(4):
         await wire.open(lane, f"s{lane}", **MINE)

@@ -31,6 +31,7 @@ from sluice_protos.sequences_pb2 import (
 from sluice_protos.sequences_pb2_grpc import ModelsStub, SequencesStub
 from sluice_service.server import Server
 from sluice_service.settings import Settings
+from sluice_service.store import Store
 
 SECONDS = 60
 # Lanes that no test takes: `Wire.settle` opens and closes sequences there.
@@ -40,9 +41,11 @@ _SETTLE_LANE = 900
 class Served:
     """A server in this process, on free ports, with a channel to it."""
 
-    def __init__(self, models: dict[str, Path], **settings: Any) -> None:
+    def __init__(
+        self, models: dict[str, Path], *, own_store: Store | None = None, **settings: Any
+    ) -> None:
         fields = {"listen": "127.0.0.1:0", "http": "127.0.0.1:0", **settings}
-        self.server = Server(Settings(model=models, **fields))
+        self.server = Server(Settings(model=models, **fields), store=own_store)
         self._wires: list[Wire] = []
 
     async def start(self) -> "Served":
@@ -84,7 +87,7 @@ class Served:
 
     def find(self, model: str, sequence_id: str) -> SequenceInfo | None:
         """What the server would list of a live sequence, without a call."""
-        infos = self.server._hosts[model].sequences()
+        infos = self.server.hosts[model].sequences()
         return next((info for info in infos if info.sequence_id == sequence_id), None)
 
     async def parked(self, model: str, *sequence_ids: str) -> None:

@@ -7,7 +7,7 @@ from urllib.parse import unquote
 import pytest
 from typer.main import get_command
 
-from sluice_cli.main import app
+from sluice_cli.main import make_app
 from sluice_service.metrics import Metrics
 from sluice_service.settings import Settings
 
@@ -55,7 +55,7 @@ def test_every_make_target_that_is_named_exists(root: Path) -> None:
 
 
 def test_every_sluice_command_that_is_named_exists(root: Path) -> None:
-    commands = set(get_command(app).commands)
+    commands = set(get_command(make_app()).commands)
     named = {
         command
         for document in documents(root)

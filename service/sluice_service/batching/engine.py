@@ -33,9 +33,12 @@ class Engine:
     """Runs one model, and knows from its warm-up how long a run takes."""
 
     def __init__(self, model: Model, *, refuses_non_finite: bool) -> None:
-        """Warm the model up; every later call finds its buffers and code paths ready."""
+        """Runs nothing yet: `warm_up` comes before the first estimate."""
         self._model = model
         self._refuses_non_finite = refuses_non_finite
+
+    def warm_up(self) -> None:
+        """Run the model a few times, to measure it and to have its buffers ready."""
         self._call_seconds, self._cell_seconds = self._measure()
 
     def estimate(self, sequences: int, steps: int) -> float:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +23,7 @@ ONLY = 1
 
 @dataclass(eq=False)
 class Version:
-    """One file of a model, loaded, tested and warmed up."""
+    """One file of a model, loaded and tested; warmed up before it serves."""
 
     number: int
     path: Path
@@ -39,26 +40,42 @@ class Version:
         self.state_size = self.contract.state_size
         self.arithmetic = self.self_test.arithmetic
 
+    def warm_up(self) -> None:
+        """Measure how long runs take; other work of this process meanwhile would be measured too.
+
+        Raises ModelError when the model cannot be run.
+        """
+        started = time.monotonic()
+        with _refusing(self.path):
+            self.engine.warm_up()
+        self.seconds += time.monotonic() - started
+
 
 def load_version(path: Path, number: int, *, threads: int, refuses_non_finite: bool) -> Version:
-    """Load a file, test it and warm it up, which takes seconds; safe in any thread.
+    """Load and test a file, which takes seconds; safe in any thread.
 
     Raises ModelError when it cannot be served.
     """
     started = time.monotonic()
-    try:
+    with _refusing(path):
         model = Model.load(path, threads=threads)
         self_test = run_self_test(model)
-        engine = Engine(model, refuses_non_finite=refuses_non_finite)
+    engine = Engine(model, refuses_non_finite=refuses_non_finite)
+    return Version(number, path, model, self_test, engine, time.monotonic() - started)
+
+
+@contextmanager
+def _refusing(path: Path) -> Iterator[None]:
+    """Make whatever a file brings about a ModelError: the server and its other models go on."""
+    try:
+        yield
     except ModelError:
         raise
     except Exception as error:
-        # Whatever a file brings about is that file's: the server and its other models go on.
         raise ContractError(
             f"{path}: cannot be loaded and tested ({type(error).__name__}: {error}); where that is "
             "not for want of memory, export it again"
         ) from error
-    return Version(number, path, model, self_test, engine, time.monotonic() - started)
 
 
 class Versions:

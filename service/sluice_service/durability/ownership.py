@@ -221,7 +221,7 @@ class Ownership:
         alive = [(one, one.claim_id) for one in self._table if one.is_durable]
         for start in range(0, len(alive), BATCH_MAX):
             part = alive[start : start + BATCH_MAX]
-            verdicts = await self._store.renew(
+            verdicts = await self._store.renew_leases(
                 [(self._key(one.sequence_id), claim_id) for one, claim_id in part]
             )
             await self.explained([one for one, _ in part], verdicts)

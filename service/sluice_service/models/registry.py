@@ -45,51 +45,55 @@ class Hosts(Mapping[str, Host]):
     def __len__(self) -> int:
         return len(self._hosts)
 
-    def load(self, path: Path, number: int = ONLY) -> Version:
-        """Load a file, which takes seconds; safe in any thread. Raises ModelError."""
-        return load_version(
+    def load(self, path: Path, number: int = ONLY, *, warms_up: bool = True) -> Version:
+        """Load and test a file, which takes seconds; safe in any thread. Raises ModelError."""
+        version = load_version(
             path,
             number,
             threads=self._settings.run_threads,
             refuses_non_finite=self._settings.non_finite == "refuse",
         )
+        if warms_up:
+            version.warm_up()
+        return version
 
     def add(self, name: str, version: Version) -> None:
         """Serve a model that was not served before."""
         metrics = self._metrics.model(name)
-        # As many threads as runs at once, and no more: each keeps memory of its own, and a pool
-        # that may grow does so whenever a run is given to it before the last one's thread rests.
+        # As many threads as runs at once: each keeps memory of its own, and a larger pool would
+        # start another thread for a run that comes just before the last one's thread is idle.
         threads = ThreadPoolExecutor(
             max_workers=self._settings.runs_at_once_max, thread_name_prefix=f"run-{name}"
         )
         self._threads[name] = threads
         self._hosts[name] = Host(name, version, self._settings, metrics, threads, self._store)
-        self._tell(name, version)
+        self._log(name, version)
         if self._is_started:
             self._tasks[name] = asyncio.create_task(self._hosts[name].live())
 
     async def adopt(self, name: str, version: Version) -> None:
-        """Let sequences of a model begin on `version` from now on. Raises ModelError."""
+        """Let new sequences of a model begin on `version`. Raises ModelError."""
         if name in self._hosts:
             await self._hosts[name].adopt(version)
-            self._tell(name, version)
+            self._log(name, version)
         else:
             self.add(name, version)
         await self._on_change(name)
 
     async def unload(self, name: str) -> None:
-        """Let no sequence of a model begin; it is gone once the last has ended."""
+        """Start no new sequences of a model; it is removed once its last sequence has ended."""
         self._hosts[name].close()
         log.info("model_unloading", model=name)
         await self._on_change(name)
         await self.sweep()
 
     async def sweep(self) -> None:
-        """Take away the models that are unloaded and that no sequence runs on any more."""
+        """Remove the models that were unloaded and have no live sequence any more."""
         for name, host in list(self._hosts.items()):
             await host.sweep()
             if host.is_deserted and self._hosts.get(name) is host:
-                # All that is its own goes at once: the model may be loaded again meanwhile.
+                # Take out all that belongs to it before the first await: the model may be loaded
+                # again meanwhile.
                 del self._hosts[name]
                 task, threads = self._tasks.pop(name, None), self._threads.pop(name)
                 self._metrics.forget(name)
@@ -101,27 +105,27 @@ class Hosts(Mapping[str, Host]):
                 await self._on_change(name)
 
     def activity(self) -> dict[str, tuple[float, int]]:
-        """Of each model its runs so far and its live sequences: the same while nothing happens."""
+        """The runs so far and the live sequences of each model: equal while nothing happens."""
         return {name: host.activity for name, host in self.items()}
 
     def start(self) -> None:
-        """Let all hosts live."""
+        """Start the background tasks of all hosts."""
         self._is_started = True
         for name, host in self._hosts.items():
             self._tasks[name] = asyncio.create_task(host.live())
 
     async def drain(self) -> None:
-        """Drain all of them."""
+        """Drain all hosts."""
         await asyncio.gather(*(host.drain() for host in self._hosts.values()))
 
     def stop(self) -> None:
-        """Nobody lives on."""
+        """Cancel all background tasks."""
         for task in self._tasks.values():
             task.cancel()
         for threads in self._threads.values():
             threads.shutdown(wait=False)
 
-    def _tell(self, name: str, version: Version) -> None:
+    def _log(self, name: str, version: Version) -> None:
         self._metrics.load_seconds.labels(name).set(version.seconds)
         log.info(
             "model_loaded",

@@ -1,13 +1,15 @@
-"""Follows a folder of models, DIR/name/version/model.onnx: what lies there, and what is served."""
+"""Follows a folder of models, DIR/name/version/model.onnx: what it contains and what is served."""
 
 import asyncio
 from collections.abc import Iterator
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
 
 from sluice_model import ModelError
+from sluice_service.batching.versions import Version
 from sluice_service.errors import ModelNotFoundError, RepositoryError
 from sluice_service.metrics import Metrics
 from sluice_service.models.registry import Hosts
@@ -21,7 +23,7 @@ _SWEEP_SECONDS = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Stamp:
-    """What tells a file from the one that was there before."""
+    """Tells a file from another one that was in its place before."""
 
     inode: int
     bytes: int
@@ -33,7 +35,7 @@ Found = dict[str, dict[int, Stamp]]  # by model, by version
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One version of one model, as a list of all tells of it."""
+    """One version of one model, as the repository index lists it."""
 
     name: str
     version: int
@@ -50,14 +52,14 @@ class _Refused:
 
 
 def scan(folder: Path) -> Found:
-    """The versions that lie in `folder`. Raises OSError when it cannot be read."""
+    """The versions in `folder`. Raises OSError when it cannot be read."""
     found: Found = {}
     for model in sorted(folder.iterdir()):
         if model.name.startswith(".") or not model.is_dir():
             continue
         found[model.name] = {}
         for version in model.iterdir():
-            # 2, but neither 02 nor two: a version has one name.
+            # 2, but not 02: each version has one name.
             if version.name.isdecimal() and version.name == str(int(version.name) or ""):
                 try:
                     file = (version / FILE).stat()
@@ -69,7 +71,7 @@ def scan(folder: Path) -> Found:
 
 
 class Repository:
-    """The models of one folder. The newest version that can be served is."""
+    """The models of one folder; of each the highest version that can be served."""
 
     def __init__(self, folder: Path, settings: Settings, hosts: Hosts, metrics: Metrics) -> None:
         self._folder = folder
@@ -82,38 +84,43 @@ class Repository:
         self._refused: dict[tuple[str, int], _Refused] = {}
         self._served: dict[str, tuple[int, Stamp]] = {}
         self._loading: tuple[str, int] | None = None
-        # One change at a time.
+        # Held by each change: there is one at a time.
         self._lock = asyncio.Lock()
 
-    def open(self) -> None:
-        """Load what lies there, before the server starts; nothing where clients ask for it.
+    def open(self, threads: Executor) -> Iterator[tuple[str, Version]]:
+        """Begin to load in `threads` what lies there, unless clients are to ask for it; the models.
 
-        Raises ModelError where no version of a model can be served.
+        Before the server starts. Raises ModelError when no version of a model can be served.
         """
         try:
             self._found = scan(self._folder)
         except OSError as error:
             raise ModelError(f"--model-repository {self._folder}: {error.strerror}") from error
-        for name in self._found if self._control != "explicit" else ():
-            if name in self._fixed:
-                raise ModelError(
-                    f"model {name!r} is named with --model and lies in the repository too; "
-                    "rename one of them"
-                )
-            for number in self._candidates(name):
-                try:
-                    self._hosts.add(name, self._hosts.load(self._path(name, number), number))
-                except ModelError as error:
-                    self._refuse(name, number, error)
-                else:
-                    self._served[name] = number, self._found[name][number]
-                    break
+        names = [] if self._control == "explicit" else list(self._found)
+        if taken := self._fixed.intersection(names):
+            raise ModelError(
+                f"model {min(taken)!r} is named with --model and lies in the repository too; "
+                "rename one of them"
+            )
+        newest = zip(names, threads.map(self._load_newest, names), strict=True)
+        return ((name, version) for name, version in newest if version is not None)
+
+    def _load_newest(self, name: str) -> Version | None:
+        """The highest version that can be served; None of a folder without versions."""
+        for number in self._candidates(name):
+            try:
+                version = self._hosts.load(self._path(name, number), number, warms_up=False)
+            except ModelError as error:
+                self._refuse(name, number, error)
             else:
-                if self._found[name]:
-                    raise ModelError(self._refused[name, max(self._found[name])].reason)
+                self._served[name] = number, self._found[name][number]
+                return version
+        if self._found[name]:
+            raise ModelError(self._refused[name, max(self._found[name])].reason)
+        return None
 
     async def live(self) -> None:
-        """Follow the folder, where the settings say so; until cancelled."""
+        """Follow the folder, if the settings say so, until cancelled."""
         is_polling = self._control == "poll"
         while True:
             await asyncio.sleep(self._poll_seconds if is_polling else _SWEEP_SECONDS)
@@ -124,11 +131,11 @@ class Repository:
             except OSError as error:
                 log.warning("repository_unreadable", path=str(self._folder), error=str(error))
             except Exception:
-                # A defect of ours must not end the following: look again.
+                # A bug of ours must not end the task: read the folder again.
                 log.exception("repository_broke")
 
     async def look(self) -> None:
-        """Do what has become due: load, take up, unload. Raises OSError."""
+        """Read the folder, and load, adopt and unload what has changed. Raises OSError."""
         async with self._lock:
             self._found = await asyncio.to_thread(scan, self._folder)
             for name, versions in self._found.items():
@@ -164,7 +171,7 @@ class Repository:
                 raise RepositoryError(refused.reason)
 
     async def unload(self, name: str) -> None:
-        """Unload a model because a client asks: its live sequences finish.
+        """Unload a model because a client asks; its live sequences go on until they end.
 
         Raises RepositoryError where that is not for clients, ModelNotFoundError where there
         is none.
@@ -176,7 +183,7 @@ class Repository:
             await self._hosts.unload(name)
 
     def entries(self) -> Iterator[Entry]:
-        """What lies in the folder and is not served, and why; a served version's bad file too."""
+        """What is in the folder and is not served, with the reason; bad new files included."""
         loaded = {name: [v.number for v in host.versions] for name, host in self._hosts.items()}
         for name, versions in self._found.items():
             for number in versions:
@@ -194,14 +201,14 @@ class Repository:
                     yield Entry(name, number, "UNAVAILABLE", "it is not loaded")
 
     async def _follow(self, name: str) -> None:
-        """Take up the newest version that can be served, unless that is done already."""
+        """Adopt the highest version that can be served, unless it is served already."""
         versions = self._found[name]
         for number in self._candidates(name):
             served = self._served.get(name)
             if served == (number, versions[number]):
                 return
             if served is not None and number < served[0] and served[0] in versions:
-                return  # What is served is newer, whatever has become of its file.
+                return  # A higher version is served, even if its file is bad by now.
             refused = self._refused.get((name, number))
             if refused is not None and refused.stamp == versions[number]:
                 continue
@@ -222,7 +229,7 @@ class Repository:
                 self._loading = None
 
     def _refuse(self, name: str, number: int, error: ModelError) -> None:
-        """Note, and tell, that a file cannot be served; it is tried again when it changes."""
+        """Record and log that a file cannot be served; it is tried again when it changes."""
         self._refused[name, number] = _Refused(self._found[name][number], str(error))
         self._metrics.load_failures.labels(name).inc()
         log.error("model_refused", model=name, version=number, error=str(error))

@@ -22,10 +22,19 @@ _C_LIBRARY = ctypes.CDLL(None)
 _QUIET_SECONDS = 10.0
 
 
-def settle() -> None:
-    """What is alive now stays: the collector need not look at it again and again.
+def keep_imports() -> None:
+    """Spare the collector what has been imported: it stays for the life of the process.
 
-    And what is freed from now on is used again, until it is quiet.
+    Of a process that is ours alone; else garbage of others would stay, too.
+    """
+    gc.freeze()
+    gc.enable()
+
+
+def settle() -> None:
+    """Spare the collector all that is alive now, and have freed memory used again.
+
+    Models and their hosts stay for long; what is freed is given back when all is quiet.
     """
     gc.collect()
     gc.freeze()

@@ -14,7 +14,8 @@ from sluice_service.store.protocol import (
     Verdict,
     Write,
 )
-from sluice_service.store.urls import open_store, redact
+from sluice_service.store.redaction import redact
+from sluice_service.store.urls import open_store
 
 __all__ = [
     "Checkpoint",

@@ -1,4 +1,4 @@
-"""Who may open a sequence: one table, without memory, clock or I/O of its own."""
+"""Decides who may open a sequence: one table as a pure function of the record and the request."""
 
 from dataclasses import dataclass
 from enum import Enum, IntEnum, auto
@@ -15,27 +15,27 @@ from sluice_service.errors import (
 
 
 class OpenMode(IntEnum):
-    """What an open asks for; numbered as in sluice.v1.OpenMode."""
+    """What an open asks for. The numbers are those of sluice.v1.OpenMode."""
 
-    START = 0  # a new sequence; refused while the id is alive under another writer
-    RESUME = 1  # continue a sequence of this writer
-    START_OR_RESUME = 2  # whichever fits
-    RESTART = 3  # begin at the initial state, whatever was there
-    TAKEOVER = 4  # continue a sequence of another writer
+    START = 0  # start a new sequence; refused while the id is alive under another writer
+    RESUME = 1  # continue a sequence of the same writer
+    START_OR_RESUME = 2  # continue the sequence, of any writer, or start a new one
+    RESTART = 3  # start from the initial state, whatever was there
+    TAKEOVER = 4  # continue a sequence, also of another writer
 
 
 class Durability(IntEnum):
-    """What of a sequence survives its server's process; numbered as in sluice.v1.Durability."""
+    """What of a sequence outlives its server. The numbers are those of sluice.v1.Durability."""
 
-    SERVER_DEFAULT = 0  # what the server is set to; only in requests
+    SERVER_DEFAULT = 0  # the setting of the server; only in requests
     OFF = 1  # nothing
-    PERIODIC = 2  # the state, every so many steps or seconds
-    STRICT = 3  # everything: an output that has arrived is durable
+    PERIODIC = 2  # the state, stored after a number of steps or seconds
+    STRICT = 3  # every step: outputs leave only once their checkpoint is durable
 
 
 @dataclass(slots=True)
 class State:
-    """The state of a sequence as a value, portable to every server of the same model."""
+    """The state of a sequence as a value; any server of the same model can continue from it."""
 
     model_digest: str
     step: int
@@ -44,12 +44,12 @@ class State:
 
 @dataclass(slots=True)
 class OpenRequest:
-    """What a client asks for when it opens a sequence; the defaults are those of sluice.v1."""
+    """One open of a sequence by a client. The defaults are those of sluice.v1."""
 
     lane: int = 0
     sequence_id: str = ""  # empty: the server draws one
     mode: int = OpenMode.START
-    # The outputs that have arrived; None where the client does not count them.
+    # How many outputs have arrived; None if the client does not count them.
     received: int | None = None
     # A new sequence starts from this state instead of the model's initial one.
     state: State | None = None
@@ -61,37 +61,37 @@ class OpenRequest:
 
 @dataclass(slots=True)
 class Record:
-    """What is known of a sequence's owner: alive, or a tombstone of a closed one."""
+    """Who owns a live sequence, or the tombstone of a closed one."""
 
     writer: bytes
     attempt: int
     epoch: int
     is_alive: bool
-    # Of a tombstone: why the sequence ended, in words for its writer.
+    # Of a tombstone: why the sequence ended, as its writer is told.
     ending: str = ""
 
 
 class Situation(Enum):
-    """What an open finds."""
+    """What an open finds: whose the record is, and whether it is alive."""
 
     MINE = auto()  # alive, same writer
-    THEIRS = auto()  # alive, other writer
+    THEIRS = auto()  # alive, another writer
     MINE_CLOSED = auto()
     THEIRS_CLOSED = auto()
     UNKNOWN = auto()
 
 
 class Claim(Enum):
-    """What an open is given."""
+    """What is granted to an open."""
 
-    RESUME = auto()  # go on; epoch unchanged
-    CREATE = auto()  # a new sequence
-    TAKE = auto()  # go on under a new writer and a raised epoch
-    WIPE = auto()  # from the initial state, under a raised epoch
+    RESUME = auto()  # continue with the same writer
+    CREATE = auto()  # start a new sequence
+    TAKE = auto()  # continue under a new writer and a raised epoch
+    WIPE = auto()  # start again from the initial state, under a raised epoch
 
 
 class Refusal(Enum):
-    """Why an open is given nothing."""
+    """Why an open is refused."""
 
     FENCED = auto()
     EXISTS = auto()
@@ -101,7 +101,7 @@ class Refusal(Enum):
 
 @dataclass(frozen=True, slots=True)
 class IfEpoch:
-    """The claim, if the client expects the epoch the record has; else CONFLICT."""
+    """Grant the claim if the client names the epoch of the record; else refuse with CONFLICT."""
 
     claim: Claim
 
@@ -144,8 +144,8 @@ TABLE: dict[int, dict[Situation, Claim | Refusal | IfEpoch]] = {
     },
 }
 
-# A caller without a writer cannot be told from another one, and never repeats an
-# open: where a writer's repeat is answered, it gets what its mode says instead.
+# Callers without a writer cannot be told apart, and never retry an open. Where the table
+# would answer a writer's retry, an anonymous caller gets what its mode says instead.
 _ANONYMOUS: dict[tuple[int, Situation], Claim | Refusal | IfEpoch] = {
     (OpenMode.START, Situation.MINE): Refusal.EXISTS,
     (OpenMode.RESTART, Situation.MINE): Claim.WIPE,
@@ -157,9 +157,9 @@ _ANONYMOUS: dict[tuple[int, Situation], Claim | Refusal | IfEpoch] = {
 
 
 def decide(record: Record | None, request: OpenRequest) -> Claim:
-    """What `request` is given, when the store holds `record`.
+    """The claim that `request` is granted when the store holds `record`.
 
-    Raises the LaneError that tells the client why it is given nothing.
+    Raises the LaneError that tells the client why it is refused.
     """
     situation = _situation(record, request.writer)
     is_same_writer = situation in (Situation.MINE, Situation.MINE_CLOSED)
@@ -175,7 +175,7 @@ def decide(record: Record | None, request: OpenRequest) -> Claim:
         raise _refuse(entry, request.sequence_id, record)
     if isinstance(entry, IfEpoch):
         epoch = record.epoch if record is not None else 0
-        if request.expected_epoch != epoch and not _is_free(record, request):
+        if request.expected_epoch != epoch and not _is_anonymous_restart(record, request):
             raise ConflictError(
                 f"sequence {request.sequence_id!r} is at epoch {epoch}, not "
                 f"{request.expected_epoch}; ask again with expected_epoch {epoch}",
@@ -193,8 +193,8 @@ def _situation(record: Record | None, writer: bytes) -> Situation:
     return Situation.THEIRS if record.is_alive else Situation.THEIRS_CLOSED
 
 
-def _is_free(record: Record | None, request: OpenRequest) -> bool:
-    """True for a caller without a writer at a closed id: it has no repeats to fear."""
+def _is_anonymous_restart(record: Record | None, request: OpenRequest) -> bool:
+    """True for a caller without a writer at a closed id: no late retry can be confused with it."""
     return not request.writer and record is not None and not record.is_alive
 
 

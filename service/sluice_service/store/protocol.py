@@ -1,9 +1,13 @@
-"""What every store does for a host: claim, write, close, renew, read; nothing is ever half done.
+"""What every store does for a host: claim, write, close, renew leases, read.
 
-A store keeps one record a sequence: who owns it (claim_id, epoch, writer, attempt)
-and its last checkpoint, which it does not look into. It is the only arbiter of
-ownership: each call is atomic for each sequence it names, and a host that has been
-fenced learns it from the answer to its next call.
+A store keeps one record for each sequence: who owns it (claim_id, epoch, writer,
+attempt) and its last checkpoint, as bytes that it does not read. It alone decides who
+owns a sequence. Each call is atomic for each sequence it names. A host that has been
+fenced learns so from the answer to its next call.
+
+A live sequence has a lease: unless its owner claims it or renews the lease for
+`record_seconds`, the store deletes it. A closed sequence leaves a tombstone for
+`tombstone_seconds`, which refuses late retries of opens.
 """
 
 import secrets
@@ -17,7 +21,7 @@ from sluice_service.store.claims import Claim, OpenRequest
 
 
 class Key(NamedTuple):
-    """Which sequence."""
+    """The name of a sequence."""
 
     model: str
     sequence_id: str
@@ -32,7 +36,7 @@ class Packed:
 
 
 def draw_claim_id() -> bytes:
-    """A name for one claim that no other claim ever has."""
+    """A fresh name for one claim, never given twice."""
     return secrets.token_bytes(16)
 
 
@@ -40,37 +44,36 @@ def draw_claim_id() -> bytes:
 class ClaimRequest:
     """One open, with what this process knows of the sequence.
 
-    One request is one claim however often it is asked: after a StoreError the same
-    request may be asked again, and is answered as it would have been the first time.
-    Another open is another request.
+    A claim is idempotent: after a StoreError the same request may be sent again, and gets
+    the answer that it would have got the first time. Each open needs a request of its own.
     """
 
     key: Key
     # sequence_id, mode, writer, attempt, expected_epoch: what the table of claims reads.
     open: OpenRequest
-    # What the record begins with where the claim is CREATE or WIPE.
+    # The first checkpoint of the record, if the claim is CREATE or WIPE.
     initial: Packed
-    # The claim under which this process has the sequence in memory; empty: it has not.
+    # The claim under which this process has the sequence in memory; empty: it is not in memory.
     held: bytes = b""
-    # With `held`: the sequence as it stands in memory, what a TAKE goes on from.
+    # With `held`: the sequence as it is in memory, from which a TAKE continues.
     snapshot: Packed | None = None
-    # The claim's name if it is granted. Never given: each request draws its own.
+    # The claim's name if it is granted. Leave it out: each request draws its own.
     claim_id: bytes = field(default_factory=draw_claim_id)
 
 
 @dataclass(frozen=True, slots=True)
 class Granted:
-    """The sequence is this process's, under a fresh claim."""
+    """The process that asked now owns the sequence, under a fresh claim."""
 
     claim: Claim
     claim_id: bytes
     epoch: int
-    # True when the record was under the claim `held`: what is in memory is the
-    # newest there is. False: another process has had it, and memory is stale.
+    # True: the record was under the claim `held`, so memory is up to date.
+    # False: another process has owned the sequence since, so memory is stale.
     is_held: bool
-    # The claim the record was under before; empty where there was none.
+    # The claim that the record was under before; empty if there was no record.
     previous: bytes
-    # The record's checkpoint now.
+    # The record's checkpoint after the claim.
     checkpoint: Packed
 
 
@@ -85,23 +88,26 @@ class Write:
 
 @dataclass(frozen=True, slots=True)
 class Closing:
-    """The end of a sequence; an empty `claim_id` closes it whoever owns it."""
+    """The end of a sequence. An empty `claim_id` closes it whoever owns it."""
 
     key: Key
     claim_id: bytes
-    ending: str  # why, in words for its writer
+    ending: str  # why it ended, as its writer is told
 
 
 class Verdict(Enum):
-    """What became of a write, a close or a renewal."""
+    """The result of a write, a close or the renewal of a lease."""
 
-    DONE = auto()  # durable; or a newer one under the same claim is; or closed under it before
-    REFUSED = auto()  # the claim is not this process's any more, or there is no live record
+    # It is durable. Also where a newer checkpoint of the same claim is stored already, and
+    # where a close is a retry.
+    DONE = auto()
+    # Another claim owns the sequence, or the store has no live record of it.
+    REFUSED = auto()
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A live sequence as the store knows it."""
+    """A live sequence as it is in the store."""
 
     key: Key
     epoch: int
@@ -109,56 +115,60 @@ class Stored:
 
 
 class StoreError(Exception):
-    """The store did not answer: what was asked may have happened or not. Ask again."""
+    """The store did not answer; the call may have taken effect or not. Retry it."""
 
 
 class StoreSetupError(Exception):
-    """The store cannot keep what it would have to promise; the message names the fix."""
+    """The store cannot be used as it is set up; the message names the fix."""
 
 
 class Store(Protocol):
-    """One store, shared by all hosts of a process; every call raises StoreError when it is down.
+    """One store, shared by all hosts of a process.
 
-    Requests of one call name different sequences. Answers come in their order.
+    Every call raises StoreError when the store does not answer. The requests of one call
+    name different sequences, and are answered in their order.
     """
 
     async def start(self) -> list[str]:
-        """Connect and check; warnings for the operator. Raises StoreSetupError, StoreError."""
+        """Connect and check; return warnings for the operator.
+
+        Raises StoreSetupError, StoreError.
+        """
         ...
 
     async def stop(self) -> None:
-        """Let go of connections and files."""
+        """Close connections and files."""
         ...
 
     async def claim(self, requests: Sequence[ClaimRequest]) -> list[Granted | LaneError]:
-        """Read, decide by the table of claims, raise the epoch, return the record: one step each.
+        """Read each record, decide by the table of claims, and write the new owner, atomically.
 
-        A LaneError is the refusal the client is told. A claim draws a fresh claim_id.
-        The epoch rises where the record was not under `held`, where the writer
-        changes, and on a WIPE. A snapshot older than the record is not taken: the
-        record stands, and `is_held` is false. What is granted is durable.
+        A LaneError is the refusal that the client is told. A grant is durable. The epoch
+        rises if the record was not under `held`, if the writer changes, and on a WIPE. A
+        snapshot that is older than the record is ignored: the record's checkpoint stays,
+        and `is_held` is false.
         """
         ...
 
     async def write(self, writes: Sequence[Write]) -> list[Verdict]:
-        """Replace checkpoints whose record is alive under their claim and not newer."""
+        """Replace the checkpoints of live records that are under the same claim and not newer."""
         ...
 
     async def close(self, closings: Sequence[Closing]) -> list[Verdict]:
-        """Drop checkpoints; a tombstone (writer, attempt, epoch, ending) stays for a while."""
+        """Delete checkpoints and leave tombstones (writer, attempt, epoch, ending)."""
         ...
 
-    async def renew(self, claims: Sequence[tuple[Key, bytes]]) -> list[Verdict]:
-        """Say that these (key, claim_id) are alive: others are dropped in the end.
+    async def renew_leases(self, claims: Sequence[tuple[Key, bytes]]) -> list[Verdict]:
+        """Renew the leases of live sequences, named by (key, claim_id).
 
-        A claim does so too; a write does not.
+        A claim renews the lease too; a write does not.
         """
         ...
 
     async def read(self, key: Key) -> Stored | None:
-        """What is stored of a live sequence, without claiming it."""
+        """Read a live sequence without claiming it."""
         ...
 
     def stored(self, model: str) -> AsyncIterator[Stored]:
-        """Every live sequence of a model, in no order; checkpoints left empty."""
+        """List the live sequences of a model, in no order, without checkpoint data."""
         ...

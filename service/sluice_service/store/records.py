@@ -1,4 +1,4 @@
-"""What one call does to one record: pure functions, so that every store keeps the same rules."""
+"""The rules of every store: what one call does to one record, as pure functions."""
 
 from dataclasses import dataclass, replace
 
@@ -8,16 +8,16 @@ from sluice_service.store.protocol import ClaimRequest, Granted, Packed
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """All that a store knows of a sequence beside its checkpoint's bytes. Never changed."""
+    """All that a store knows of a sequence except the bytes of its checkpoint. Immutable."""
 
     record: Record
-    # Of the last claim: its name, and what it was answered, should it be asked again.
+    # The last claim, and how it was answered: a retry of it gets the same answer.
     claim_id: bytes
     claim: Claim
     is_held: bool
-    # The claim before it; empty where there was none.
+    # The claim before it; empty if there was none.
     previous: bytes
-    step: int  # the checkpoint's
+    step: int  # of the checkpoint
 
     def is_under(self, claim_id: bytes) -> bool:
         """True for a live sequence that this claim owns."""
@@ -26,17 +26,17 @@ class Header:
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """What a claim is to put into the store."""
+    """What a granted claim writes into the store."""
 
     header: Header
-    # The header's epoch is to be a new one.
+    # The store puts a new epoch into the header.
     raises_epoch: bool
-    # None: the record's own stands.
+    # None: the record keeps the checkpoint that it has.
     checkpoint: Packed | None
 
 
 def grant(found: Header | None, request: ClaimRequest) -> Grant:
-    """What `request` puts in the place of `found`. Raises the LaneError that refuses it."""
+    """What `request` writes in place of `found`. Raises the LaneError that refuses it."""
     if found is not None and found.is_under(request.claim_id):
         return Grant(found, raises_epoch=False, checkpoint=None)
     record = found.record if found is not None else None
@@ -46,7 +46,7 @@ def grant(found: Header | None, request: ClaimRequest) -> Grant:
     if claim in (Claim.CREATE, Claim.WIPE):
         checkpoint = request.initial
     elif is_held and request.snapshot is not None and found is not None:
-        # Memory that is behind its own record: an earlier claim's answer got lost.
+        # Memory is behind its own record if the answer to an earlier claim was lost.
         is_held = request.snapshot.step >= found.step
         checkpoint = request.snapshot if is_held and claim is Claim.TAKE else None
     raises_epoch = claim is not Claim.RESUME or not is_held
@@ -67,12 +67,12 @@ def grant(found: Header | None, request: ClaimRequest) -> Grant:
 
 
 def give_epoch(header: Header, epoch: int) -> Header:
-    """The header under that epoch."""
+    """The header with that epoch."""
     return replace(header, record=replace(header.record, epoch=epoch))
 
 
 def answer(header: Header, data: bytes) -> Granted:
-    """What the owner of a header that has just been claimed is told."""
+    """The answer to the claim that has just written `header`."""
     return Granted(
         claim=header.claim,
         claim_id=header.claim_id,
@@ -84,15 +84,15 @@ def answer(header: Header, data: bytes) -> Granted:
 
 
 def is_closed_by(found: Header, claim_id: bytes) -> bool:
-    """True when a close under `claim_id` has happened before: it may be asked again."""
+    """True when this claim has closed the sequence before, so that a close is a retry."""
     return not found.record.is_alive and found.claim_id == claim_id
 
 
 def may_close(found: Header, claim_id: bytes) -> bool:
-    """True when a close under `claim_id` ends the sequence; an empty one is an operator's."""
+    """True when `claim_id` may close the sequence: its owner's, or the empty one of an operator."""
     return found.record.is_alive and claim_id in (b"", found.claim_id)
 
 
-def bury(found: Header, ending: str) -> Header:
-    """The tombstone of a live sequence."""
+def to_tombstone(found: Header, ending: str) -> Header:
+    """The tombstone that a closed sequence leaves."""
     return replace(found, record=replace(found.record, is_alive=False, ending=ending))

@@ -1,30 +1,27 @@
-"""Which store a URL names."""
+"""Opens the store that a URL names."""
 
 from pathlib import Path
-from urllib.parse import urlsplit
 
-from sluice_service.store.memory import MemoryStore
 from sluice_service.store.protocol import Store, StoreSetupError
+from sluice_service.store.redaction import redact
 
 _SQLITE = "sqlite:"
 _REDIS = ("redis://", "rediss://")
 _FORMS = (
-    "memory, sqlite:///absolute/path.db, sqlite:relative/path.db, "
+    "sqlite:///absolute/path.db, sqlite:relative/path.db, "
     "redis://HOST:PORT/0 or rediss://:PASSWORD@HOST:PORT/0"
 )
 
 
 def open_store(url: str, *, tombstone_seconds: float, record_seconds: float) -> Store:
-    """The store at `url`, not started yet. Raises StoreSetupError for a URL of none.
+    """The store at `url`, not started yet. Raises StoreSetupError for a URL of no store.
 
-    A closed sequence is remembered for `tombstone_seconds`; a live one that nobody
-    renews is dropped after `record_seconds`.
+    A closed sequence is remembered for `tombstone_seconds`. A live sequence whose lease is
+    not renewed for `record_seconds` is deleted.
     """
-    if url == "memory":
-        return MemoryStore(tombstone_seconds=tombstone_seconds, record_seconds=record_seconds)
     path = _read_path(url)
     if path is not None:
-        # Where SQLite is not used, Python may have been built without it.
+        # Imported here: Python may have been built without SQLite.
         from sluice_service.store.sqlite import SqliteStore
 
         return SqliteStore(
@@ -44,7 +41,7 @@ def open_store(url: str, *, tombstone_seconds: float, record_seconds: float) -> 
 
 
 def _read_path(url: str) -> Path | None:
-    """The file that a URL of SQLite names. Raises StoreSetupError for one nobody means."""
+    """The file that a SQLite URL names. Raises StoreSetupError for a file in the root folder."""
     path = url.removeprefix(_SQLITE)
     names_host = path.startswith("//") and not path.startswith("///")
     if not url.startswith(_SQLITE) or not path.strip("/") or names_host:
@@ -52,28 +49,10 @@ def _read_path(url: str) -> Path | None:
     if not path.startswith("/"):
         return Path(path)
     file = Path("/" + path.lstrip("/"))
-    # Elsewhere three slashes begin a relative path: let nobody's file land in the root.
+    # Other programs read three slashes as the start of a relative path: ask what was meant.
     if file.parent == Path("/"):
         raise StoreSetupError(
             f"{url} names the file {file}; for a file in the working directory say "
             f"sqlite:{file.name}, else name a folder: sqlite:///var/lib/sluice/sequences.db"
         )
     return file
-
-
-def redact(url: str) -> str:
-    """The URL as it may be shown: without user, password and options."""
-    scheme, separator, _ = url.partition("://")
-    if url.startswith(_SQLITE):
-        return url
-    if not separator:
-        return "…" if "@" in url else url
-    try:
-        parts = urlsplit(url)
-        # A password with special characters that are not encoded may be anywhere.
-        is_plain = "@" not in parts.path + parts.query + parts.fragment and parts.port != 0
-    except ValueError:
-        is_plain = False
-    if not is_plain:
-        return f"{scheme}://…"
-    return f"{scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"

@@ -12,9 +12,9 @@ import redis
 from sluice_service.errors import LaneError
 from sluice_service.store import ClaimRequest, Granted, Key, Packed, Store, Verdict, Write
 from sluice_service.store.claims import OpenMode, OpenRequest
-from sluice_service.store.memory import MemoryStore
 from sluice_service.store.redis import RedisStore
 from sluice_service.store.sqlite import SqliteStore
+from tests.service.store.memory import MemoryStore
 
 # So long that the test's own seconds decide nothing.
 TOMBSTONE_SECONDS = 10_000.0
@@ -84,7 +84,7 @@ class MemoryPlace(Place):
         while seconds > 0:
             self._now += min(seconds, _STEP_SECONDS)
             seconds -= _STEP_SECONDS
-            await self._store.renew([])
+            await self._store.renew_leases([])
 
     async def jump(self, seconds: float) -> None:
         self._now += max(seconds, 0)  # this clock never goes back

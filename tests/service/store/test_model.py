@@ -224,7 +224,7 @@ class StoreMachine(RuleBasedStateMachine):
     )
     def renew(self, process, name, age) -> None:
         found, claim_id = self._found(name), self._claim(name, age)
-        verdicts = self._run(self._handles[process].renew([(key(name), claim_id)]))
+        verdicts = self._run(self._handles[process].renew_leases([(key(name), claim_id)]))
         is_owner = found is not None and found.is_alive and found.claim_id == claim_id
         assert verdicts == [Verdict.DONE if is_owner else Verdict.REFUSED]
         if is_owner:

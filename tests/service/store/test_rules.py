@@ -1,4 +1,4 @@
-"""What every store must do, rule by rule (T1 to T9 of the design's rules of the stream)."""
+"""What every store must do, rule by rule."""
 
 import asyncio
 
@@ -33,7 +33,7 @@ async def close(store: Store, claim_id: bytes, ending: str = "its client ended i
 
 
 async def renew(store: Store, claim_id: bytes) -> Verdict:
-    (verdict,) = await store.renew([(key(), claim_id)])
+    (verdict,) = await store.renew_leases([(key(), claim_id)])
     return verdict
 
 
@@ -43,7 +43,7 @@ async def data(store: Store) -> bytes:
     return found.checkpoint.data
 
 
-# T1: a claim is one atomic operation, and returns the record.
+# A claim is one atomic operation, and returns the record.
 
 
 async def test_a_new_sequence_begins_with_its_initial_checkpoint(store) -> None:
@@ -88,12 +88,12 @@ async def test_calls_about_nothing_answer_nothing(store) -> None:
     assert await store.claim([]) == []
     assert await store.write([]) == []
     assert await store.close([]) == []
-    assert await store.renew([]) == []
+    assert await store.renew_leases([]) == []
     assert await store.read(key()) is None
     assert [found async for found in store.stored("m")] == []
 
 
-# T2 and T3: claim ids and epochs.
+# Claim ids and epochs.
 
 
 async def test_each_claim_has_a_name_of_its_own(store) -> None:
@@ -171,7 +171,7 @@ async def test_a_claim_that_is_asked_again_too_late_is_decided_anew(store) -> No
     assert type(answer).__name__ == "ExistsError"
 
 
-# T4: who may write.
+# Who may write.
 
 
 async def test_a_newer_checkpoint_is_written(store) -> None:
@@ -260,7 +260,7 @@ async def test_an_attempt_of_64_bits_is_kept(store) -> None:
     await claim(store, ask(mode=OpenMode.RESUME, attempt=last))
 
 
-# T5: only claims create.
+# Only claims create records.
 
 
 async def test_a_write_never_brings_a_closed_sequence_back(store) -> None:
@@ -277,10 +277,10 @@ async def test_a_write_never_makes_a_sequence(store) -> None:
     assert isinstance(await refuse(store, ask(mode=OpenMode.RESUME)), NotFoundError)
 
 
-# T6 has a page of its own: test_table.
+# The table of claims is tested in test_table.
 
 
-# T7: what a takeover goes on from.
+# What a takeover continues from.
 
 
 async def test_a_takeover_goes_on_from_the_memory_of_the_process_that_owns_it(store) -> None:
@@ -346,7 +346,7 @@ async def test_a_resume_does_not_write_the_snapshot(store) -> None:
     assert again.checkpoint == Packed(0, b"initial")
 
 
-# T8: closing.
+# Closing, and tombstones.
 
 
 async def test_a_closed_sequence_leaves_a_tombstone_that_tells_why(store) -> None:
@@ -409,7 +409,7 @@ async def test_the_same_id_begins_again_without_the_reason_of_its_former_end(sto
     assert "the first reason" not in str(error)
 
 
-# T9: one record, whole.
+# A record is read and written whole.
 
 
 async def test_nobody_ever_reads_half_a_checkpoint(place: Place) -> None:

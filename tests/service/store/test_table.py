@@ -1,4 +1,4 @@
-"""Who may claim (T6): the whole table on each store, with what becomes of the record."""
+"""Who may claim: the whole table of claims on each store, with what becomes of the record."""
 
 import itertools
 

@@ -27,18 +27,18 @@ from sluice_service.store.protocol import (
     Write,
 )
 from sluice_service.store.records import Grant, Header, answer, give_epoch, grant
-from sluice_service.store.redis_check import check
-from sluice_service.store.redis_scripts import (
+from sluice_service.store.redaction import redact
+from sluice_service.store.redis.checks import check
+from sluice_service.store.redis.scripts import (
     CLAIM,
     CLOSE,
     READ,
     READ_DATA,
-    RENEW,
+    RENEW_LEASE,
     SCAN,
     TICK,
     WRITE,
 )
-from sluice_service.store.urls import redact
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
@@ -180,10 +180,10 @@ class RedisStore:
         items = [(closing.key, [closing.claim_id, closing.ending]) for closing in closings]
         return await self._judge_all(CLOSE, [self._tombstone_ms], items)
 
-    async def renew(self, claims: Sequence[tuple[Key, bytes]]) -> list[Verdict]:
+    async def renew_leases(self, claims: Sequence[tuple[Key, bytes]]) -> list[Verdict]:
         """See Store."""
         items = [(key, [claim_id]) for key, claim_id in claims]
-        return await self._judge_all(RENEW, [self._record_ms], items)
+        return await self._judge_all(RENEW_LEASE, [self._record_ms], items)
 
     async def _judge_all(
         self, script: str, shared: list[Any], items: Sequence[tuple[Key, list[Any]]]

@@ -95,7 +95,7 @@ return verdicts
 """
 
 # KEYS: clock, expiries, sequences. ARGV: lifetime; of each: claim_id.
-RENEW = f"""{_CLOCK}
+RENEW_LEASE = f"""{_CLOCK}
 local verdicts = {{}}
 for i = 3, #KEYS do
     local is_owner = is_under(KEYS[i], ARGV[i - 1])

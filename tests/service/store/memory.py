@@ -1,4 +1,4 @@
-"""The store that ends with its process: what the rules ask of a store, in a dictionary."""
+"""A store in a dictionary: a test double that keeps the rules of every store."""
 
 import time
 from collections import OrderedDict
@@ -20,21 +20,21 @@ from sluice_service.store.protocol import (
 from sluice_service.store.records import (
     Header,
     answer,
-    bury,
     give_epoch,
     grant,
     is_closed_by,
     may_close,
+    to_tombstone,
 )
 
-# Beyond it the oldest tombstones go early: closing must not fill the memory.
+# Beyond this many the oldest tombstones are deleted early.
 _TOMBSTONES_MAX = 1_000_000
-# A longer time between two calls counts as a pause of the process.
+# Of the time between two calls at most this much counts.
 _GAP_SECONDS_MAX = 30.0
 
 
 class MemoryStore:
-    """Sequences of this process only; nothing outlives it."""
+    """Sequences of this process only; nothing outlives the object."""
 
     def __init__(
         self,
@@ -47,16 +47,16 @@ class MemoryStore:
         self._record_seconds = record_seconds
         self._clock = AwakeClock(gap_max=_GAP_SECONDS_MAX, monotonic=monotonic)
         self._epoch = 0
-        # Each in the order in which it expires, with the time when it does.
+        # Both in the order in which they expire, with the time at which they do.
         self._live: OrderedDict[Key, tuple[float, Header, bytes]] = OrderedDict()
         self._tombstones: OrderedDict[Key, tuple[float, Header]] = OrderedDict()
 
     async def start(self) -> list[str]:
-        """Nothing to check: who chooses memory knows that it ends with the process."""
+        """There is nothing to check."""
         return []
 
     async def stop(self) -> None:
-        """Forget everything."""
+        """Delete everything."""
         self._live.clear()
         self._tombstones.clear()
 
@@ -108,18 +108,18 @@ class MemoryStore:
             is_repeat = found is not None and is_closed_by(found, closing.claim_id)
             return Verdict.DONE if is_repeat else Verdict.REFUSED
         del self._live[closing.key]
-        tombstone = bury(found, closing.ending)
+        tombstone = to_tombstone(found, closing.ending)
         self._tombstones[closing.key] = (now + self._tombstone_seconds, tombstone)
         if len(self._tombstones) > _TOMBSTONES_MAX:
             self._tombstones.popitem(last=False)
         return Verdict.DONE
 
-    async def renew(self, claims: Sequence[tuple[Key, bytes]]) -> list[Verdict]:
+    async def renew_leases(self, claims: Sequence[tuple[Key, bytes]]) -> list[Verdict]:
         """See Store."""
         now = self._tick()
-        return [self._renew(key, claim_id, now) for key, claim_id in claims]
+        return [self._renew_lease(key, claim_id, now) for key, claim_id in claims]
 
-    def _renew(self, key: Key, claim_id: bytes, now: float) -> Verdict:
+    def _renew_lease(self, key: Key, claim_id: bytes, now: float) -> Verdict:
         found, data = self._find(key)
         if found is None or not found.is_under(claim_id):
             return Verdict.REFUSED
@@ -154,7 +154,7 @@ class MemoryStore:
         self._live.move_to_end(key)
 
     def _tick(self) -> float:
-        """Drop what has expired; the time."""
+        """Delete what has expired; return the time."""
         now = self._clock.now()
         while self._live and next(iter(self._live.values()))[0] <= now:
             self._live.popitem(last=False)

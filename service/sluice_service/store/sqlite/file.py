@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
-from sluice_service.store.places import judge_place
 from sluice_service.store.protocol import StoreError, StoreSetupError
+from sluice_service.store.sqlite.location import judge_place
 
 # "Slui": no other program's database is taken for ours.
 _APPLICATION = 0x536C7569

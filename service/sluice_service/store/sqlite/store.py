@@ -7,7 +7,6 @@ from pathlib import Path
 
 from sluice_service.errors import LaneError
 from sluice_service.store.claims import Claim, Record
-from sluice_service.store.commits import Commits
 from sluice_service.store.protocol import (
     ClaimRequest,
     Closing,
@@ -21,13 +20,14 @@ from sluice_service.store.protocol import (
 from sluice_service.store.records import (
     Header,
     answer,
-    bury,
     give_epoch,
     grant,
     is_closed_by,
     may_close,
+    to_tombstone,
 )
-from sluice_service.store.sqlite_file import SqliteFile, Transaction
+from sluice_service.store.sqlite.commits import Commits
+from sluice_service.store.sqlite.file import SqliteFile, Transaction
 
 _CHORE_SECONDS_MAX = 10.0
 # In one transaction: others wait for it.
@@ -56,7 +56,7 @@ _OWNED = """
     WHERE model = ? AND sequence_id = ? AND claim_id = ? AND is_alive AND expires > ?
 """
 _WRITE = f"UPDATE checkpoints SET step = ?, data = ? WHERE step <= ? AND id = ({_OWNED})"
-_RENEW = f"UPDATE sequences SET expires = ? WHERE id = ({_OWNED})"
+_RENEW_LEASE = f"UPDATE sequences SET expires = ? WHERE id = ({_OWNED})"
 _LIST = """
     SELECT s.id, sequence_id, epoch, step FROM sequences AS s JOIN checkpoints AS c ON c.id = s.id
     WHERE model = ? AND is_alive AND expires > ? AND s.id > ? ORDER BY s.id LIMIT ?
@@ -130,16 +130,16 @@ class SqliteStore:
             is_repeat = found is not None and is_closed_by(found, closing.claim_id)
             return Verdict.DONE if is_repeat else Verdict.REFUSED
         transaction.connection.execute("DELETE FROM checkpoints WHERE id = ?", (number,))
-        _put(transaction, closing.key, bury(found, closing.ending), self._tombstone_seconds)
+        _put(transaction, closing.key, to_tombstone(found, closing.ending), self._tombstone_seconds)
         return Verdict.DONE
 
-    async def renew(self, claims: Sequence[tuple[Key, bytes]]) -> list[Verdict]:
+    async def renew_leases(self, claims: Sequence[tuple[Key, bytes]]) -> list[Verdict]:
         """See Store."""
 
         def renew(transaction: Transaction) -> list[Verdict]:
             expires = transaction.now + self._record_seconds
             rows = [(expires, *key, claim_id, transaction.now) for key, claim_id in claims]
-            done = transaction.connection.executemany(_RENEW, rows).rowcount
+            done = transaction.connection.executemany(_RENEW_LEASE, rows).rowcount
             return _verdicts(transaction, claims, done)
 
         return await self._commits.write(renew)

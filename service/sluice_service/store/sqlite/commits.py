@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from typing import Any, Generic, TypeAlias, TypeVar
 
 from sluice_service.store.protocol import StoreError
-from sluice_service.store.sqlite_file import SqliteFile, Transaction
+from sluice_service.store.sqlite.file import SqliteFile, Transaction
 
 Answer = TypeVar("Answer")
 

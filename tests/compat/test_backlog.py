@@ -10,8 +10,8 @@ import pytest
 
 from sluice_protos.sequences_pb2 import Fault
 from sluice_service.rpc.open_inference.backlog import Backlog
-from sluice_service.rpc.open_inference.lanes import Lane
-from sluice_service.rpc.open_inference.requests import Request
+from sluice_service.rpc.open_inference.messages import Request
+from sluice_service.rpc.open_inference.refusals import Lane
 from sluice_service.settings import Settings
 from sluice_service.store.claims import OpenRequest
 from tests.compat.caller import Caller, request, values

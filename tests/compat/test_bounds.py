@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from sluice_service.errors import StoppingError
-from sluice_service.rpc.open_inference.requests import Request
+from sluice_service.rpc.open_inference.messages import Request
 from tests.compat.caller import SECONDS, Caller, request, values
 from tests.service.wire import Served, eventually
 
@@ -137,7 +137,7 @@ async def test_a_place_that_expires_as_a_request_borrows_it_is_opened_again(hand
 
 
 async def test_answers_beyond_their_bytes_are_forgotten_the_oldest_first(monkeypatch, sums) -> None:
-    monkeypatch.setattr("sluice_service.rpc.open_inference.answers._BYTES_MAX", 10_000)
+    monkeypatch.setattr("sluice_service.rpc.open_inference.last_answers._BYTES_MAX", 10_000)
     served = await sums()
     caller = Caller(served.channel)
     long, asked = np.ones((1, 500, 1)), {}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from sluice_protos.open_inference_pb2 import ModelInferRequest
-from sluice_service.rpc.open_inference.requests import Request
+from sluice_service.rpc.open_inference.messages import Request
 from sluice_service.store import Key, StoreError, unpack
 from tests.client.server_process import ServerProcess
 from tests.client.test_streaming import run_offline

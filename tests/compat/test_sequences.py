@@ -8,8 +8,8 @@ import pytest
 
 from sluice_protos.open_inference_pb2 import InferParameter
 from sluice_protos.sequences_pb2 import OpenSequence
-from sluice_service.rpc.open_inference.answers import _digest
-from sluice_service.rpc.open_inference.requests import Request
+from sluice_service.rpc.open_inference.last_answers import _digest
+from sluice_service.rpc.open_inference.messages import Request
 from tests.compat.caller import Caller, request, values
 from tests.service.wire import eventually, floats
 
@@ -267,7 +267,7 @@ async def test_live_sequences_go_on_above_thousands_that_were_abandoned(
     expiring = asyncio.ensure_future(host.expire())
     while not expiring.done():
         await asyncio.sleep(0)
-        steps.append(before - (before := host.info().sequences_live))
+        steps.append(before - (before := host.sequences_live))
     assert sum(steps) == 3000
     assert max(steps) == 1
     assert await caller.infer(1, sequence_id="live", sequence_end=True) == [3]
@@ -349,7 +349,7 @@ async def test_the_inputs_of_a_request_are_looked_through_once(caller, monkeypat
         digests.append(_digest(one))
         return digests[-1]
 
-    monkeypatch.setattr("sluice_service.rpc.open_inference.answers._digest", digest)
+    monkeypatch.setattr("sluice_service.rpc.open_inference.last_answers._digest", digest)
     for step in range(3):
         fields = {"sequence_start": step == 0, "sequence_step": step}
         assert await caller.infer(1, sequence_id=132, **fields) == [step + 1]

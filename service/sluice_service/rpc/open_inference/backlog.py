@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 
 from sluice_service.errors import LimitError
-from sluice_service.rpc.open_inference.lanes import Lane
-from sluice_service.rpc.open_inference.requests import Request
+from sluice_service.rpc.open_inference.messages import Request
+from sluice_service.rpc.open_inference.refusals import Lane
 from sluice_service.settings import Settings
 
 

@@ -12,7 +12,7 @@ import structlog
 
 from sluice_service.errors import LaneError, ServiceError, StoreDownError
 from sluice_service.models.host import Host
-from sluice_service.rpc.open_inference.lanes import NONE, Lane, as_chunk, ended
+from sluice_service.rpc.open_inference.refusals import NONE, Lane, as_chunk, ended
 from sluice_service.sequences.events import Ended, EndReason, Failed, Opened, Outputs
 from sluice_service.sequences.stream import Stream
 from sluice_service.settings import Settings

@@ -5,8 +5,8 @@ from collections import OrderedDict
 
 import numpy as np
 
-from sluice_service.rpc.open_inference.lanes import Lane
-from sluice_service.rpc.open_inference.requests import Request
+from sluice_service.rpc.open_inference.messages import Request
+from sluice_service.rpc.open_inference.refusals import Lane
 
 # Of one model's answers: the oldest are forgotten beyond it.
 _BYTES_MAX = 256 * 2**20

@@ -17,7 +17,7 @@ from sluice_service.errors import (
     ServiceError,
     StoppingError,
 )
-from sluice_service.rpc.open_inference.requests import Request
+from sluice_service.rpc.open_inference.messages import Request
 from sluice_service.sequences.events import EndReason, Opened
 
 NONE = -1

@@ -21,7 +21,7 @@ from sluice_protos.open_inference_pb2 import (
 from sluice_service.metrics import ModelMetrics
 from sluice_service.models.host import Host
 from sluice_service.models.repository import Repository
-from sluice_service.rpc.open_inference.lanes import Tally
+from sluice_service.rpc.open_inference.refusals import Tally
 from sluice_service.settings import Settings
 
 PLATFORM = "onnxruntime_onnx"

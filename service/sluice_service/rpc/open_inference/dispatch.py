@@ -20,9 +20,11 @@ from sluice_service.errors import (
     StoppingError,
 )
 from sluice_service.models.host import Host
-from sluice_service.rpc.open_inference.answers import Answers
 from sluice_service.rpc.open_inference.backlog import Backlog
-from sluice_service.rpc.open_inference.lanes import (
+from sluice_service.rpc.open_inference.host_stream import Trunk
+from sluice_service.rpc.open_inference.last_answers import Answers
+from sluice_service.rpc.open_inference.messages import Request
+from sluice_service.rpc.open_inference.refusals import (
     NONE,
     Lane,
     Tally,
@@ -33,8 +35,6 @@ from sluice_service.rpc.open_inference.lanes import (
     passed,
     withdrawn,
 )
-from sluice_service.rpc.open_inference.requests import Request
-from sluice_service.rpc.open_inference.trunk import Trunk
 from sluice_service.sequences.events import Opened
 from sluice_service.settings import Settings
 

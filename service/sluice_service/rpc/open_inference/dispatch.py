@@ -1,333 +1,350 @@
-"""Puts single requests on lanes: all calls of the Open Inference Protocol share one host's stream.
+"""Decides which request of each sequence is run next, and which sequence gets a place.
 
-A sequence keeps its lane as long as it lives, whichever connection its requests come
-from, and has one request in the scheduler at a time; the others wait here. Requests
-that arrive in one turn of the event loop go to the host as one frame. A request
-without a sequence borrows a lane whose state is set back to the initial one. Where all
-places are taken, a lane waits for one in the backlog.
+A sequence keeps its lane as long as it lives, whichever connection its requests come from,
+and has one request at the host at a time; the others wait here. A request without a sequence
+borrows a lane whose state is set back to the initial one. Where all places are taken, a lane
+waits for one in the backlog.
 """
 
 import asyncio
 
-from sluice_service.errors import (
-    LaneError,
-    LimitError,
-    ModelNotFoundError,
-    NotFoundError,
-    OutOfRangeError,
-    SequenceClosedError,
-    ServiceError,
-    StoppingError,
-)
+from sluice_service.errors import LaneError, LimitError, ServiceError, StoreDownError
 from sluice_service.models.host import Host
+from sluice_service.rpc.open_inference import refusals
 from sluice_service.rpc.open_inference.backlog import Backlog
-from sluice_service.rpc.open_inference.host_stream import Trunk
-from sluice_service.rpc.open_inference.last_answers import Answers
-from sluice_service.rpc.open_inference.messages import Request
-from sluice_service.rpc.open_inference.refusals import (
-    NONE,
-    Lane,
-    Tally,
-    applied_before,
-    misplaced,
-    not_started,
-    overdue,
-    passed,
-    withdrawn,
-)
-from sluice_service.sequences.events import Opened
+from sluice_service.rpc.open_inference.host_stream import HostStream
+from sluice_service.rpc.open_inference.last_answers import LastAnswers
+from sluice_service.rpc.open_inference.requests import NO_LANE, InferRequest, RequestLane
+from sluice_service.sequences.events import Ended, EndReason, Failed, Opened
 from sluice_service.settings import Settings
 
-# Lanes kept for requests without a sequence; an eighth of all sequences at the most.
+# Open lanes kept for requests without a sequence; an eighth of all sequences at the most.
 _SPARE_MAX = 256
 
 
-class Exchange:
-    """One model's requests on their way to the host, and its outputs on their way back."""
+class Dispatcher:
+    """One model's requests, each on its way to the host when its turn has come.
+
+    It is woken, and looks again, when the host has something to tell, when a place is free
+    and when a lane has waited for too long.
+    """
 
     def __init__(self, host: Host, settings: Settings) -> None:
-        self.tally = Tally()
+        self.lanes: dict[str, RequestLane] = {}  # by sequence id
+        self.answers = LastAnswers()
+        self.waiting_steps = 0  # of all requests that are not done
         self._host = host
-        self._trunk = Trunk(host, settings, self)
+        self._stream = HostStream(host, settings, self._receive)
+        self._spare: list[RequestLane] = []  # open, for requests without a sequence
         self._spare_max = min(_SPARE_MAX, settings.sequences_max // 8)
         self._version = str(host.version.number)  # on which sequences begin
-        self._by_key: dict[str, Lane] = {}
-        self._spare: list[Lane] = []
-        self._answers = Answers()
-        self._backlog = Backlog(
-            settings,
-            steps_max=host.limits.credit_steps,
-            now=host.now,
-            on_overdue=self._overdue,
+        self.backlog = Backlog(
+            settings, steps_max=host.limits.credit_steps, now=host.now, wake=self.review
         )
-        host.watch_room(self._review)
-        self._has_cancelled = False  # among those who wait for a place
-        self._is_admission_due = False
-        self._waiting_steps = 0
+        self._has_cancelled = False  # in the backlog
+        self._is_review_due = False
+        host.watch_room(self.review)
 
     @property
     def is_full(self) -> bool:
         """True while more waits than one client of the native stream may have waiting."""
-        running = self._waiting_steps - self._backlog.steps
-        return running >= self._host.limits.credit_steps
+        return self.waiting_steps - self.backlog.steps >= self._host.limits.credit_steps
 
-    @property
-    def waiting(self) -> int:
-        """How many sequences wait for a place."""
-        return len(self._backlog)
+    # Requests.
 
-    def submit(self, request: Request) -> None:
-        """Take a request; its `on_done` is called when it has outputs or an error."""
-        if self._host.is_draining:
-            request.fail(StoppingError("this server is stopping; ask another"))
-            return
-        if not request.key and not self._host.is_welcoming:
-            request.fail(StoppingError(f"model {self._host.name!r} is being unloaded"))
-            return
-        if (request.is_start or not request.key) and (error := self._misversioned(request)):
+    def submit(self, request: InferRequest) -> None:
+        """Take a request, which is done once it has its outputs or an error."""
+        error = self._reason_against(request)
+        if error is not None:
             request.fail(error)
             return
-        if self.is_full:
-            request.fail(
-                LimitError(
-                    f"{self._waiting_steps} steps wait to be run, as many as "
-                    "stream_queue_steps_max allows; wait for answers before sending more"
-                )
-            )
-            return
-        request.expect()
-        self._waiting_steps += request.batch * request.steps
-        if request.key:
-            lane = self._by_key.get(request.key)
-            if lane is None:
-                lane = self._by_key[request.key] = Lane(request.key)
-            if lane.current is None:
-                lane.queue.append(request)
-                self._next(lane)
-            else:
-                self._join(lane, request)
+        request.expect_outputs()
+        self.waiting_steps += request.batch * request.steps
+        if request.sequence_id:
+            self._queue(request)
         else:
-            for row in range(request.batch):
-                lane = self._spare.pop() if self._spare else Lane("")
-                if (error := self._place(lane, request, row)) is not None:
-                    self._waiting_steps -= (request.batch - row - 1) * request.steps
-                    self._refuse(request, error)
-                    break
+            self._borrow_lanes(request)
 
-    def _join(self, lane: Lane, request: Request) -> None:
-        """Let a request wait behind the others of its sequence."""
-        if lane in self._backlog:
+    def _reason_against(self, request: InferRequest) -> ServiceError | None:
+        """Why a request is refused at once, if so."""
+        host = self._host
+        if host.is_draining:
+            return refusals.stopping()
+        if not request.sequence_id and not host.is_welcoming:
+            return refusals.unloading(host.name)
+        if request.is_start or not request.sequence_id:
+            error = refusals.wrong_version(request, host.name, self._version)
+            if error is not None:
+                return error
+        return refusals.too_much_waits(self.waiting_steps) if self.is_full else None
+
+    def _queue(self, request: InferRequest) -> None:
+        """Put a request behind the others of its sequence."""
+        lane = self.lanes.get(request.sequence_id)
+        if lane is None:
+            lane = self.lanes[request.sequence_id] = RequestLane(request.sequence_id)
+        if lane.current is not None and lane in self.backlog:
             try:
-                self._backlog.join(lane, request)
+                self.backlog.join(lane, request)
             except LimitError as error:
                 self._refuse(request, error)
                 return
-        lane.queue.append(request)
+        lane.waiting.append(request)
+        if lane.current is None:
+            self._begin_next(lane)
 
-    def _refuse(self, request: Request, error: ServiceError) -> None:
-        """Fail a request, or a row of it, that no lane has."""
-        self._waiting_steps -= request.steps
+    def _borrow_lanes(self, request: InferRequest) -> None:
+        """Give each row of a request without a sequence a lane of its own."""
+        for row in range(request.batch):
+            lane = self._spare.pop() if self._spare else RequestLane("")
+            error = self._begin(lane, request, row)
+            if error is not None:
+                self.waiting_steps -= (request.batch - row - 1) * request.steps
+                self._refuse(request, error)
+                break
+
+    def cancel(self, request: InferRequest) -> None:
+        """Do not begin a request that nobody waits for any more, and give up its turn."""
+        request.is_cancelled = True
+        self._has_cancelled = True
+        self.review()
+
+    def _refuse(self, request: InferRequest, error: ServiceError) -> None:
+        """Fail a request, or one row of it, that is on no lane."""
+        self.waiting_steps -= request.steps
         self._fail(request, error)
 
-    def _fail(self, request: Request, error: ServiceError) -> None:
-        """Fail a request; rows of its batch that wait for a place have nothing to wait for."""
+    def _fail(self, request: InferRequest, error: ServiceError) -> None:
         request.fail(error)
         if request.batch > 1 and not request.is_cancelled:
+            # Its other rows need no place any more.
             self.cancel(request)
-
-    def _misversioned(self, request: Request) -> ServiceError | None:
-        """Why a request that begins at the initial state cannot do so on the version it names."""
-        if request.version in ("", self._version):
-            return None
-        return ModelNotFoundError(
-            f"version {request.version} of model {self._host.name!r} takes no new sequences; "
-            f"leave it out, or ask for {self._version}"
-        )
 
     # What a lane does next.
 
-    def _place(self, lane: Lane, request: Request, row: int = 0) -> ServiceError | None:
+    def _begin_next(self, lane: RequestLane) -> None:
+        """Begin the first request that waits for a lane's sequence and is not a repeat."""
+        while lane.waiting and lane.current is None:
+            request = lane.waiting.popleft()
+            if request.is_cancelled or self.answers.answer_repeat(lane, request):
+                self.waiting_steps -= request.steps
+                continue
+            error = refusals.wrong_turn(lane, request) if lane.is_open else None
+            error = error or self._begin(lane, request)
+            if error is not None:
+                self._refuse(request, error)
+        if lane.current is None and lane.number == NO_LANE:
+            self.lanes.pop(lane.sequence_id, None)
+            self.answers.forget_unless_end(lane)
+
+    def _begin(self, lane: RequestLane, request: InferRequest, row: int = 0) -> ServiceError | None:
         """Make a request a lane's current one; the error where it can have no place."""
-        lane.current, lane.row, lane.missing = request, row, request.steps
-        lane.resumes_at = NONE
-        if lane.number != NONE and not (lane.key and request.is_start):
-            self._trunk.send(lane)
+        lane.begin(request, row)
+        if lane.number != NO_LANE and not (lane.sequence_id and request.is_start):
+            self._stream.send(lane)
         elif not self._needs_place(lane, request):
-            self._trunk.open(lane)
+            self._stream.open(lane)
         else:
             return self._seek_place(lane)
         return None
 
-    def _next(self, lane: Lane) -> None:
-        """Begin the first request that waits for a lane's sequence and is not a repeat."""
-        while lane.queue and lane.current is None:
-            request = lane.queue.popleft()
-            if request.is_cancelled:
-                self._waiting_steps -= request.steps
-                continue
-            if self._answers.repeat(lane, request):
-                self._waiting_steps -= request.steps
-            else:
-                error = misplaced(lane, request) if lane.is_open else None
-                error = error or self._place(lane, request)
-                if error is not None:
-                    self._refuse(request, error)
-        if lane.current is None and lane.number == NONE:
-            self._by_key.pop(lane.key, None)
-            self._answers.lose(lane)
-
-    def leave(self, lane: Lane, error: ServiceError | None = None) -> None:
-        """The current request of a lane is over: the next one's turn."""
+    def _finish(self, lane: RequestLane, error: ServiceError | None = None) -> None:
+        """The current request of a lane is over: begin the next."""
         request, lane.current = lane.current, None
         assert request is not None
-        self._waiting_steps -= request.steps
+        self.waiting_steps -= request.steps
         if error is not None:
-            self._settle(lane)
+            self._free_turn(lane)
             self._fail(request, error)
-        elif lane.key:
-            self._answers.keep(lane, request)
+        elif lane.sequence_id:
+            self.answers.remember(lane, request)
             if request.is_end:
-                self._trunk.close(lane)
-        if lane.key:
-            self._next(lane)
-        elif lane.number != NONE:
-            is_spare = len(self._spare) < self._spare_max and not self._backlog
-            if is_spare and self._host.is_welcoming:
-                if lane.version != self._version:
-                    self._trunk.restart([lane])
-                self._spare.append(lane)
-            else:
-                self._trunk.close(lane)
+                self._stream.close(lane)
+        if lane.sequence_id:
+            self._begin_next(lane)
+        elif lane.number != NO_LANE:
+            self._return(lane)
+
+    def _return(self, lane: RequestLane) -> None:
+        """Keep an open lane for the next request without a sequence, or close it."""
+        is_kept = len(self._spare) < self._spare_max and not self.backlog
+        if is_kept and self._host.is_welcoming:
+            if lane.version != self._version:
+                self._stream.restart([lane])
+            self._spare.append(lane)
+        else:
+            self._stream.close(lane)
 
     # Places.
 
-    def _needs_place(self, lane: Lane, request: Request) -> bool:
+    def _needs_place(self, lane: RequestLane, request: InferRequest) -> bool:
         """False where its sequence lives here, or has to be looked for, or must not begin."""
-        if lane.number != NONE or not self._host.is_welcoming:
+        if lane.number != NO_LANE or not self._host.is_welcoming:
             return False
-        return not lane.key or (request.is_start and not self._host.is_live(lane.key))
+        if not lane.sequence_id:
+            return True
+        return request.is_start and not self._host.is_live(lane.sequence_id)
 
-    def _seek_place(self, lane: Lane) -> ServiceError | None:
+    def _seek_place(self, lane: RequestLane) -> ServiceError | None:
         """Let a lane take a place, or wait for one; the error where it may do neither."""
-        if self._host.room <= self._backlog.called:
-            self._give_up_spare()
+        if self._host.room <= self.backlog.admitted:
+            self._close_spare()
         try:
-            if self._backlog.enter(lane, self._host.room + self._trunk.parting):
-                self._trunk.open(lane)
+            if self.backlog.enter(lane, self._host.room + self._stream.leaving):
+                self._stream.open(lane)
         except LimitError as error:
             lane.current = None
             return error
         return None
 
-    def _give_up_spare(self) -> None:
-        """Let go of the places that only wait for requests without a sequence."""
-        while self._spare:
-            self._trunk.close(self._spare.pop())
+    def _wait_again(self, lane: RequestLane) -> ServiceError | None:
+        """Let a lane that found no place wait for one; the error where it may not."""
+        try:
+            self.backlog.put_back(lane)
+        except LimitError as error:
+            return error
+        self._close_spare()
+        self.review()
+        return None
 
-    def _settle(self, lane: Lane) -> None:
-        """A lane has its sequence, or will have none: a place it did not take is the next one's."""
-        self._backlog.settle(lane)
-        self._review()
+    def _close_spare(self) -> None:
+        """Give up the places of lanes that no request uses."""
+        while self._spare:
+            self._stream.close(self._spare.pop())
+
+    def _free_turn(self, lane: RequestLane) -> None:
+        """A lane has its sequence, or will have none: a place that it did not take is free."""
+        self.backlog.forget_admission(lane)
+        self.review()
+
+    def review(self) -> None:
+        """Look at the backlog again after this turn of the event loop, if anybody waits there."""
+        if self.backlog and not self._is_review_due:
+            self._is_review_due = True
+            asyncio.get_running_loop().call_soon(self._review)
 
     def _review(self) -> None:
-        """Look at those who wait, if there are any, once this turn of the event loop is over."""
-        if self._backlog and not self._is_admission_due:
-            self._is_admission_due = True
-            asyncio.get_running_loop().call_soon(self._admit)
-
-    def _admit(self) -> None:
-        """Let the first of those who wait have the places that are free."""
-        self._is_admission_due = False
+        """Give free places to the first of the backlog, and dismiss who waits in vain."""
+        self._is_review_due = False
         if self._has_cancelled:
             self._has_cancelled = False
-            for lane in self._backlog:
+            for lane in self.backlog:
                 if lane.current is not None and lane.current.is_cancelled:
-                    self._dismiss(lane, withdrawn(lane.current))
-        for lane in self._backlog.call(self._host.room):
-            self._trunk.open(lane)
+                    self._dismiss(lane, refusals.withdrawn(lane.current))
+        for lane in self.backlog.admit(self._host.room):
+            self._stream.open(lane)
+        for lane in self.backlog.overdue():
+            assert lane.current is not None
+            self._dismiss(lane, refusals.overdue(lane.current))
 
-    def cancel(self, request: Request) -> None:
-        """Nobody waits for a request any more: it is not begun, and gives up its turn."""
-        request.is_cancelled = True
-        self._has_cancelled = True
-        self._review()
-
-    def dismiss(self, error: ServiceError) -> None:
-        """Let nobody wait for a place."""
-        while lanes := list(self._backlog):
+    def dismiss_all(self, error: ServiceError) -> None:
+        """Fail all that waits for a place."""
+        while lanes := list(self.backlog):
             for lane in lanes:
                 self._dismiss(lane, error)
 
-    def _dismiss(self, lane: Lane, error: ServiceError) -> None:
-        """Let a sequence wait no more: all of its requests, up to its END, fail."""
-        self._backlog.leave(lane)
+    def _dismiss(self, lane: RequestLane, error: ServiceError) -> None:
+        """Take a sequence out of the backlog; its requests, up to its END, fail."""
+        self.backlog.leave(lane)
         request, lane.current = lane.current, None
         assert request is not None
         self._refuse(request, error)
-        while lane.queue and not request.is_end:
-            request = lane.queue.popleft()
+        while lane.waiting and not request.is_end:
+            request = lane.waiting.popleft()
             self._refuse(request, error)
-        if lane.key:
-            self._next(lane)
+        if lane.sequence_id:
+            self._begin_next(lane)
 
-    def _overdue(self, lane: Lane) -> None:
-        assert lane.current is not None
-        self._dismiss(lane, overdue(lane.current))
-
-    def renew(self) -> None:
-        """Let the places for requests without a sequence be of the newest version."""
+    def model_changed(self) -> None:
+        """The host has another version, or takes no new sequences any more."""
         self._version = str(self._host.version.number)
         if not self._host.is_welcoming:
-            self.dismiss(StoppingError(f"model {self._host.name!r} is being unloaded"))
-            self._give_up_spare()
+            self.dismiss_all(refusals.unloading(self._host.name))
+            self._close_spare()
         elif self._spare:
-            self._trunk.restart(self._spare)
-        for lane in self._backlog:
-            if lane.current is not None and (error := self._misversioned(lane.current)):
-                self._dismiss(lane, error)
+            self._stream.restart(self._spare)
+        for lane in self.backlog:
+            if lane.current is not None:
+                error = refusals.wrong_version(lane.current, self._host.name, self._version)
+                if error is not None:
+                    self._dismiss(lane, error)
 
-    # What has come of a lane.
+    # From the host.
 
-    def opened(self, lane: Lane, opened: Opened) -> bool:
-        """A lane has its sequence; True where its current request is to be run."""
-        self._settle(lane)
+    def _receive(self) -> None:
+        """Act on what has come of the lanes; the host may be in the middle of a run."""
+        for lane, event in self._stream.receive():
+            if event is None:
+                self._finish(lane)
+            elif isinstance(event, Opened):
+                self._opened(lane, event)
+            elif isinstance(event, Failed):
+                self._failed(lane, event.error)
+            else:
+                self._ended(lane, event)
+
+    def _opened(self, lane: RequestLane, opened: Opened) -> None:
+        """A lane has its sequence: run its current request, or what is left of it."""
+        self._free_turn(lane)
         request = lane.current
         assert request is not None
-        self._answers.forget(lane)
-        held = applied_before(lane, request, opened)
+        self.answers.forget(lane)
+        held = _held_steps(lane, request, opened)
         lane.step = opened.applied - held
         if held:
-            # Those outputs come by themselves, and then what is left of it is run.
+            # The host sends those outputs by itself; what is left is run after them.
             lane.resumes_at = opened.applied
-            return False
-        error = misplaced(lane, request)
-        if error is not None:
-            self.leave(lane, error)
-        return error is None
+        elif (error := refusals.wrong_turn(lane, request)) is not None:
+            self._finish(lane, error)
+        else:
+            self._stream.send(lane)
 
-    def refused(self, lane: Lane, refusal: LaneError) -> None:
-        """A lane has no sequence: it waits where there was no place, else its request fails."""
-        assert lane.current is not None
-        error: ServiceError = refusal
-        if isinstance(refusal, LimitError):
+    def _failed(self, lane: RequestLane, error: LaneError) -> None:
+        """The host has not opened a lane, or not run its current request."""
+        request, was_open = lane.current, lane.is_open
+        if not was_open or isinstance(error, StoreDownError):
+            # The host has no such lane, or has parked its sequence: only another open goes on.
+            self._stream.release(lane)
+        if request is None:
+            if not lane.is_open:
+                self._vacated(lane)
+        elif was_open:
+            self._finish(lane, refusals.not_run(lane, error))
+        elif isinstance(error, LimitError):
             # A stream was quicker, or only the store has the sequence.
-            try:
-                self._backlog.put_back(lane)
-            except LimitError as limit:
-                error = limit
-            else:
-                self._give_up_spare()
-                self._review()
-                return
-        if isinstance(refusal, NotFoundError | SequenceClosedError):
-            error = not_started(lane.current, self._host.name, refusal)
-        if isinstance(refusal, OutOfRangeError):
-            error = passed(lane.current, refusal.expected_step)
-        self.leave(lane, error)
+            if (limit := self._wait_again(lane)) is not None:
+                self._finish(lane, limit)
+        else:
+            self._finish(lane, refusals.not_opened(request, self._host.name, error))
 
-    def vacated(self, lane: Lane) -> None:
-        """The host has ended a lane that has no request."""
-        if lane.key:
-            self._next(lane)
+    def _ended(self, lane: RequestLane, ended: Ended) -> None:
+        """The host has ended a lane by itself."""
+        self._stream.release(lane)
+        request = lane.current
+        if request is None:
+            self._vacated(lane)
+        elif (
+            not lane.sequence_id
+            and ended.reason is EndReason.IDLE
+            and lane.missing == request.steps
+        ):
+            # The lane expired just when this request borrowed it.
+            self._stream.open(lane)
+        else:
+            self._finish(lane, refusals.ended(request, ended.reason))
+
+    def _vacated(self, lane: RequestLane) -> None:
+        """A lane without a current request has gone."""
+        if lane.sequence_id:
+            self._begin_next(lane)
         elif lane in self._spare:
             self._spare.remove(lane)
+
+
+def _held_steps(lane: RequestLane, request: InferRequest, opened: Opened) -> int:
+    """How many steps of a request were applied before, with outputs that the host holds."""
+    first = request.first_step
+    if first is None or request.is_start or request.version not in ("", lane.version):
+        return 0
+    steps = opened.applied - first
+    return steps if opened.held_from <= first and 0 < steps <= request.steps else 0

@@ -1,142 +1,142 @@
-"""The one stream of a host that carries the lanes of all requests: their opens, chunks and ends.
+"""The one stream at the host that carries the lanes of a model: opens, chunks and ends.
 
-What is asked for in one turn of the event loop goes to the host at once, and in one batch of
-opens. Lanes have numbers there only while they are open.
+What is asked for in one turn of the event loop goes to the host together. Lanes have
+numbers there only while they are open.
 """
 
 import asyncio
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from typing import TypeAlias
 
 import numpy as np
 import structlog
 
-from sluice_service.errors import LaneError, ServiceError, StoreDownError
+from sluice_service.errors import LaneError
 from sluice_service.models.host import Host
-from sluice_service.rpc.open_inference.refusals import NONE, Lane, as_chunk, ended
-from sluice_service.sequences.events import Ended, EndReason, Failed, Opened, Outputs
+from sluice_service.rpc.open_inference.requests import NO_LANE, RequestLane
+from sluice_service.sequences.events import Ended, Failed, Opened, Outputs
 from sluice_service.sequences.stream import Stream
 from sluice_service.settings import Settings
 from sluice_service.store.claims import Durability, OpenMode, OpenRequest
 
 log = structlog.get_logger()
 
-
-class Owner(Protocol):
-    """Whose lanes they are."""
-
-    def opened(self, lane: Lane, opened: Opened) -> bool:
-        """A lane has its sequence; True where its current request is to be run."""
-
-    def refused(self, lane: Lane, error: LaneError) -> None:
-        """A lane has none."""
-
-    def leave(self, lane: Lane, error: ServiceError | None = None) -> None:
-        """The current request of a lane is over."""
-
-    def vacated(self, lane: Lane) -> None:
-        """A lane without a request has ended."""
+# What came of a lane; None: its current request has all its outputs.
+LaneEvent: TypeAlias = Opened | Failed | Ended | None
 
 
-class Trunk:
-    """One model's lanes on their way to the host, and its outputs on their way back."""
+class HostStream:
+    """One model's lanes at the host: what they ask for goes there, what came of it comes back."""
 
-    def __init__(self, host: Host, settings: Settings, owner: Owner) -> None:
+    def __init__(self, host: Host, settings: Settings, wake: Callable[[], None]) -> None:
+        """`wake` is called when there is something to `receive`."""
         self._host = host
-        self._owner = owner
+        self._wake = wake
         self._start_mode = (
             OpenMode.RESTART if settings.duplicate_start == "restart" else OpenMode.START
         )
-        self._answer_steps_max = host.limits.unacknowledged_steps_max
+        self._held_steps_max = host.limits.unacknowledged_steps_max
         self._stream: Stream | None = None
-        self._by_number: dict[int, Lane] = {}
+        self._by_number: dict[int, RequestLane] = {}
         self._free_numbers: list[int] = []
         self._numbers = 0
-        self._parting: set[int] = set()  # closed, and not yet gone
+        self._leaving: set[int] = set()  # closed here, and not yet ended at the host
+        self._to_open: list[RequestLane] = []
+        self._to_close: list[int] = []
+        self._to_send: list[RequestLane] = []
         self._is_flush_due = False
-        self._opening: list[Lane] = []
-        self._closing: list[int] = []
-        self._chunks: list[Lane] = []
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
-    def parting(self) -> int:
+    def leaving(self) -> int:
         """How many places are about to be free."""
-        return len(self._parting)
+        return len(self._leaving)
 
     # To the host.
 
-    def open(self, lane: Lane) -> None:
-        """Have a lane opened for its current request, which then waits to be sent."""
-        self._opening.append(lane)
-        self._schedule()
+    def open(self, lane: RequestLane) -> None:
+        """Have a lane opened for its current request."""
+        self._to_open.append(lane)
+        self._flush_soon()
 
-    def send(self, lane: Lane) -> None:
+    def send(self, lane: RequestLane) -> None:
         """Have the current request of an open lane run."""
-        self._chunks.append(lane)
-        self._schedule()
+        self._to_send.append(lane)
+        self._flush_soon()
 
-    def close(self, lane: Lane) -> None:
-        """Have a lane's sequence dropped before others are opened."""
-        self._closing.append(lane.number)
-        self._parting.add(lane.number)
+    def close(self, lane: RequestLane) -> None:
+        """Have a lane's sequence dropped, before other lanes are opened."""
+        self._to_close.append(lane.number)
+        self._leaving.add(lane.number)
         self._forget(lane)
-        self._schedule()
+        self._flush_soon()
 
-    def restart(self, lanes: list[Lane]) -> None:
-        """Set open lanes back to the initial state, of the newest version."""
+    def restart(self, lanes: list[RequestLane]) -> None:
+        """Set open lanes back to the initial state, on the newest version."""
         assert self._stream is not None
         self._host.restart(self._stream, [lane.number for lane in lanes])
         version = str(self._host.version.number)
         for lane in lanes:
             lane.version = version
 
-    def _forget(self, lane: Lane) -> None:
-        del self._by_number[lane.number]
-        lane.number, lane.is_open = NONE, False
+    def release(self, lane: RequestLane) -> None:
+        """Forget a lane that the host has not opened, or has ended: its number is free."""
+        self._free_numbers.append(lane.number)
+        self._forget(lane)
+        if lane in self._to_send:
+            self._to_send.remove(lane)
+        if not self._by_number:
+            asyncio.get_running_loop().call_soon(self._detach_if_unused)
 
-    def _schedule(self) -> None:
-        """Send what there is once this turn of the event loop is over, or what follows at once."""
+    def _forget(self, lane: RequestLane) -> None:
+        del self._by_number[lane.number]
+        lane.number, lane.is_open = NO_LANE, False
+
+    def _flush_soon(self) -> None:
+        """Flush after this turn of the event loop, together with what else it asks for."""
         if not self._is_flush_due:
             self._is_flush_due = True
             asyncio.get_running_loop().call_soon(self._flush)
 
     def _flush(self) -> None:
         self._is_flush_due = False
-        if self._opening or self._closing:
-            task = asyncio.ensure_future(self._open())
+        if self._to_open or self._to_close:
+            task = asyncio.ensure_future(self._open_all())
             self._tasks.add(task)
             task.add_done_callback(self._opened_all)
-            # Where a store is asked, who has a lane does not wait for its answers; where none
-            # is, this comes when all has been opened and sent, in one frame.
-            asyncio.get_running_loop().call_soon(self._send)
+            # Without a store this comes when all has been opened, and sends both in one frame.
+            # With one, open lanes do not wait for its answers.
+            asyncio.get_running_loop().call_soon(self._send_all)
         else:
-            self._send()
+            self._send_all()
 
     def _opened_all(self, task: "asyncio.Task[None]") -> None:
         self._tasks.discard(task)
         self._detach_if_unused()
 
-    async def _open(self) -> None:
+    async def _open_all(self) -> None:
         """Close and open lanes, then send what waited for them."""
-        opening, self._opening = self._opening, []
-        closing, self._closing = self._closing, []
+        closing, self._to_close = self._to_close, []
+        opening, self._to_open = self._to_open, []
         if self._stream is None:
-            self._stream = self._host.attach(self._receive)
+            self._stream = self._host.attach(self._wake)
             self._stream.has_counters = True
         requests = [self._as_open(lane) for lane in opening]
         try:
             await self._host.open(self._stream, requests, closing=closing)
         except Exception:
-            # A defect of ours: nobody must wait for ever.
+            # A defect of ours: no request must wait for ever.
             log.exception("open_broke")
-            for lane in opening:
-                if lane.current is not None:
-                    self._owner.leave(lane, ServiceError("an error inside the server"))
-        self._send()
+            for request in requests:
+                lane = self._by_number.get(request.lane)
+                if lane is not None and not lane.is_open:
+                    error = LaneError("an error inside the server")
+                    self._stream.send(Failed(request.lane, error, expected_step=0))
+        self._send_all()
 
-    def _as_open(self, lane: Lane) -> OpenRequest:
+    def _as_open(self, lane: RequestLane) -> OpenRequest:
         """The open of a lane, under a new number; an old one ends with it."""
-        if lane.number != NONE:
+        if lane.number != NO_LANE:
             self._forget(lane)
         if self._free_numbers:
             lane.number = self._free_numbers.pop()
@@ -144,152 +144,106 @@ class Trunk:
             lane.number = self._numbers
             self._numbers += 1
         self._by_number[lane.number] = lane
-        assert lane.current is not None
-        if not lane.key:
+        if not lane.sequence_id:
             return OpenRequest(lane=lane.number, mode=OpenMode.START, durability=Durability.OFF)
-        mode = self._start_mode if lane.current.is_start else OpenMode.RESUME
-        # Who counts steps has the outputs before them, and can replay what a store does not have.
-        received = lane.current.first
-        return OpenRequest(lane=lane.number, sequence_id=lane.key, mode=mode, received=received)
+        assert lane.current is not None
+        return OpenRequest(
+            lane=lane.number,
+            sequence_id=lane.sequence_id,
+            mode=self._start_mode if lane.current.is_start else OpenMode.RESUME,
+            # A client that counts steps has the outputs before them, and can replay what a
+            # store does not have.
+            received=lane.current.first_step,
+        )
 
-    def _send(self) -> None:
-        """Everything that can run, at once."""
-        lanes, self._chunks = [lane for lane in self._chunks if lane.is_open], []
+    def _send_all(self) -> None:
+        """Have all requests run that wait for that on open lanes."""
+        lanes, self._to_send = [lane for lane in self._to_send if lane.is_open], []
         if not lanes or self._stream is None:
             return
-        borrowed = [lane for lane in lanes if not lane.key]
+        borrowed = [lane for lane in lanes if not lane.sequence_id]
         if borrowed:
             self.restart(borrowed)
-        counted = [lane for lane in lanes if lane.is_counted]
-        if counted:
-            numbers = np.array([lane.number for lane in counted])
-            received = np.array([lane.first for lane in counted])
+        holding = [lane for lane in lanes if lane.holds_answer]
+        if holding:
+            # Who sends the next request has the answer to the last.
+            numbers = np.array([lane.number for lane in holding])
+            received = np.array([lane.steps_before for lane in holding])
             self._host.acknowledge(self._stream, numbers, received)
-        self._host.submit_singles(self._stream, map(as_chunk, lanes))
+        self._host.submit_singles(self._stream, map(RequestLane.chunk, lanes))
 
     # From the host.
 
-    def _receive(self) -> None:
-        """Take what the host has put into the outbox; it may be in the middle of a run."""
+    def receive(self) -> Iterator[tuple[RequestLane, LaneEvent]]:
+        """What has come of the lanes, in order; outputs are handed to their requests."""
         if self._stream is None:
             return
         outbox = self._stream.outbox
         while outbox:
-            item = outbox[0]
-            if isinstance(item, Outputs):
-                self._deliver(self._stream.take_delivery())
+            event = outbox[0]
+            if isinstance(event, Outputs):
+                yield from self._distribute(self._stream.take_delivery())
                 continue
             outbox.popleft()
-            if isinstance(item, Opened):
-                self._opened(item)
-            elif isinstance(item, Failed):
-                self._faulted(item)
-            elif isinstance(item, Ended):
-                self._closed(item)
+            if not isinstance(event, Opened | Failed | Ended):
+                continue
+            lane = self._by_number.get(event.lane)
+            if lane is not None:
+                if isinstance(event, Opened):
+                    self._note_opened(lane, event)
+                yield lane, event
+            elif isinstance(event, Ended):
+                self._leaving.discard(event.lane)
+                self._free_numbers.append(event.lane)
 
-    def _deliver(self, delivery: Outputs) -> None:
-        sizes = [len(output) // delivery.rows for output in delivery.outputs]
+    def _note_opened(self, lane: RequestLane, opened: Opened) -> None:
+        assert lane.current is not None and self._stream is not None
+        counts_steps = lane.current.first_step is not None
+        lane.is_open = True
+        lane.holds_answer = counts_steps and opened.durability is not Durability.OFF
+        lane.version = str(self._host.version_of(self._stream, lane.number).number)
+
+    def _distribute(self, run: Outputs) -> Iterator[tuple[RequestLane, None]]:
+        """Cut the outputs of a run by lane; name the lanes whose current request has all."""
+        sizes = [len(output) // run.rows for output in run.outputs]
         start = 0
         for number, first, steps in zip(
-            delivery.lanes.tolist(), delivery.first.tolist(), delivery.lengths.tolist(), strict=True
+            run.lanes.tolist(), run.first.tolist(), run.lengths.tolist(), strict=True
         ):
             stop = start + steps
             lane = self._by_number.get(number)
             if lane is not None:
                 outputs = [
                     output[start * size : stop * size]
-                    for output, size in zip(delivery.outputs, sizes, strict=True)
+                    for output, size in zip(run.outputs, sizes, strict=True)
                 ]
-                if lane.is_counted:
+                if lane.holds_answer:
                     self._hold(lane, first, steps, outputs)
-                self._hand_over(lane, first, steps, outputs)
+                if lane.take(first, steps, outputs):
+                    yield lane, None
+                elif lane.current is not None and lane.step == lane.resumes_at:
+                    lane.resumes_at = None
+                    self.send(lane)
             start = stop
 
-    def _hand_over(self, lane: Lane, first: int, steps: int, outputs: list[bytes]) -> None:
-        """Give outputs to the request that waits for them, if there is one."""
-        request, is_next = lane.current, first == lane.step
-        lane.step = max(lane.step, first + steps)
-        if request is not None and is_next:
-            lane.missing -= steps
-            request.version = lane.version
-            request.collect(lane.row, steps, outputs)
-            if not lane.missing:
-                self._owner.leave(lane)
-            elif lane.step == lane.resumes_at:
-                self.send(lane)
+    def _hold(self, lane: RequestLane, first: int, steps: int, outputs: list[bytes]) -> None:
+        """Have the host hold outputs of a lane's last request with its state, for a repeat.
 
-    def _hold(self, lane: Lane, first: int, steps: int, outputs: list[bytes]) -> None:
-        """Have the answer to a lane's last request stored with its state, for a repeat.
-
-        One longer than the host holds is let go of, piece by piece.
+        Of a request that is longer than what the host holds, nothing is held.
         """
         assert self._stream is not None
-        if lane.current is None or lane.current.steps <= self._answer_steps_max:
+        if lane.current is None or lane.current.steps <= self._held_steps_max:
             self._host.lanes.keep(self._stream, lane.number, first, steps, outputs)
         else:
             end = np.array([first + steps])
             self._host.acknowledge(self._stream, np.array([lane.number]), end)
 
-    def _opened(self, opened: Opened) -> None:
-        lane = self._by_number[opened.lane]
-        assert lane.current is not None and self._stream is not None
-        lane.is_open = True
-        lane.is_counted = opened.durability is not Durability.OFF and lane.current.first is not None
-        lane.version = str(self._host.version_of(self._stream, lane.number).number)
-        if self._owner.opened(lane, opened):
-            self._chunks.append(lane)
-
-    def _faulted(self, failed: Failed) -> None:
-        lane = self._by_number.get(failed.lane)
-        if lane is None:
-            return
-        was_open = lane.is_open
-        if not was_open or isinstance(failed.error, StoreDownError):
-            # The host has no such lane, or has parked it: only another open goes on.
-            self._lose(lane)
-        request = lane.current
-        if request is None:
-            if not lane.is_open:
-                self._owner.vacated(lane)
-        elif not was_open:
-            self._owner.refused(lane, failed.error)
-        else:
-            done = request.steps - lane.missing
-            told = f"; the request's first {done} steps were applied" if done and lane.key else ""
-            self._owner.leave(lane, type(failed.error)(f"{failed.error}{told}"))
-
-    def _closed(self, closed: Ended) -> None:
-        """A lane has ended: as we asked, or because the host ended it."""
-        self._parting.discard(closed.lane)
-        lane = self._by_number.get(closed.lane)
-        if lane is None:
-            self._free_numbers.append(closed.lane)
-            return
-        self._lose(lane)
-        request = lane.current
-        if request is None:
-            self._owner.vacated(lane)
-        elif not lane.key and closed.reason is EndReason.IDLE and lane.missing == request.steps:
-            # A place that nobody used expired as this request borrowed it.
-            self.open(lane)
-        else:
-            self._owner.leave(lane, ended(request, closed.reason))
-
-    def _lose(self, lane: Lane) -> None:
-        """The host has ended a lane: its number is free, and nothing of it is sent."""
-        self._free_numbers.append(lane.number)
-        self._forget(lane)
-        if lane in self._chunks:
-            self._chunks.remove(lane)
-        if not self._by_number:
-            asyncio.get_running_loop().call_soon(self._detach_if_unused)
-
     def _detach_if_unused(self) -> None:
-        """Be no stream of the host's while there is nothing to say."""
-        is_used = self._by_number or self._opening or self._closing or self._tasks
+        """Have no stream at the host while no lane needs one."""
+        is_used = self._by_number or self._to_open or self._to_close or self._tasks
         if self._stream is not None and not is_used:
             self._host.detach(self._stream)
             self._stream = None
             self._numbers = 0
             self._free_numbers.clear()
-            self._parting.clear()
+            self._leaving.clear()

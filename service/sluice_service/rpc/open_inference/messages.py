@@ -1,14 +1,15 @@
-"""Reads the Open Inference Protocol's requests into rows and flags, and writes its answers."""
+"""Reads messages of the Open Inference Protocol into requests, and writes their answers."""
 
-import time
-from collections.abc import Callable
 from typing import Any
+
+from google.protobuf.message import DecodeError
 
 from sluice_protos.contract_pb2 import ModelContract
 from sluice_protos.open_inference_pb2 import InferParameter, ModelInferRequest, ModelInferResponse
 from sluice_service.arrays import Array
 from sluice_service.batching.inputs import STEPS_MAX
-from sluice_service.errors import InvalidInputError, RequestError, ServiceError
+from sluice_service.errors import InvalidInputError, RequestError
+from sluice_service.rpc.open_inference.requests import InferRequest
 from sluice_service.rpc.open_inference.tensors import TensorFormat
 
 OutputTensor = ModelInferResponse.InferOutputTensor
@@ -17,97 +18,18 @@ _FINAL_RESPONSE = "triton_enable_empty_final_response"
 _RESERVED = "triton_"
 
 
-class Request:
-    """One request: what it asks for, and what has come of it so far."""
-
-    __slots__ = (
-        "_missing",
-        "_parts",
-        "arrived",
-        "batch",
-        "error",
-        "first",
-        "has_time",
-        "id",
-        "inputs",
-        "is_cancelled",
-        "is_done",
-        "is_end",
-        "is_start",
-        "key",
-        "on_done",
-        "outputs",
-        "sequence",
-        "steps",
-        "timeout_seconds",
-        "version",
-        "wanted",
-        "wants_final_flag",
-    )
-
-    def __init__(self, on_done: Callable[[], None]) -> None:
-        self.arrived = time.monotonic()
-        self.on_done = on_done
-        self.id = ""
-        self.version = ""  # asked for, and then that which it ran on
-        # The sequence: as a host knows it ("" is none), and as messages quote it.
-        self.key = ""
-        self.sequence = ""
-        self.is_start = self.is_end = False
-        self.first: int | None = None  # the steps before it, where the client named them
-        self.timeout_seconds: float | None = None  # for which it may wait for a place
-        self.batch = self.steps = 1
-        self.has_time = False  # the shapes have a time axis
-        self.inputs: list[Array] = []  # [batch × steps, …] each
-        self.wanted: tuple[int, ...] = ()  # the outputs asked for
-        self.wants_final_flag = False
-        self.is_cancelled = False
-        # What came of it.
-        self.is_done = False
-        self.error: ServiceError | None = None
-        self.outputs: list[bytes] = []  # [batch × steps, …] each
-        self._parts: list[list[list[bytes]]] = []
-        self._missing = 0
-
-    def expect(self) -> None:
-        """Get ready for the outputs."""
-        self._missing = self.batch * self.steps
-        self._parts = [[] for _ in range(self.batch)]
-
-    def collect(self, row: int, steps: int, outputs: list[bytes]) -> None:
-        """Take the next outputs of one row of the batch; done with the last of them."""
-        if self.is_done:
-            return
-        self._missing -= steps
-        if not self._missing and self.batch == 1 and not self._parts[0]:
-            self.outputs = outputs
-        else:
-            self._parts[row].append(outputs)
-            if self._missing:
-                return
-            pieces = [piece for parts in self._parts for piece in parts]
-            self.outputs = [b"".join(column) for column in zip(*pieces, strict=True)]
-        self.finish()
-
-    @property
-    def steps_done(self) -> int:
-        """How many steps of all rows have come back."""
-        return self.batch * self.steps - self._missing
-
-    def finish(self) -> None:
-        """Tell whoever waits that outputs or error are here."""
-        self.is_done = True
-        self.on_done()
-
-    def fail(self, error: ServiceError) -> None:
-        """End with an error."""
-        if not self.is_done:
-            self.error = error
-            self.finish()
+def parse(data: bytes) -> ModelInferRequest:
+    """A message from its bytes. Raises RequestError."""
+    try:
+        return ModelInferRequest.FromString(data)
+    except DecodeError as error:
+        raise RequestError(
+            "a message that is not an inference.ModelInferRequest (truncated, or of another call)"
+        ) from error
 
 
-class Format:
-    """One model's tensors, looked up once: requests are read and answers written by it."""
+class ModelFormat:
+    """Reads the messages of one model and writes its answers; its tensors are looked up once."""
 
     def __init__(self, name: str, contract: ModelContract, *, batch_max: int) -> None:
         self._name = name
@@ -118,7 +40,7 @@ class Format:
         self._all_outputs = tuple(range(len(self._outputs)))
         self._output_numbers = {tensor.name: i for i, tensor in enumerate(self._outputs)}
 
-    def read(self, message: ModelInferRequest, request: Request) -> None:
+    def read(self, message: ModelInferRequest, request: InferRequest) -> None:
         """Fill in a request from its message, inputs without a copy.
 
         Raises RequestError or InvalidInputError, which name what was expected.
@@ -126,11 +48,11 @@ class Format:
         request.id = message.id
         request.version = message.model_version
         if message.parameters:
-            read_parameters(message.parameters, request)
+            _read_parameters(message.parameters, request)
         self._read_inputs(message, request)
         request.wanted = self._read_outputs(message) if message.outputs else self._all_outputs
 
-    def answer(self, request: Request) -> ModelInferResponse:
+    def write(self, request: InferRequest) -> ModelInferResponse:
         """The answer to a request that succeeded."""
         lead = [request.batch, request.steps] if request.has_time else [request.batch]
         tensors = self._outputs
@@ -152,7 +74,7 @@ class Format:
             response.parameters["triton_final_response"].bool_param = True
         return response
 
-    def _read_inputs(self, message: ModelInferRequest, request: Request) -> None:
+    def _read_inputs(self, message: ModelInferRequest, request: InferRequest) -> None:
         sent = message.inputs
         if len(sent) != len(self._inputs):
             raise self._wrong_inputs(message)
@@ -162,7 +84,7 @@ class Format:
                 f"{len(raw)} raw_input_contents for {len(sent)} inputs; give one for each"
             )
         shape: tuple[int, int, bool] | None = None
-        arrays: dict[str, Array] = {}
+        arrays: list[Array] = []
         by_name = {tensor.name: index for index, tensor in enumerate(sent)}
         for rule in self._inputs:
             index = by_name.get(rule.name, -1)
@@ -175,15 +97,15 @@ class Format:
                     "the inputs differ in batch or steps; all must have the same"
                 )
             shape = this
-            arrays[rule.name] = rule.read(tensor, raw[index] if raw else None, this[0] * this[1])
+            arrays.append(rule.read(tensor, raw[index] if raw else None, this[0] * this[1]))
         assert shape is not None
         request.batch, request.steps, request.has_time = shape
-        request.inputs = list(arrays.values())
+        request.inputs = arrays
         if request.batch > self._batch_max:
             raise InvalidInputError(
                 f"a batch of {request.batch}; model {self._name!r} takes {self._batch_max} at most"
             )
-        if request.key and request.batch != 1:
+        if request.sequence_id and request.batch != 1:
             raise InvalidInputError(
                 f"a batch of {request.batch} with a sequence id: a sequence is one row; send each "
                 "sequence by itself, and its steps as [1, steps, …]"
@@ -215,17 +137,17 @@ class Format:
         return tuple(dict.fromkeys(numbers))
 
 
-def read_parameters(parameters: Any, request: Request) -> None:
-    """The sequence and the flags of a request. Raises RequestError, which names the type."""
+def _read_parameters(parameters: Any, request: InferRequest) -> None:
+    """Fill in the sequence and the flags of a request. Raises RequestError."""
     for key, value in parameters.items():
         if key == "sequence_id":
-            request.key, request.sequence = _read_sequence(value)
+            request.sequence_id, request.quoted_id = _read_sequence(value)
         elif key == "sequence_start":
             request.is_start = _read_bool(key, value)
         elif key == "sequence_end":
             request.is_end = _read_bool(key, value)
         elif key == "sequence_step":
-            request.first = _read_step(value)
+            request.first_step = _read_step(value)
         elif key == "timeout":
             request.timeout_seconds = _read_timeout(value)
         elif key == _FINAL_RESPONSE:
@@ -235,19 +157,20 @@ def read_parameters(parameters: Any, request: Request) -> None:
                 f"parameter {key!r} is unknown, and names that begin with {_RESERVED!r} are "
                 "reserved; leave it out or rename it"
             )
-    if not request.key and (request.is_start or request.is_end or request.first is not None):
+    has_flags = request.is_start or request.is_end or request.first_step is not None
+    if has_flags and not request.sequence_id:
         raise RequestError(
             "sequence_start, sequence_end and sequence_step belong to a sequence; name it with "
             'the parameter sequence_id, other than 0 or ""'
         )
-    if request.is_start and request.first:
+    if request.is_start and request.first_step:
         raise RequestError(
-            f"sequence_start with sequence_step {request.first}: a sequence starts at step 0"
+            f"sequence_start with sequence_step {request.first_step}: a sequence starts at step 0"
         )
 
 
 def _read_sequence(value: InferParameter) -> tuple[str, str]:
-    """The sequence as a host knows it, and as messages quote it; numbers and strings differ."""
+    """The sequence id as the host knows it, and as messages quote it: 1 is not "1"."""
     kind = value.WhichOneof("parameter_choice")
     if kind == "string_param":
         name = value.string_param

@@ -1,7 +1,10 @@
-"""What the Open Inference Protocol tells of a model: tensors, configuration, figures."""
+"""Answers what the server and its models say of themselves: readiness, tensors, figures."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from typing import TypeVar
 
+from sluice_protos import open_inference_pb2 as pb
 from sluice_protos.contract_pb2 import ModelContract, StatePart, TensorSpec
 from sluice_protos.open_inference_pb2 import (
     TYPE_FP32,
@@ -15,61 +18,103 @@ from sluice_protos.open_inference_pb2 import (
     ModelStatistics,
     ModelTensorReshape,
     ModelTransactionPolicy,
-    RepositoryIndexResponse,
     StatisticDuration,
 )
-from sluice_service.metrics import ModelMetrics
+from sluice_service.metrics import Metrics, ModelMetrics
 from sluice_service.models.host import Host
-from sluice_service.models.repository import Repository
-from sluice_service.rpc.open_inference.refusals import Tally
+from sluice_service.rpc.open_inference.inference import Inference, ServedModel
 from sluice_service.settings import Settings
 
+EXTENSIONS = ("model_configuration", "sequence", "sequence(string_id)", "statistics")
+REPOSITORY_EXTENSION = "model_repository"
 PLATFORM = "onnxruntime_onnx"
 BACKEND = "onnxruntime"
 ANY_SIZE = -1
 
-ModelIndex = RepositoryIndexResponse.ModelIndex
 TensorMetadata = ModelMetadataResponse.TensorMetadata
+TensorConfig = TypeVar("TensorConfig", ModelInput, ModelOutput)
 
 
-def describe(host: Host) -> ModelMetadataResponse:
-    """The tensors as one step has them, behind a batch of any size."""
-    contract = host.contract
-    return ModelMetadataResponse(
-        name=host.name,
-        versions=[str(version.number) for version in host.versions],
-        platform=PLATFORM,
-        inputs=[_tensor(spec) for spec in contract.inputs],
-        outputs=[_tensor(spec) for spec in contract.outputs],
-    )
+class Metadata:
+    """The calls that ask about the server or a model."""
+
+    def __init__(
+        self,
+        hosts: Mapping[str, Host],
+        inference: Inference,
+        settings: Settings,
+        metrics: Metrics,
+        is_ready: Callable[[], bool],
+        *,
+        has_repository: bool,
+    ) -> None:
+        self._hosts = hosts
+        self._inference = inference
+        self._settings = settings
+        self._metrics = metrics
+        self._is_ready = is_ready
+        self._extensions = (*EXTENSIONS, REPOSITORY_EXTENSION) if has_repository else EXTENSIONS
+
+    async def server_live(self, _: pb.ServerLiveRequest) -> pb.ServerLiveResponse:
+        """True: it answers."""
+        return pb.ServerLiveResponse(live=True)
+
+    async def server_ready(self, _: pb.ServerReadyRequest) -> pb.ServerReadyResponse:
+        """True from the first readiness until the server stops."""
+        return pb.ServerReadyResponse(ready=self._is_ready())
+
+    async def model_ready(self, request: pb.ModelReadyRequest) -> pb.ModelReadyResponse:
+        """True where sequences may begin on the model, in the version asked for."""
+        host = self._hosts.get(request.name)
+        may_begin = (
+            host is not None
+            and host.is_welcoming
+            and request.version in ("", str(host.version.number))
+        )
+        return pb.ModelReadyResponse(ready=may_begin and self._is_ready())
+
+    async def server_metadata(self, _: pb.ServerMetadataRequest) -> pb.ServerMetadataResponse:
+        """Name, version, extensions."""
+        return pb.ServerMetadataResponse(
+            name="sluice", version=version("sluice-serving"), extensions=self._extensions
+        )
+
+    async def model_metadata(self, request: pb.ModelMetadataRequest) -> ModelMetadataResponse:
+        """The tensors as one step has them, behind a batch of any size."""
+        host = self._inference.find(request.name, request.version).host
+        return ModelMetadataResponse(
+            name=host.name,
+            versions=[str(version.number) for version in host.versions],
+            platform=PLATFORM,
+            inputs=[_tensor(spec) for spec in host.contract.inputs],
+            outputs=[_tensor(spec) for spec in host.contract.outputs],
+        )
+
+    async def model_config(self, request: pb.ModelConfigRequest) -> pb.ModelConfigResponse:
+        """The model as a configuration file of the field would have it."""
+        host = self._inference.find(request.name, request.version).host
+        return pb.ModelConfigResponse(config=_configure(host.name, host.contract, self._settings))
+
+    async def model_statistics(
+        self, request: pb.ModelStatisticsRequest
+    ) -> pb.ModelStatisticsResponse:
+        """What one model has done, or all of them."""
+        find = self._inference.find
+        chosen = [find(request.name, request.version)] if request.name else map(find, self._hosts)
+        return pb.ModelStatisticsResponse(
+            model_stats=[_count(model, self._metrics.model(model.host.name)) for model in chosen]
+        )
 
 
-def configure(name: str, contract: ModelContract, settings: Settings) -> ModelConfig:
-    """The model as a configuration file of the field would have it."""
+def _configure(name: str, contract: ModelContract, settings: Settings) -> ModelConfig:
     idle_seconds = settings.sequence_idle_seconds_max
     return ModelConfig(
         name=name,
         platform=PLATFORM,
         backend=BACKEND,
         max_batch_size=settings.run_sequences_max,
-        input=[
-            ModelInput(
-                name=spec.name,
-                data_type=_data_type(spec.datatype),
-                dims=_dims(spec),
-                reshape=_reshape(spec),
-            )
-            for spec in contract.inputs
-        ],
-        output=[
-            ModelOutput(
-                name=spec.name,
-                data_type=_data_type(spec.datatype),
-                dims=_dims(spec),
-                reshape=_reshape(spec),
-            )
-            for spec in contract.outputs
-        ],
+        input=[_tensor_config(ModelInput, spec) for spec in contract.inputs],
+        output=[_tensor_config(ModelOutput, spec) for spec in contract.outputs],
         sequence_batching=ModelSequenceBatching(
             max_sequence_idle_microseconds=round(idle_seconds * 1e6),
             oldest=ModelSequenceBatching.StrategyOldest(
@@ -81,7 +126,7 @@ def configure(name: str, contract: ModelContract, settings: Settings) -> ModelCo
     )
 
 
-def count(host: Host, metrics: ModelMetrics, tally: Tally) -> ModelStatistics:
+def _count(model: ServedModel, metrics: ModelMetrics) -> ModelStatistics:
     """What the model has done since the server started, all its versions together.
 
     Requests are those of this protocol; steps, runs and the time in them are those of
@@ -91,39 +136,20 @@ def count(host: Host, metrics: ModelMetrics, tally: Tally) -> ModelStatistics:
     queue = metrics.queue_seconds
     computed = round(metrics.run_sequences.sum)
     return ModelStatistics(
-        name=host.name,
-        version=str(host.version.number),
-        last_inference=round(tally.last_time * 1e3),
+        name=model.host.name,
+        version=str(model.host.version.number),
+        last_inference=round(model.last_time * 1e3),
         inference_count=metrics.steps.value,
         execution_count=metrics.runs.value,
         inference_stats=InferStatistics(
-            success=_duration(tally.succeeded, tally.succeeded_seconds),
-            fail=_duration(tally.failed, tally.failed_seconds),
+            success=_duration(model.succeeded, model.succeeded_seconds),
+            fail=_duration(model.failed, model.failed_seconds),
             queue=_duration(sum(queue.counts), queue.sum),
             compute_input=_duration(computed, metrics.composing_seconds),
             compute_infer=_duration(computed, metrics.computed_seconds),
             compute_output=_duration(computed, metrics.delivering_seconds),
         ),
     )
-
-
-def index(host: Host) -> Iterator[ModelIndex]:
-    """The versions of a model that are loaded, as the list of all models has them."""
-    for version in host.versions:
-        state, reason = "READY", ""
-        if host.is_draining:
-            state, reason = "UNAVAILABLE", "the server is stopping"
-        elif version is not host.version or not host.is_welcoming:
-            state, reason = "UNLOADING", "its live sequences finish on it"
-        yield ModelIndex(name=host.name, version=str(version.number), state=state, reason=reason)
-
-
-def list_others(repository: Repository) -> Iterator[ModelIndex]:
-    """What lies in the repository beside that, and why it is not served."""
-    for entry in repository.entries():
-        yield ModelIndex(
-            name=entry.name, version=str(entry.version), state=entry.state, reason=entry.reason
-        )
 
 
 def _tensor(spec: TensorSpec) -> TensorMetadata:
@@ -135,12 +161,13 @@ def _dims(spec: TensorSpec) -> list[int]:
     return list(spec.shape) or [1]
 
 
-def _reshape(spec: TensorSpec) -> ModelTensorReshape | None:
-    return None if spec.shape else ModelTensorReshape()
-
-
-def _data_type(datatype: str) -> "DataType.ValueType":
-    return DataType.Value(f"TYPE_{datatype}")
+def _tensor_config(kind: type[TensorConfig], spec: TensorSpec) -> TensorConfig:
+    return kind(
+        name=spec.name,
+        data_type=DataType.Value(f"TYPE_{spec.datatype}"),
+        dims=_dims(spec),
+        reshape=None if spec.shape else ModelTensorReshape(),
+    )
 
 
 def _state(contract: ModelContract, part: StatePart) -> ModelSequenceBatching.State:

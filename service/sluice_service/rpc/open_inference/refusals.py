@@ -1,142 +1,96 @@
-"""What requests of the Open Inference Protocol wait on: lanes, their frames, their errors."""
+"""Says why a request of the Open Inference Protocol is refused, and how to go on."""
 
-import time
-from collections import deque
-from collections.abc import Iterator
-
-from sluice_service.arrays import Array
 from sluice_service.errors import (
     BacklogError,
     FencedError,
     GapError,
     LaneError,
+    LimitError,
     ModelNotFoundError,
     NotFoundError,
     OutOfRangeError,
     RequestError,
+    SequenceClosedError,
     ServiceError,
     StoppingError,
 )
-from sluice_service.rpc.open_inference.messages import Request
-from sluice_service.sequences.events import EndReason, Opened
-
-NONE = -1
+from sluice_service.rpc.open_inference.requests import InferRequest, RequestLane
+from sluice_service.sequences.events import EndReason
 
 
-class Tally:
-    """How many requests there were, and how long they took."""
-
-    def __init__(self) -> None:
-        self.succeeded = self.failed = 0
-        self.succeeded_seconds = self.failed_seconds = 0.0
-        self.last_time = 0.0  # seconds since 1970
-
-    def count(self, request: Request) -> None:
-        """Count a request that is done."""
-        seconds = time.monotonic() - request.arrived
-        if request.error is None:
-            self.succeeded += 1
-            self.succeeded_seconds += seconds
-            self.last_time = time.time()
-        else:
-            self.failed += 1
-            self.failed_seconds += seconds
+def stopping() -> ServiceError:
+    """The server drains."""
+    return StoppingError("this server is stopping; ask another")
 
 
-class Lane:
-    """A sequence, or a place for requests without one."""
+def unloading(model: str) -> ServiceError:
+    """The model takes no new sequences."""
+    return StoppingError(f"model {model!r} is being unloaded")
 
-    __slots__ = (
-        "current",
-        "is_counted",
-        "is_open",
-        "key",
-        "missing",
-        "number",
-        "queue",
-        "resumes_at",
-        "row",
-        "step",
-        "version",
+
+def too_much_waits(steps: int) -> ServiceError:
+    """More waits to be run than one client of the native stream may have waiting."""
+    return LimitError(
+        f"{steps} steps wait to be run, as many as stream_queue_steps_max allows; wait for "
+        "answers before sending more"
     )
 
-    def __init__(self, key: str) -> None:
-        self.key = key  # "": no sequence
-        self.number = NONE
-        self.is_open = False
-        self.is_counted = False  # the host holds the answer to its last request
-        self.step = 0  # whose outputs have come
-        self.version = ""  # on which it runs
-        self.queue: deque[Request] = deque()
-        self.current: Request | None = None
-        self.row = 0  # of the current request's batch
-        self.missing = 0  # steps of the current request that have not come back
-        self.resumes_at = NONE  # the step from which a repeat is run: before it outputs are held
 
-    @property
-    def first(self) -> int:
-        """The steps before the current request."""
-        assert self.current is not None
-        return self.step + self.missing - self.current.steps
-
-    def requests(self) -> Iterator[Request]:
-        """All that have not been answered, in their order."""
-        if self.current is not None:
-            yield self.current
-        yield from self.queue
-
-    @property
-    def steps_asked(self) -> int:
-        """The steps of those."""
-        return sum(request.steps for request in self.requests())
+def wrong_version(request: InferRequest, model: str, newest: str) -> ServiceError | None:
+    """The request begins at the initial state, and names a version where none begins; or None."""
+    if request.version in ("", newest):
+        return None
+    return ModelNotFoundError(
+        f"version {request.version} of model {model!r} takes no new sequences; leave it out, or "
+        f"ask for {newest}"
+    )
 
 
-def applied_before(lane: Lane, request: Request, opened: Opened) -> int:
-    """How many steps of a repeated request were applied, whose outputs the host holds."""
-    first = request.first
-    if first is None or request.is_start or request.version not in ("", lane.version):
-        return 0
-    steps = opened.applied - first
-    return steps if opened.held_from <= first and 0 < steps <= request.steps else 0
-
-
-def misplaced(lane: Lane, request: Request) -> ServiceError | None:
-    """Why a request is not the next one of its sequence, by its version or its steps."""
+def wrong_turn(lane: RequestLane, request: InferRequest) -> ServiceError | None:
+    """By its version or its steps, the request is not the next of its open lane; or None."""
     if request.version not in ("", lane.version):
         return ModelNotFoundError(
-            f"sequence {request.sequence} runs on version {lane.version} until it ends, not on "
+            f"sequence {request.quoted_id} runs on version {lane.version} until it ends, not on "
             f"{request.version}; leave the version out"
         )
-    first = request.first
+    first = request.first_step
     if first is None or first == lane.step or request.is_start:
         return None
     if first > lane.step:
         return GapError(
-            f"sequence {request.sequence} has {lane.step} steps applied, not {first}; send again "
+            f"sequence {request.quoted_id} has {lane.step} steps applied, not {first}; send again "
             f"from sequence_step {lane.step}"
         )
-    return passed(request, lane.step)
+    return _too_old(request, lane.step)
 
 
-def passed(request: Request, step: int) -> ServiceError:
-    """What a request is told that is older than the last one of its sequence, or another."""
+def not_opened(request: InferRequest, model: str, error: LaneError) -> ServiceError:
+    """The host has refused to open the request's sequence with `error`."""
+    if isinstance(error, OutOfRangeError):
+        return _too_old(request, error.expected_step)
+    if isinstance(error, NotFoundError | SequenceClosedError):
+        return _not_started(request, model, error)
+    return error
+
+
+def _too_old(request: InferRequest, step: int) -> ServiceError:
     return OutOfRangeError(
-        f"sequence {request.sequence} has {step} steps applied; only its last request, as it was, "
-        f"can be repeated: go on with sequence_step {step}"
+        f"sequence {request.quoted_id} has {step} steps applied; only its last request, as it "
+        f"was, can be repeated: go on with sequence_step {step}"
     )
 
 
-def not_started(request: Request, model: str, error: LaneError) -> ServiceError:
-    """What a request is told whose sequence is not there."""
+def _not_started(request: InferRequest, model: str, error: LaneError) -> ServiceError:
     is_unknown = isinstance(error, NotFoundError)
     if is_unknown and error.expected_step:
         return NotFoundError(
-            f"sequence {request.sequence} of model {model!r} was lost with its server; its last "
+            f"sequence {request.quoted_id} of model {model!r} was lost with its server; its last "
             f"durable step is {error.expected_step}: send again what follows, with sequence_step "
             "beginning there, or start it again with the START flag"
         )
+    # Clients of the field know this error by these words.
     text = (
-        f"inference request for sequence {request.sequence} to model {model!r} must specify the "
+        f"inference request for sequence {request.quoted_id} to model {model!r} must specify the "
         "START flag on the first request of the sequence"
     )
     if is_unknown:
@@ -144,24 +98,33 @@ def not_started(request: Request, model: str, error: LaneError) -> ServiceError:
     return NotFoundError(f"{text}; {error}")
 
 
-def ended(request: Request, reason: EndReason) -> ServiceError:
-    """What a request is told whose sequence ended before its turn."""
+def not_run(lane: RequestLane, error: LaneError) -> ServiceError:
+    """The host has run the lane's current request in part or not at all, because of `error`."""
+    assert lane.current is not None
+    done = lane.current.steps - lane.missing
+    if not done or not lane.sequence_id:
+        return error
+    return type(error)(f"{error}; the request's first {done} steps were applied")
+
+
+def ended(request: InferRequest, reason: EndReason) -> ServiceError:
+    """The host has ended the sequence before the request was run."""
     if reason is EndReason.DRAINING:
-        return StoppingError("this server is stopping; ask another")
+        return stopping()
     if reason is EndReason.FENCED:
         return FencedError(
-            f"sequence {request.sequence} was taken over by another stream or server before this "
+            f"sequence {request.quoted_id} was taken over by another stream or server before this "
             "request was run; it goes on there: stop the other, or ask again to take it back"
         )
     return NotFoundError(
-        f"sequence {request.sequence} was ended ({reason.name}) before this "
-        "request was run; start it again with the START flag"
+        f"sequence {request.quoted_id} was ended ({reason.name}) before this request was run; "
+        "start it again with the START flag"
     )
 
 
-def overdue(request: Request) -> ServiceError:
-    """What the requests of a sequence are told for which no place became free in time."""
-    # The first words are those by which clients of the field know it.
+def overdue(request: InferRequest) -> ServiceError:
+    """No place became free in time for the sequence."""
+    # Clients of the field know this error by its first words.
     return BacklogError(
         f"timeout of the corresponding sequence has been expired: {_name(request)} waited for a "
         "place and none became free; end some, ask another server, or serve with a higher "
@@ -169,24 +132,15 @@ def overdue(request: Request) -> ServiceError:
     )
 
 
-def withdrawn(request: Request) -> ServiceError:
-    """What the other requests of a sequence are told whose first was cancelled while it waited."""
+def withdrawn(request: InferRequest) -> ServiceError:
+    """The request that starts the sequence was cancelled while it waited for a place."""
     return NotFoundError(
         f"{_name(request)} never began: the request that starts it was cancelled while it waited "
         "for a place; start it again with the START flag"
     )
 
 
-def _name(request: Request) -> str:
-    return f"sequence {request.sequence}" if request.key else "a request without a sequence"
-
-
-def as_chunk(lane: Lane) -> tuple[int, int, int, list[Array]]:
-    """What is to be run of a lane's request: lane, steps, steps before it, rows of each input."""
-    request = lane.current
-    assert request is not None
-    inputs = request.inputs
-    if request.batch > 1 or lane.missing < request.steps:
-        end = (lane.row + 1) * request.steps
-        inputs = [array[end - lane.missing : end] for array in inputs]
-    return lane.number, lane.missing, lane.step, inputs
+def _name(request: InferRequest) -> str:
+    if not request.sequence_id:
+        return "a request without a sequence"
+    return f"sequence {request.quoted_id}"

@@ -1,7 +1,6 @@
 """New sequences beyond the limit wait for a place, in the spirit of Triton's own tests."""
 
 import asyncio
-import math
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -44,7 +43,7 @@ async def refused(task: "asyncio.Task[list[float]]") -> tuple[grpc.StatusCode, s
 
 def expire(served: Served) -> None:
     """Have the line looked at, as its timer would."""
-    dispatcher(served).review()
+    dispatcher(served).backlog.review()
 
 
 @pytest.fixture
@@ -103,19 +102,17 @@ async def test_whoever_comes_while_others_wait_goes_to_the_end_of_the_line(gate,
 
 
 def stands(key: str) -> RequestLane:
-    lane = RequestLane(key)
-    lane.current = InferRequest(lambda: None)
-    return lane
+    return RequestLane(key, current=InferRequest(lambda: None))
 
 
 @pytest.fixture
 def line() -> Backlog:
     """A line without a server."""
-    # No deadline ever comes, so that there is no timer, which would need an event loop.
-    return Backlog(Settings(), steps_max=1000, now=lambda: math.inf, wake=lambda: None)
+    settings = Settings(backlog_seconds_max=1e6)
+    return Backlog(settings, steps_max=1000, now=lambda: 0.0, wake=lambda: None)
 
 
-def test_a_place_that_is_free_while_others_wait_is_theirs(line) -> None:
+async def test_a_place_that_is_free_while_others_wait_is_theirs(line) -> None:
     first, second, third, late = map(stands, ("first", "second", "third", "late"))
     assert line.enter(first, places=1)
     assert not line.enter(second, places=1)
@@ -130,7 +127,7 @@ def test_a_place_that_is_free_while_others_wait_is_theirs(line) -> None:
     assert list(line) == [late]
 
 
-def test_the_line_is_put_in_order_once_however_many_come_back(line, monkeypatch) -> None:
+async def test_the_line_is_put_in_order_once_however_many_come_back(line, monkeypatch) -> None:
     lanes = [stands(str(number)) for number in range(100)]
     for lane in lanes:
         line.enter(lane, places=0)

@@ -3,6 +3,7 @@
 import asyncio
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 
 from sluice_service.errors import LimitError
@@ -10,14 +11,12 @@ from sluice_service.rpc.open_inference.requests import InferRequest, RequestLane
 from sluice_service.settings import Settings
 
 
+@dataclass(slots=True)
 class _Turn:
     """Where a lane stands in the line, and until when."""
 
-    __slots__ = ("deadline", "number")
-
-    def __init__(self, number: int, deadline: float) -> None:
-        self.number = number
-        self.deadline = deadline
+    number: int
+    deadline: float
 
 
 class Backlog:
@@ -35,7 +34,7 @@ class Backlog:
         now: Callable[[], float],
         wake: Callable[[], None],
     ) -> None:
-        """`wake` is called when lanes have waited for too long, which `overdue` then names."""
+        """`wake` is called when `withdrawn`, `admit` or `overdue` may name lanes."""
         self.steps = 0  # of all requests that wait here: they do not count as waiting to be run
         self._sequences_max = settings.backlog_sequences_max
         self._seconds_max = settings.backlog_seconds_max
@@ -46,6 +45,8 @@ class Backlog:
         self._is_in_order = True
         self._admitted: dict[RequestLane, _Turn] = {}
         self._turns = 0
+        self._has_cancelled = False
+        self._is_review_due = False
         self._timer: asyncio.TimerHandle | None = None
         self._next_deadline = math.inf  # for which the timer is set
 
@@ -86,6 +87,7 @@ class Backlog:
         self._wait(lane, turn or self._next_turn())
         # Many may come back at once: they are sorted when the next is admitted.
         self._is_in_order = False
+        self.review()
 
     def join(self, lane: RequestLane, request: InferRequest) -> None:
         """Let one more request wait with its lane. Raises LimitError."""
@@ -104,8 +106,21 @@ class Backlog:
         return lanes
 
     def forget_admission(self, lane: RequestLane) -> None:
-        """Count a lane no more as admitted: it has its place, or will have none."""
+        """A lane has its sequence, or will have none: a place that it did not take is free."""
         self._admitted.pop(lane, None)
+        self.review()
+
+    def note_cancelled(self) -> None:
+        """A request was cancelled, which may be one that waits here."""
+        self._has_cancelled = True
+        self.review()
+
+    def withdrawn(self) -> list[RequestLane]:
+        """The lanes whose first request was cancelled; they stay until they `leave`."""
+        if not self._has_cancelled:
+            return []
+        self._has_cancelled = False
+        return [lane for lane in self if lane.current is not None and lane.current.is_cancelled]
 
     def leave(self, lane: RequestLane) -> _Turn:
         """Take a lane out of the line, with all of its requests."""
@@ -146,7 +161,17 @@ class Backlog:
                 "sending more"
             )
 
-    # Time.
+    # When to look.
+
+    def review(self) -> None:
+        """Wake after this turn of the event loop, if anybody waits."""
+        if self._waiting and not self._is_review_due:
+            self._is_review_due = True
+            asyncio.get_running_loop().call_soon(self._review)
+
+    def _review(self) -> None:
+        self._is_review_due = False
+        self._wake()
 
     def overdue(self) -> list[RequestLane]:
         """The lanes that have waited for too long; they stay until they `leave`."""
@@ -180,4 +205,4 @@ class Backlog:
     def _ring(self) -> None:
         # `now` may be behind the timer's clock: `overdue` looks all the same, and sets it anew.
         self._next_deadline = -math.inf if self._waiting else math.inf
-        self._wake()
+        self.review()

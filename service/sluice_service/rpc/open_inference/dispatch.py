@@ -6,8 +6,6 @@ borrows a lane whose state is set back to the initial one. Where all places are 
 waits for one in the backlog.
 """
 
-import asyncio
-
 from sluice_service.errors import LaneError, LimitError, ServiceError, StoreDownError
 from sluice_service.models.host import Host
 from sluice_service.rpc.open_inference import refusals
@@ -39,11 +37,9 @@ class Dispatcher:
         self._spare_max = min(_SPARE_MAX, settings.sequences_max // 8)
         self._version = str(host.version.number)  # on which sequences begin
         self.backlog = Backlog(
-            settings, steps_max=host.limits.credit_steps, now=host.now, wake=self.review
+            settings, steps_max=host.limits.credit_steps, now=host.now, wake=self._review
         )
-        self._has_cancelled = False  # in the backlog
-        self._is_review_due = False
-        host.watch_room(self.review)
+        host.watch_room(self.backlog.review)
 
     @property
     def is_full(self) -> bool:
@@ -106,8 +102,7 @@ class Dispatcher:
     def cancel(self, request: InferRequest) -> None:
         """Do not begin a request that nobody waits for any more, and give up its turn."""
         request.is_cancelled = True
-        self._has_cancelled = True
-        self.review()
+        self.backlog.note_cancelled()
 
     def _refuse(self, request: InferRequest, error: ServiceError) -> None:
         """Fail a request, or one row of it, that is on no lane."""
@@ -142,10 +137,10 @@ class Dispatcher:
         lane.begin(request, row)
         if lane.number != NO_LANE and not (lane.sequence_id and request.is_start):
             self._stream.send(lane)
-        elif not self._needs_place(lane, request):
-            self._stream.open(lane)
-        else:
+        elif self._needs_place(lane, request):
             return self._seek_place(lane)
+        else:
+            self._stream.open(lane)
         return None
 
     def _finish(self, lane: RequestLane, error: ServiceError | None = None) -> None:
@@ -154,7 +149,7 @@ class Dispatcher:
         assert request is not None
         self.waiting_steps -= request.steps
         if error is not None:
-            self._free_turn(lane)
+            self.backlog.forget_admission(lane)
             self._fail(request, error)
         elif lane.sequence_id:
             self.answers.remember(lane, request)
@@ -204,7 +199,6 @@ class Dispatcher:
         except LimitError as error:
             return error
         self._close_spare()
-        self.review()
         return None
 
     def _close_spare(self) -> None:
@@ -212,30 +206,14 @@ class Dispatcher:
         while self._spare:
             self._stream.close(self._spare.pop())
 
-    def _free_turn(self, lane: RequestLane) -> None:
-        """A lane has its sequence, or will have none: a place that it did not take is free."""
-        self.backlog.forget_admission(lane)
-        self.review()
-
-    def review(self) -> None:
-        """Look at the backlog again after this turn of the event loop, if anybody waits there."""
-        if self.backlog and not self._is_review_due:
-            self._is_review_due = True
-            asyncio.get_running_loop().call_soon(self._review)
-
     def _review(self) -> None:
         """Give free places to the first of the backlog, and dismiss who waits in vain."""
-        self._is_review_due = False
-        if self._has_cancelled:
-            self._has_cancelled = False
-            for lane in self.backlog:
-                if lane.current is not None and lane.current.is_cancelled:
-                    self._dismiss(lane, refusals.withdrawn(lane.current))
+        for lane in self.backlog.withdrawn():
+            self._dismiss(lane, refusals.withdrawn(lane))
         for lane in self.backlog.admit(self._host.room):
             self._stream.open(lane)
         for lane in self.backlog.overdue():
-            assert lane.current is not None
-            self._dismiss(lane, refusals.overdue(lane.current))
+            self._dismiss(lane, refusals.overdue(lane))
 
     def dismiss_all(self, error: ServiceError) -> None:
         """Fail all that waits for a place."""
@@ -285,11 +263,11 @@ class Dispatcher:
 
     def _opened(self, lane: RequestLane, opened: Opened) -> None:
         """A lane has its sequence: run its current request, or what is left of it."""
-        self._free_turn(lane)
+        self.backlog.forget_admission(lane)
         request = lane.current
         assert request is not None
         self.answers.forget(lane)
-        held = _held_steps(lane, request, opened)
+        held = lane.held_steps(opened)
         lane.step = opened.applied - held
         if held:
             # The host sends those outputs by itself; what is left is run after them.
@@ -339,12 +317,3 @@ class Dispatcher:
             self._begin_next(lane)
         elif lane in self._spare:
             self._spare.remove(lane)
-
-
-def _held_steps(lane: RequestLane, request: InferRequest, opened: Opened) -> int:
-    """How many steps of a request were applied before, with outputs that the host holds."""
-    first = request.first_step
-    if first is None or request.is_start or request.version not in ("", lane.version):
-        return 0
-    steps = opened.applied - first
-    return steps if opened.held_from <= first and 0 < steps <= request.steps else 0

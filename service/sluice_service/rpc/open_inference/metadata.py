@@ -6,20 +6,6 @@ from typing import TypeVar
 
 from sluice_protos import open_inference_pb2 as pb
 from sluice_protos.contract_pb2 import ModelContract, StatePart, TensorSpec
-from sluice_protos.open_inference_pb2 import (
-    TYPE_FP32,
-    DataType,
-    InferStatistics,
-    ModelConfig,
-    ModelInput,
-    ModelMetadataResponse,
-    ModelOutput,
-    ModelSequenceBatching,
-    ModelStatistics,
-    ModelTensorReshape,
-    ModelTransactionPolicy,
-    StatisticDuration,
-)
 from sluice_service.metrics import Metrics, ModelMetrics
 from sluice_service.models.host import Host
 from sluice_service.rpc.open_inference.inference import Inference, ServedModel
@@ -31,8 +17,8 @@ PLATFORM = "onnxruntime_onnx"
 BACKEND = "onnxruntime"
 ANY_SIZE = -1
 
-TensorMetadata = ModelMetadataResponse.TensorMetadata
-TensorConfig = TypeVar("TensorConfig", ModelInput, ModelOutput)
+TensorMetadata = pb.ModelMetadataResponse.TensorMetadata
+TensorConfig = TypeVar("TensorConfig", pb.ModelInput, pb.ModelOutput)
 
 
 class Metadata:
@@ -79,10 +65,10 @@ class Metadata:
             name="sluice", version=version("sluice-serving"), extensions=self._extensions
         )
 
-    async def model_metadata(self, request: pb.ModelMetadataRequest) -> ModelMetadataResponse:
+    async def model_metadata(self, request: pb.ModelMetadataRequest) -> pb.ModelMetadataResponse:
         """The tensors as one step has them, behind a batch of any size."""
         host = self._inference.find(request.name, request.version).host
-        return ModelMetadataResponse(
+        return pb.ModelMetadataResponse(
             name=host.name,
             versions=[str(version.number) for version in host.versions],
             platform=PLATFORM,
@@ -106,27 +92,27 @@ class Metadata:
         )
 
 
-def _configure(name: str, contract: ModelContract, settings: Settings) -> ModelConfig:
+def _configure(name: str, contract: ModelContract, settings: Settings) -> pb.ModelConfig:
     idle_seconds = settings.sequence_idle_seconds_max
-    return ModelConfig(
+    return pb.ModelConfig(
         name=name,
         platform=PLATFORM,
         backend=BACKEND,
         max_batch_size=settings.run_sequences_max,
-        input=[_tensor_config(ModelInput, spec) for spec in contract.inputs],
-        output=[_tensor_config(ModelOutput, spec) for spec in contract.outputs],
-        sequence_batching=ModelSequenceBatching(
+        input=[_tensor_config(pb.ModelInput, spec) for spec in contract.inputs],
+        output=[_tensor_config(pb.ModelOutput, spec) for spec in contract.outputs],
+        sequence_batching=pb.ModelSequenceBatching(
             max_sequence_idle_microseconds=round(idle_seconds * 1e6),
-            oldest=ModelSequenceBatching.StrategyOldest(
+            oldest=pb.ModelSequenceBatching.StrategyOldest(
                 max_candidate_sequences=settings.sequences_max
             ),
             state=[_state(contract, part) for part in contract.state],
         ),
-        model_transaction_policy=ModelTransactionPolicy(decoupled=False),
+        model_transaction_policy=pb.ModelTransactionPolicy(decoupled=False),
     )
 
 
-def _count(model: ServedModel, metrics: ModelMetrics) -> ModelStatistics:
+def _count(model: ServedModel, metrics: ModelMetrics) -> pb.ModelStatistics:
     """What the model has done since the server started, all its versions together.
 
     Requests are those of this protocol; steps, runs and the time in them are those of
@@ -135,13 +121,13 @@ def _count(model: ServedModel, metrics: ModelMetrics) -> ModelStatistics:
     """
     queue = metrics.queue_seconds
     computed = round(metrics.run_sequences.sum)
-    return ModelStatistics(
+    return pb.ModelStatistics(
         name=model.host.name,
         version=str(model.host.version.number),
         last_inference=round(model.last_time * 1e3),
         inference_count=metrics.steps.value,
         execution_count=metrics.runs.value,
-        inference_stats=InferStatistics(
+        inference_stats=pb.InferStatistics(
             success=_duration(model.succeeded, model.succeeded_seconds),
             fail=_duration(model.failed, model.failed_seconds),
             queue=_duration(sum(queue.counts), queue.sum),
@@ -164,28 +150,30 @@ def _dims(spec: TensorSpec) -> list[int]:
 def _tensor_config(kind: type[TensorConfig], spec: TensorSpec) -> TensorConfig:
     return kind(
         name=spec.name,
-        data_type=DataType.Value(f"TYPE_{spec.datatype}"),
+        data_type=pb.DataType.Value(f"TYPE_{spec.datatype}"),
         dims=_dims(spec),
-        reshape=None if spec.shape else ModelTensorReshape(),
+        reshape=None if spec.shape else pb.ModelTensorReshape(),
     )
 
 
-def _state(contract: ModelContract, part: StatePart) -> ModelSequenceBatching.State:
+def _state(contract: ModelContract, part: StatePart) -> pb.ModelSequenceBatching.State:
     """A part of the state, under its own name: the graph packs all parts into one tensor."""
     dims = list(part.shape)
-    initial = ModelSequenceBatching.InitialState(name=part.name, data_type=TYPE_FP32, dims=dims)
+    initial = pb.ModelSequenceBatching.InitialState(
+        name=part.name, data_type=pb.TYPE_FP32, dims=dims
+    )
     if not any(part.initial):
         initial.zero_data = True
     else:
         initial.data_file = f"{contract.name}.onnx"  # the contract inside has the values
-    return ModelSequenceBatching.State(
+    return pb.ModelSequenceBatching.State(
         input_name=part.name,
         output_name=part.name,
-        data_type=TYPE_FP32,
+        data_type=pb.TYPE_FP32,
         dims=dims,
         initial_state=[initial],
     )
 
 
-def _duration(count: int, seconds: float) -> StatisticDuration:
-    return StatisticDuration(count=count, ns=round(seconds * 1e9))
+def _duration(count: int, seconds: float) -> pb.StatisticDuration:
+    return pb.StatisticDuration(count=count, ns=round(seconds * 1e9))

@@ -122,25 +122,25 @@ def ended(request: InferRequest, reason: EndReason) -> ServiceError:
     )
 
 
-def overdue(request: InferRequest) -> ServiceError:
-    """No place became free in time for the sequence."""
+def overdue(lane: RequestLane) -> ServiceError:
+    """No place became free in time for the lane."""
     # Clients of the field know this error by its first words.
     return BacklogError(
-        f"timeout of the corresponding sequence has been expired: {_name(request)} waited for a "
+        f"timeout of the corresponding sequence has been expired: {_name(lane)} waited for a "
         "place and none became free; end some, ask another server, or serve with a higher "
         "--sequences-max or --backlog-seconds-max"
     )
 
 
-def withdrawn(request: InferRequest) -> ServiceError:
-    """The request that starts the sequence was cancelled while it waited for a place."""
+def withdrawn(lane: RequestLane) -> ServiceError:
+    """The request that starts the lane's sequence was cancelled while it waited for a place."""
     return NotFoundError(
-        f"{_name(request)} never began: the request that starts it was cancelled while it waited "
+        f"{_name(lane)} never began: the request that starts it was cancelled while it waited "
         "for a place; start it again with the START flag"
     )
 
 
-def _name(request: InferRequest) -> str:
-    if not request.sequence_id:
+def _name(lane: RequestLane) -> str:
+    if lane.current is None or not lane.sequence_id:
         return "a request without a sequence"
-    return f"sequence {request.quoted_id}"
+    return f"sequence {lane.current.quoted_id}"

@@ -3,64 +3,42 @@
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 from sluice_service.arrays import Array
 from sluice_service.errors import ServiceError
+from sluice_service.sequences.events import Opened
 
 NO_LANE = -1
 
 
+@dataclass(slots=True, eq=False)
 class InferRequest:
     """What one ModelInferRequest asks for, and what has come of it so far."""
 
-    __slots__ = (
-        "_missing",
-        "_parts",
-        "_wake",
-        "arrived",
-        "batch",
-        "error",
-        "first_step",
-        "has_time",
-        "id",
-        "inputs",
-        "is_cancelled",
-        "is_done",
-        "is_end",
-        "is_start",
-        "outputs",
-        "quoted_id",
-        "sequence_id",
-        "steps",
-        "timeout_seconds",
-        "version",
-        "wanted",
-        "wants_final_flag",
-    )
-
-    def __init__(self, wake: Callable[[], None]) -> None:
-        """`wake` is called when the request is done, with outputs or with an error."""
-        self._wake = wake
-        self.arrived = time.monotonic()
-        self.id = ""
-        self.version = ""  # the version asked for, later the one that it ran on
-        self.sequence_id = ""  # as the host knows it; "" is none
-        self.quoted_id = ""  # as messages quote it
-        self.is_start = self.is_end = False
-        self.first_step: int | None = None  # steps before it, where the client counts them
-        self.timeout_seconds: float | None = None  # how long it may wait for a place
-        self.batch = self.steps = 1
-        self.has_time = False  # the shapes have a time axis
-        self.inputs: list[Array] = []  # [batch × steps, …] each
-        self.wanted: tuple[int, ...] = ()  # the outputs asked for
-        self.wants_final_flag = False
-        # What came of it.
-        self.is_cancelled = False
-        self.is_done = False
-        self.error: ServiceError | None = None
-        self.outputs: list[bytes] = []  # [batch × steps, …] each
-        self._parts: list[list[list[bytes]]] = []
-        self._missing = 0
+    wake: Callable[[], None]  # called when it is done, with outputs or with an error
+    arrived: float = field(default_factory=time.monotonic)
+    id: str = ""
+    version: str = ""  # the version asked for, later the one that it ran on
+    sequence_id: str = ""  # as the host knows it; "" is none
+    quoted_id: str = ""  # as messages quote it
+    is_start: bool = False
+    is_end: bool = False
+    first_step: int | None = None  # steps before it, where the client counts them
+    timeout_seconds: float | None = None  # how long it may wait for a place
+    batch: int = 1
+    steps: int = 1
+    has_time: bool = False  # the shapes have a time axis
+    inputs: list[Array] = field(default_factory=list)  # [batch × steps, …] each
+    wanted: tuple[int, ...] = ()  # the outputs asked for
+    wants_final_flag: bool = False
+    # What came of it.
+    is_cancelled: bool = False
+    is_done: bool = False
+    error: ServiceError | None = None
+    outputs: list[bytes] = field(default_factory=list)  # [batch × steps, …] each
+    _parts: list[list[list[bytes]]] = field(default_factory=list)  # of each row, so far
+    _missing: int = 0  # steps of all rows
 
     def expect_outputs(self) -> None:
         """Get ready to collect, once the shapes are known."""
@@ -85,7 +63,7 @@ class InferRequest:
     def finish(self) -> None:
         """Wake whoever waits: outputs or error are here."""
         self.is_done = True
-        self._wake()
+        self.wake()
 
     def fail(self, error: ServiceError) -> None:
         """End with an error."""
@@ -94,35 +72,21 @@ class InferRequest:
             self.finish()
 
 
+@dataclass(slots=True, eq=False)
 class RequestLane:
     """A lane at the host with the requests that want it: of one sequence, or of none."""
 
-    __slots__ = (
-        "current",
-        "holds_answer",
-        "is_open",
-        "missing",
-        "number",
-        "resumes_at",
-        "row",
-        "sequence_id",
-        "step",
-        "version",
-        "waiting",
-    )
-
-    def __init__(self, sequence_id: str) -> None:
-        self.sequence_id = sequence_id  # "": for requests without a sequence
-        self.number = NO_LANE
-        self.is_open = False
-        self.holds_answer = False  # the host holds the outputs of the last request
-        self.step = 0  # steps whose outputs have come
-        self.version = ""  # on which it runs
-        self.waiting: deque[InferRequest] = deque()
-        self.current: InferRequest | None = None
-        self.row = 0  # of the current request's batch
-        self.missing = 0  # steps of the current request that have not come back
-        self.resumes_at: int | None = None  # where a repeat is run on, after held outputs
+    sequence_id: str  # "": for requests without a sequence
+    number: int = NO_LANE
+    is_open: bool = False
+    holds_answer: bool = False  # the host holds the outputs of the last request
+    version: str = ""  # on which it runs
+    step: int = 0  # steps whose outputs have come
+    waiting: deque[InferRequest] = field(default_factory=deque)
+    current: InferRequest | None = None
+    row: int = 0  # of the current request's batch
+    missing: int = 0  # steps of the current request that have not come back
+    resumes_at: int | None = None  # where a repeat is run on, after held outputs
 
     def requests(self) -> Iterator[InferRequest]:
         """All that have not been answered, in their order."""
@@ -145,6 +109,16 @@ class RequestLane:
         """Make one row of a request the current one."""
         self.current, self.row, self.missing = request, row, request.steps
         self.resumes_at = None
+
+    def held_steps(self, opened: Opened) -> int:
+        """How many steps of a repeated request were applied, with outputs that the host holds."""
+        request = self.current
+        assert request is not None
+        first = request.first_step
+        if first is None or request.is_start or request.version not in ("", self.version):
+            return 0
+        steps = opened.applied - first
+        return steps if opened.held_from <= first and 0 < steps <= request.steps else 0
 
     def chunk(self) -> tuple[int, int, int, list[Array]]:
         """What is left to run of the current request: lane, steps, steps before, input rows."""

@@ -1,6 +1,7 @@
 """Whatever one client asks for, and however it behaves, what it costs has a bound."""
 
 import asyncio
+from typing import Any
 
 import grpc
 import numpy as np
@@ -131,6 +132,26 @@ async def test_a_place_that_expires_as_a_request_borrows_it_is_opened_again(hand
     assert borrower.error is None
     assert np.frombuffer(borrower.outputs[0], "<f4").tolist() == [2, 5]
     assert await caller.infer(4) == [4]
+
+
+async def test_a_defect_in_the_opening_of_sequences_is_told_to_all_who_wait_for_it(
+    sums, monkeypatch
+) -> None:
+    served = await sums()
+    caller = Caller(served.channel)
+    (host,) = served.server._hosts.values()
+
+    async def break_down(*_: Any, **__: Any) -> None:
+        raise RuntimeError("this is a defect")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(host, "open", break_down)
+        for fields in ({"sequence_id": 1, "sequence_start": True}, {}):
+            code, text = await caller.fails(request(1, **fields))
+            assert (code, text) == (Code.INTERNAL, "an error inside the server")
+    assert not dispatcher(served).waiting_steps
+    assert await caller.infer(1, sequence_id=1, sequence_start=True) == [1]
+    assert await caller.infer(2) == [2]
 
 
 # Answers that are kept for those who repeat.

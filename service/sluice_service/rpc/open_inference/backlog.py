@@ -120,7 +120,7 @@ class Backlog:
         if not self._has_cancelled:
             return []
         self._has_cancelled = False
-        return [lane for lane in self if lane.current is not None and lane.current.is_cancelled]
+        return [lane for lane in self if lane.request.is_cancelled]
 
     def leave(self, lane: RequestLane) -> _Turn:
         """Take a lane out of the line, with all of its requests."""

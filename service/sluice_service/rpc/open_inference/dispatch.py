@@ -145,8 +145,7 @@ class Dispatcher:
 
     def _finish(self, lane: RequestLane, error: ServiceError | None = None) -> None:
         """The current request of a lane is over: begin the next."""
-        request, lane.current = lane.current, None
-        assert request is not None
+        request, lane.current = lane.request, None
         self.waiting_steps -= request.steps
         if error is not None:
             self.backlog.forget_admission(lane)
@@ -224,8 +223,7 @@ class Dispatcher:
     def _dismiss(self, lane: RequestLane, error: ServiceError) -> None:
         """Take a sequence out of the backlog; its requests, up to its END, fail."""
         self.backlog.leave(lane)
-        request, lane.current = lane.current, None
-        assert request is not None
+        request, lane.current = lane.request, None
         self._refuse(request, error)
         while lane.waiting and not request.is_end:
             request = lane.waiting.popleft()
@@ -242,10 +240,9 @@ class Dispatcher:
         elif self._spare:
             self._stream.restart(self._spare)
         for lane in self.backlog:
-            if lane.current is not None:
-                error = refusals.wrong_version(lane.current, self._host.name, self._version)
-                if error is not None:
-                    self._dismiss(lane, error)
+            error = refusals.wrong_version(lane.request, self._host.name, self._version)
+            if error is not None:
+                self._dismiss(lane, error)
 
     # From the host.
 
@@ -264,15 +261,13 @@ class Dispatcher:
     def _opened(self, lane: RequestLane, opened: Opened) -> None:
         """A lane has its sequence: run its current request, or what is left of it."""
         self.backlog.forget_admission(lane)
-        request = lane.current
-        assert request is not None
         self.answers.forget(lane)
         held = lane.held_steps(opened)
         lane.step = opened.applied - held
         if held:
             # The host sends those outputs by itself; what is left is run after them.
             lane.resumes_at = opened.applied
-        elif (error := refusals.wrong_turn(lane, request)) is not None:
+        elif (error := refusals.wrong_turn(lane, lane.request)) is not None:
             self._finish(lane, error)
         else:
             self._stream.send(lane)

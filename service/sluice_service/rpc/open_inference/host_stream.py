@@ -146,14 +146,13 @@ class HostStream:
         self._by_number[lane.number] = lane
         if not lane.sequence_id:
             return OpenRequest(lane=lane.number, mode=OpenMode.START, durability=Durability.OFF)
-        assert lane.current is not None
         return OpenRequest(
             lane=lane.number,
             sequence_id=lane.sequence_id,
-            mode=self._start_mode if lane.current.is_start else OpenMode.RESUME,
+            mode=self._start_mode if lane.request.is_start else OpenMode.RESUME,
             # A client that counts steps has the outputs before them, and can replay what a
             # store does not have.
-            received=lane.current.first_step,
+            received=lane.request.first_step,
         )
 
     def _send_all(self) -> None:
@@ -197,8 +196,8 @@ class HostStream:
                 self._free_numbers.append(event.lane)
 
     def _note_opened(self, lane: RequestLane, opened: Opened) -> None:
-        assert lane.current is not None and self._stream is not None
-        counts_steps = lane.current.first_step is not None
+        assert self._stream is not None
+        counts_steps = lane.request.first_step is not None
         lane.is_open = True
         lane.holds_answer = counts_steps and opened.durability is not Durability.OFF
         lane.version = str(self._host.version_of(self._stream, lane.number).number)

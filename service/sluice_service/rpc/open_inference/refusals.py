@@ -17,6 +17,8 @@ from sluice_service.errors import (
 from sluice_service.rpc.open_inference.requests import InferRequest, RequestLane
 from sluice_service.sequences.events import EndReason
 
+_NO_SEQUENCE = "a request without a sequence"
+
 
 def stopping() -> ServiceError:
     """The server drains."""
@@ -100,8 +102,7 @@ def _not_started(request: InferRequest, model: str, error: LaneError) -> Service
 
 def not_run(lane: RequestLane, error: LaneError) -> ServiceError:
     """The host has run the lane's current request in part or not at all, because of `error`."""
-    assert lane.current is not None
-    done = lane.current.steps - lane.missing
+    done = lane.request.steps - lane.missing
     if not done or not lane.sequence_id:
         return error
     return type(error)(f"{error}; the request's first {done} steps were applied")
@@ -141,6 +142,4 @@ def withdrawn(lane: RequestLane) -> ServiceError:
 
 
 def _name(lane: RequestLane) -> str:
-    if lane.current is None or not lane.sequence_id:
-        return "a request without a sequence"
-    return f"sequence {lane.current.quoted_id}"
+    return f"sequence {lane.request.quoted_id}" if lane.sequence_id else _NO_SEQUENCE

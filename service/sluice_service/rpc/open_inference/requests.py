@@ -88,6 +88,12 @@ class RequestLane:
     missing: int = 0  # steps of the current request that have not come back
     resumes_at: int | None = None  # where a repeat is run on, after held outputs
 
+    @property
+    def request(self) -> InferRequest:
+        """The current request, where there must be one."""
+        assert self.current is not None
+        return self.current
+
     def requests(self) -> Iterator[InferRequest]:
         """All that have not been answered, in their order."""
         if self.current is not None:
@@ -102,8 +108,7 @@ class RequestLane:
     @property
     def steps_before(self) -> int:
         """The steps of the sequence before the current request."""
-        assert self.current is not None
-        return self.step + self.missing - self.current.steps
+        return self.step + self.missing - self.request.steps
 
     def begin(self, request: InferRequest, row: int) -> None:
         """Make one row of a request the current one."""
@@ -112,8 +117,7 @@ class RequestLane:
 
     def held_steps(self, opened: Opened) -> int:
         """How many steps of a repeated request were applied, with outputs that the host holds."""
-        request = self.current
-        assert request is not None
+        request = self.request
         first = request.first_step
         if first is None or request.is_start or request.version not in ("", self.version):
             return 0
@@ -122,8 +126,7 @@ class RequestLane:
 
     def chunk(self) -> tuple[int, int, int, list[Array]]:
         """What is left to run of the current request: lane, steps, steps before, input rows."""
-        request = self.current
-        assert request is not None
+        request = self.request
         inputs = request.inputs
         if request.batch > 1 or self.missing < request.steps:
             end = (self.row + 1) * request.steps

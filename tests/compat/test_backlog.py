@@ -114,12 +114,14 @@ def line() -> Backlog:
 
 async def test_a_place_that_is_free_while_others_wait_is_theirs(line) -> None:
     first, second, third, late = map(stands, ("first", "second", "third", "late"))
-    assert line.enter(first, places=1)
-    assert not line.enter(second, places=1)
-    assert not line.enter(third, places=1)
+    assert line.admit_newcomer(first, places=1)
+    for newcomer in (second, third):
+        assert not line.admit_newcomer(newcomer, places=1)
+        assert line.wait(newcomer) is None
     # The first found no place after all: its turn is before that of all others.
-    line.put_back(first)
-    assert not line.enter(late, places=2)
+    assert line.wait(first) is None
+    assert not line.admit_newcomer(late, places=2)
+    assert line.wait(late) is None
     assert line.admit(places=2) == [first, second]
     assert line.admit(places=2) == []
     line.forget_admission(first)
@@ -130,7 +132,8 @@ async def test_a_place_that_is_free_while_others_wait_is_theirs(line) -> None:
 async def test_the_line_is_put_in_order_once_however_many_come_back(line, monkeypatch) -> None:
     lanes = [stands(str(number)) for number in range(100)]
     for lane in lanes:
-        line.enter(lane, places=0)
+        assert not line.admit_newcomer(lane, places=0)
+        assert line.wait(lane) is None
     sorts = list[int]()
 
     def sort(items: Any, **options: Any) -> Any:
@@ -139,7 +142,7 @@ async def test_the_line_is_put_in_order_once_however_many_come_back(line, monkey
 
     monkeypatch.setattr("sluice_service.rpc.open_inference.backlog.sorted", sort, raising=False)
     for lane in reversed(line.admit(places=50)):
-        line.put_back(lane)
+        assert line.wait(lane) is None
         assert line.admit(places=0) == []
     assert line.admit(places=60) == lanes[:60]
     assert list(line) == lanes[60:]

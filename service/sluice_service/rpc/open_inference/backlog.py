@@ -66,34 +66,37 @@ class Backlog:
 
     # Coming and going.
 
-    def enter(self, lane: RequestLane, places: int) -> bool:
-        """True: the lane may take one of `places` free places at once; False: it waits.
+    def admit_newcomer(self, lane: RequestLane, places: int) -> bool:
+        """True where a lane may take one of `places` free places, because nobody waits for it."""
+        if self._waiting or places <= len(self._admitted):
+            return False
+        self._admitted[lane] = self._next_turn()
+        return True
 
-        Raises LimitError where too much waits already.
-        """
-        turn = self._next_turn()
-        if not self._waiting and places > len(self._admitted):
-            self._admitted[lane] = turn
-            return True
-        self._require_room()
-        self._wait(lane, turn)
-        return False
-
-    def put_back(self, lane: RequestLane) -> None:
-        """Let a lane that found no place wait where it stood, or at the end. Raises LimitError."""
+    def wait(self, lane: RequestLane) -> LimitError | None:
+        """Let a lane wait, where it stood if it was admitted; the error where it may not."""
         turn = self._admitted.pop(lane, None)
-        if turn is None or not self._sequences_max:
-            self._require_room()
-        self._wait(lane, turn or self._next_turn())
-        # Many may come back at once: they are sorted when the next is admitted.
-        self._is_in_order = False
+        if (turn is None or not self._sequences_max) and (error := self._check_room()):
+            return error
+        if turn is None:
+            turn = self._next_turn()
+        else:
+            # Many may come back at once: they are sorted when the next is admitted.
+            self._is_in_order = False
+        self._waiting[lane] = turn
+        self.steps += lane.waiting_steps
+        for request in lane.requests():
+            self._shorten(turn, request)
         self.review()
+        return None
 
-    def join(self, lane: RequestLane, request: InferRequest) -> None:
-        """Let one more request wait with its lane. Raises LimitError."""
-        self._require_room_for_steps()
-        self.steps += request.steps
-        self._shorten(self._waiting[lane], request)
+    def join(self, lane: RequestLane, request: InferRequest) -> LimitError | None:
+        """Let one more request wait with its lane; the error where it may not."""
+        error = self._check_room_for_steps()
+        if error is None:
+            self.steps += request.steps
+            self._shorten(self._waiting[lane], request)
+        return error
 
     def admit(self, places: int) -> list[RequestLane]:
         """The first of the line, as many as `places` free places allow."""
@@ -138,28 +141,24 @@ class Backlog:
         self._turns += 1
         return _Turn(self._turns, self._now() + self._seconds_max)
 
-    def _wait(self, lane: RequestLane, turn: _Turn) -> None:
-        self._waiting[lane] = turn
-        self.steps += lane.waiting_steps
-        for request in lane.requests():
-            self._shorten(turn, request)
+    def _check_room(self) -> LimitError | None:
+        """Why no more lanes may wait, if so."""
+        if len(self._waiting) < self._sequences_max:
+            return self._check_room_for_steps()
+        return LimitError(
+            "as many sequences are alive as sequences_max allows, and "
+            f"{len(self._waiting)} wait for a place, as many as backlog_sequences_max allows; "
+            "end some, or serve with a higher --sequences-max or --backlog-sequences-max"
+        )
 
-    def _require_room(self) -> None:
-        if len(self._waiting) >= self._sequences_max:
-            raise LimitError(
-                "as many sequences are alive as sequences_max allows, and "
-                f"{len(self._waiting)} wait for a place, as many as backlog_sequences_max allows; "
-                "end some, or serve with a higher --sequences-max or --backlog-sequences-max"
-            )
-        self._require_room_for_steps()
-
-    def _require_room_for_steps(self) -> None:
-        if self.steps >= self._steps_max:
-            raise LimitError(
-                f"{self.steps} steps wait for their sequences to have a place, as many as "
-                "stream_queue_steps_max allows; wait for the answer to sequence_start before "
-                "sending more"
-            )
+    def _check_room_for_steps(self) -> LimitError | None:
+        if self.steps < self._steps_max:
+            return None
+        return LimitError(
+            f"{self.steps} steps wait for their sequences to have a place, as many as "
+            "stream_queue_steps_max allows; wait for the answer to sequence_start before "
+            "sending more"
+        )
 
     # When to look.
 

@@ -80,9 +80,8 @@ class Dispatcher:
         if lane is None:
             lane = self.lanes[request.sequence_id] = RequestLane(request.sequence_id)
         if lane.current is not None and lane in self.backlog:
-            try:
-                self.backlog.join(lane, request)
-            except LimitError as error:
+            error = self.backlog.join(lane, request)
+            if error is not None:
                 self._refuse(request, error)
                 return
         lane.waiting.append(request)
@@ -183,22 +182,13 @@ class Dispatcher:
         """Let a lane take a place, or wait for one; the error where it may do neither."""
         if self._host.room <= self.backlog.admitted:
             self._close_spare()
-        try:
-            if self.backlog.enter(lane, self._host.room + self._stream.leaving):
-                self._stream.open(lane)
-        except LimitError as error:
+        if self.backlog.admit_newcomer(lane, self._host.room + self._stream.leaving):
+            self._stream.open(lane)
+            return None
+        error = self.backlog.wait(lane)
+        if error is not None:
             lane.current = None
-            return error
-        return None
-
-    def _wait_again(self, lane: RequestLane) -> ServiceError | None:
-        """Let a lane that found no place wait for one; the error where it may not."""
-        try:
-            self.backlog.put_back(lane)
-        except LimitError as error:
-            return error
-        self._close_spare()
-        return None
+        return error
 
     def _close_spare(self) -> None:
         """Give up the places of lanes that no request uses."""
@@ -285,7 +275,10 @@ class Dispatcher:
             self._finish(lane, refusals.not_run(lane, error))
         elif isinstance(error, LimitError):
             # A stream was quicker, or only the store has the sequence.
-            if (limit := self._wait_again(lane)) is not None:
+            limit = self.backlog.wait(lane)
+            if limit is None:
+                self._close_spare()
+            else:
                 self._finish(lane, limit)
         else:
             self._finish(lane, refusals.not_opened(request, self._host.name, error))

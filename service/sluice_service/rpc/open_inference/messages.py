@@ -16,6 +16,10 @@ OutputTensor = ModelInferResponse.InferOutputTensor
 
 _FINAL_RESPONSE = "triton_enable_empty_final_response"
 _RESERVED = "triton_"
+# How a parameter says of which kind its value is.
+_BOOLEAN = ("bool_param",)
+_INTEGERS = ("int64_param", "uint64_param")
+_NO_VALUE = "without a value"
 
 
 def parse(data: bytes) -> ModelInferRequest:
@@ -143,15 +147,15 @@ def _read_parameters(parameters: Any, request: InferRequest) -> None:
         if key == "sequence_id":
             request.sequence_id, request.quoted_id = _read_sequence(value)
         elif key == "sequence_start":
-            request.is_start = _read_bool(key, value)
+            request.is_start = _read_choice(key, value, _BOOLEAN)
         elif key == "sequence_end":
-            request.is_end = _read_bool(key, value)
+            request.is_end = _read_choice(key, value, _BOOLEAN)
         elif key == "sequence_step":
             request.first_step = _read_step(value)
         elif key == "timeout":
             request.timeout_seconds = _read_timeout(value)
         elif key == _FINAL_RESPONSE:
-            request.wants_final_flag = _read_bool(key, value)
+            request.wants_final_flag = _read_choice(key, value, _BOOLEAN)
         elif key.startswith(_RESERVED):
             raise RequestError(
                 f"parameter {key!r} is unknown, and names that begin with {_RESERVED!r} are "
@@ -175,21 +179,14 @@ def _read_sequence(value: InferParameter) -> tuple[str, str]:
     if kind == "string_param":
         name = value.string_param
         return (f"string:{name}", repr(name)) if name else ("", "")
-    if kind in ("int64_param", "uint64_param"):
-        number = value.int64_param if kind == "int64_param" else value.uint64_param
+    if kind in _INTEGERS:
+        number = getattr(value, kind)
         return (f"int64:{number}", str(number)) if number else ("", "")
-    raise RequestError(f"sequence_id is {_kind(kind)}; send int64_param or string_param")
-
-
-def _read_bool(key: str, value: InferParameter) -> bool:
-    kind = value.WhichOneof("parameter_choice")
-    if kind != "bool_param":
-        raise RequestError(f"{key} is {_kind(kind)}; send bool_param")
-    return value.bool_param
+    raise RequestError(f"sequence_id is {kind or _NO_VALUE}; send int64_param or string_param")
 
 
 def _read_step(value: InferParameter) -> int:
-    step = _read_integer("sequence_step", value)
+    step: int = _read_choice("sequence_step", value, _INTEGERS)
     if not 0 <= step <= STEPS_MAX:
         raise RequestError(f"sequence_step is {step}; it counts steps from 0")
     return step
@@ -197,18 +194,15 @@ def _read_step(value: InferParameter) -> int:
 
 def _read_timeout(value: InferParameter) -> float | None:
     """Seconds; None where the client leaves it to the server."""
-    microseconds = _read_integer("timeout", value)
+    microseconds: int = _read_choice("timeout", value, _INTEGERS)
     if microseconds < 0:
         raise RequestError(f"timeout is {microseconds}; it counts microseconds, and 0 is none")
     return microseconds / 1e6 or None
 
 
-def _read_integer(key: str, value: InferParameter) -> int:
+def _read_choice(key: str, value: InferParameter, kinds: tuple[str, ...]) -> Any:
+    """The value of a parameter that must be of one of these kinds. Raises RequestError."""
     kind = value.WhichOneof("parameter_choice")
-    if kind not in ("int64_param", "uint64_param"):
-        raise RequestError(f"{key} is {_kind(kind)}; send int64_param")
-    return value.int64_param if kind == "int64_param" else value.uint64_param
-
-
-def _kind(kind: str | None) -> str:
-    return kind or "without a value"
+    if kind not in kinds:
+        raise RequestError(f"{key} is {kind or _NO_VALUE}; send {kinds[0]}")
+    return getattr(value, kind)

@@ -22,3 +22,8 @@ def unanswered(served: Served) -> int:
 def is_flushed(served: Served) -> bool:
     """True when the host has been given everything that may be run."""
     return not dispatcher(served)._stream._is_flush_due
+
+
+def has_opened_and_closed(served: Served) -> bool:
+    """True when the host has opened and closed all lanes that it was asked to."""
+    return not dispatcher(served)._stream._tasks

@@ -11,7 +11,7 @@ from sluice_protos.sequences_pb2 import OpenSequence
 from sluice_service.rpc.open_inference.last_answers import _digest
 from sluice_service.rpc.open_inference.requests import InferRequest
 from tests.compat.caller import Caller, request, values
-from tests.compat.inside import dispatcher, inference
+from tests.compat.inside import dispatcher, has_opened_and_closed, inference
 from tests.service.wire import eventually, floats
 
 Code = grpc.StatusCode
@@ -274,6 +274,30 @@ async def test_live_sequences_go_on_above_thousands_that_were_abandoned(
     code, text = await caller.fails(request(1, sequence_id=3000))
     assert code is Code.NOT_FOUND
     assert "no step for 60 seconds" in text
+
+
+async def test_a_close_that_comes_late_ends_no_other_sequence(sums, monkeypatch) -> None:
+    # Lanes are closed one by one, with much time between them for what follows.
+    monkeypatch.setattr("sluice_service.runtime.cooperative._TURN_SECONDS", -1.0)
+    monkeypatch.setattr("sluice_service.runtime.cooperative._ROUNDS", 1000)
+    served = await sums()
+
+    async def ask(sequence: int, **flags: bool) -> None:
+        asked = InferRequest(lambda: None)
+        inference(served).submit(request(1, sequence_id=sequence, **flags), asked)
+        await eventually(lambda: asked.is_done)
+        assert asked.error is None
+
+    for sequence in (1, 2, 3):
+        await ask(sequence, sequence_start=True)
+    # All three end in one run. While the first is being closed, the last begins again, which
+    # takes it from its old lane, and another sequence begins.
+    await asyncio.gather(*(ask(sequence, sequence_end=True) for sequence in (1, 2, 3)))
+    for sequence in (3, 4):
+        await ask(sequence, sequence_start=True)
+    await eventually(lambda: has_opened_and_closed(served))
+    for sequence in (3, 4):
+        await ask(sequence, sequence_end=True)
 
 
 async def test_both_protocols_share_runs_and_never_states(served, caller) -> None:

@@ -41,6 +41,7 @@ class HostStream:
         self._free_numbers: list[int] = []
         self._numbers = 0
         self._leaving: set[int] = set()  # closed here, and not yet ended at the host
+        self._closing: set[int] = set()  # that the host has yet to close, ended or not
         self._to_open: list[RequestLane] = []
         self._to_close: list[int] = []
         self._to_send: list[RequestLane] = []
@@ -67,6 +68,7 @@ class HostStream:
     def close(self, lane: RequestLane) -> None:
         """Have a lane's sequence dropped, before other lanes are opened."""
         self._to_close.append(lane.number)
+        self._closing.add(lane.number)
         self._leaving.add(lane.number)
         self._forget(lane)
         self._flush_soon()
@@ -132,6 +134,8 @@ class HostStream:
                 if lane is not None and not lane.is_open:
                     error = LaneError("an error inside the server")
                     self._stream.send(Failed(request.lane, error, expected_step=0))
+        self._closing.difference_update(closing)
+        self._free_numbers += [number for number in closing if number not in self._leaving]
         self._send_all()
 
     def _as_open(self, lane: RequestLane) -> OpenRequest:
@@ -193,7 +197,9 @@ class HostStream:
                 yield lane, event
             elif isinstance(event, Ended):
                 self._leaving.discard(event.lane)
-                self._free_numbers.append(event.lane)
+                # Another sequence that had the number would be closed in place of this one.
+                if event.lane not in self._closing:
+                    self._free_numbers.append(event.lane)
 
     def _note_opened(self, lane: RequestLane, opened: Opened) -> None:
         assert self._stream is not None

@@ -169,7 +169,7 @@ class Server:
 
     async def _changed(self, name: str) -> None:
         """A model has come, has another version, or has gone."""
-        self._open_inference.renew(name)
+        self._open_inference.model_changed(name)
         is_serving = self._is_ready and name in self.hosts and self.hosts[name].is_welcoming
         await self._health.tell(name, is_serving=is_serving)
 

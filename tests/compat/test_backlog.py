@@ -10,11 +10,11 @@ import pytest
 
 from sluice_protos.sequences_pb2 import Fault
 from sluice_service.rpc.open_inference.backlog import Backlog
-from sluice_service.rpc.open_inference.lanes import Lane
-from sluice_service.rpc.open_inference.requests import Request
+from sluice_service.rpc.open_inference.requests import InferRequest, RequestLane
 from sluice_service.settings import Settings
 from sluice_service.store.claims import OpenRequest
 from tests.compat.caller import Caller, request, values
+from tests.compat.inside import dispatcher, inference
 from tests.service.test_durability import crash
 from tests.service.wire import Served, eventually, floats
 
@@ -43,7 +43,7 @@ async def refused(task: "asyncio.Task[list[float]]") -> tuple[grpc.StatusCode, s
 
 def expire(served: Served) -> None:
     """Have the line looked at, as its timer would."""
-    served.server._open_inference._models[MODEL].exchange._backlog.expire()
+    dispatcher(served).backlog.review()
 
 
 @pytest.fixture
@@ -101,40 +101,39 @@ async def test_whoever_comes_while_others_wait_goes_to_the_end_of_the_line(gate,
     assert (await ending, await late) == ([3], [3])
 
 
-def stands(key: str) -> Lane:
-    lane = Lane(key)
-    lane.current = Request(lambda: None)
-    return lane
+def stands(key: str) -> RequestLane:
+    return RequestLane(key, current=InferRequest(lambda: None))
 
 
 @pytest.fixture
 def line() -> Backlog:
     """A line without a server."""
     settings = Settings(backlog_seconds_max=1e6)
-    line = Backlog(settings, steps_max=1000, now=lambda: 0.0, on_overdue=lambda _: None)
-    line._look_at = lambda _: None  # no loop, no timer
-    return line
+    return Backlog(settings, steps_max=1000, now=lambda: 0.0, wake=lambda: None)
 
 
-def test_a_place_that_is_free_while_others_wait_is_theirs(line) -> None:
+async def test_a_place_that_is_free_while_others_wait_is_theirs(line) -> None:
     first, second, third, late = map(stands, ("first", "second", "third", "late"))
-    assert line.enter(first, room=1)
-    assert not line.enter(second, room=1)
-    assert not line.enter(third, room=1)
+    assert line.admit_newcomer(first, places=1)
+    for newcomer in (second, third):
+        assert not line.admit_newcomer(newcomer, places=1)
+        assert line.wait(newcomer) is None
     # The first found no place after all: its turn is before that of all others.
-    line.put_back(first)
-    assert not line.enter(late, room=2)
-    assert line.call(room=2) == [first, second]
-    assert line.call(room=2) == []
-    line.settle(first)
-    assert line.call(room=2) == [third]
+    assert line.wait(first) is None
+    assert not line.admit_newcomer(late, places=2)
+    assert line.wait(late) is None
+    assert line.admit(places=2) == [first, second]
+    assert line.admit(places=2) == []
+    line.forget_admission(first)
+    assert line.admit(places=2) == [third]
     assert list(line) == [late]
 
 
-def test_the_line_is_put_in_order_once_however_many_come_back(line, monkeypatch) -> None:
+async def test_the_line_is_put_in_order_once_however_many_come_back(line, monkeypatch) -> None:
     lanes = [stands(str(number)) for number in range(100)]
     for lane in lanes:
-        line.enter(lane, room=0)
+        assert not line.admit_newcomer(lane, places=0)
+        assert line.wait(lane) is None
     sorts = list[int]()
 
     def sort(items: Any, **options: Any) -> Any:
@@ -142,10 +141,10 @@ def test_the_line_is_put_in_order_once_however_many_come_back(line, monkeypatch)
         return sorted(items, **options)
 
     monkeypatch.setattr("sluice_service.rpc.open_inference.backlog.sorted", sort, raising=False)
-    for lane in reversed(line.call(room=50)):
-        line.put_back(lane)
-        assert line.call(room=0) == []
-    assert line.call(room=60) == lanes[:60]
+    for lane in reversed(line.admit(places=50)):
+        assert line.wait(lane) is None
+        assert line.admit(places=0) == []
+    assert line.admit(places=60) == lanes[:60]
     assert list(line) == lanes[60:]
     assert sorts == [100]
 
@@ -239,16 +238,16 @@ async def test_a_start_of_a_sequence_that_lives_waits_for_nothing(full) -> None:
 
 async def test_a_place_that_is_about_to_be_free_is_as_good(full) -> None:
     served, _ = await full(backlog_sequences_max=0)
-    service, requests = served.server._open_inference, []
+    service, requests = inference(served), []
 
     def ask(number: int, **fields: Any) -> None:
         # Asked for in the very turn in which the one before is answered.
         loop = asyncio.get_running_loop()
         following = {"sequence_start": True, "sequence_end": True}
         requests.append(
-            Request(lambda: loop.call_soon(lambda: ask(number + 1, **following)))
+            InferRequest(lambda: loop.call_soon(lambda: ask(number + 1, **following)))
             if number < 20
-            else Request(lambda: None)
+            else InferRequest(lambda: None)
         )
         service.submit(request(number, sequence_id=number, **fields), requests[-1])
 
@@ -350,8 +349,7 @@ async def test_whoever_waits_too_long_is_refused_with_all_its_requests(hands, fu
     await waiting(served, 2)
     stream = caller.stream()
     await stream.send(request(1, sequence_id=2, label="second"))
-    exchange = served.server._open_inference._models[MODEL].exchange
-    await eventually(lambda: exchange._by_key["int64:2"].queue)
+    await eventually(lambda: dispatcher(served).waiting_steps == 3)
     hands.go(host, 19)
     expire(served)
     await waiting(served, 2)
@@ -386,8 +384,7 @@ async def test_a_request_says_how_long_its_sequence_may_wait(hands, full, which)
     for number, (flag, timeout) in enumerate(zip((True, False), seconds, strict=True)):
         fields = {"sequence_start": flag, "timeout": timeout * 1_000_000}
         await stream.send(request(number, sequence_id=2, **fields))
-    exchange = served.server._open_inference._models[MODEL].exchange
-    await eventually(lambda: "int64:2" in exchange._by_key and exchange._by_key["int64:2"].queue)
+    await eventually(lambda: dispatcher(served).waiting_steps == 3)
     hands.go(host, 6)
     expire(served)
     for _ in range(2):
@@ -457,12 +454,11 @@ async def test_others_who_wait_for_a_cancelled_start_are_told(full) -> None:
     await waiting(served, 1)
     stream = caller.stream()
     await stream.send(request(1, sequence_id=2))
-    exchange = served.server._open_inference._models[MODEL].exchange
-    await eventually(lambda: exchange._by_key["int64:2"].queue)
+    await eventually(lambda: dispatcher(served).waiting_steps == 2)
     task.cancel()
     assert "START flag" in (await stream.read()).error_message
     await waiting(served, 0)
-    assert not exchange._backlog.steps
+    assert not dispatcher(served).backlog.steps
 
 
 async def test_a_later_request_that_is_cancelled_gives_up_nobody_elses_turn(full) -> None:
@@ -470,10 +466,10 @@ async def test_a_later_request_that_is_cancelled_gives_up_nobody_elses_turn(full
     task = asked(caller, 1, 2)
     await waiting(served, 1)
     later = asyncio.ensure_future(caller.infer(1000, sequence_id=2))
-    exchange = served.server._open_inference._models[MODEL].exchange
-    await eventually(lambda: exchange._by_key["int64:2"].queue)
+    lane = dispatcher(served).lanes["int64:2"]
+    await eventually(lambda: lane.waiting)
     later.cancel()
-    await eventually(lambda: exchange._by_key["int64:2"].queue[0].is_cancelled)
+    await eventually(lambda: lane.waiting[0].is_cancelled)
     await caller.infer(1, sequence_id=1, sequence_end=True)
     assert await task == [1]
     assert await caller.infer(2, sequence_id=2, sequence_end=True) == [3]

@@ -1,14 +1,16 @@
 """Whatever one client asks for, and however it behaves, what it costs has a bound."""
 
 import asyncio
+from typing import Any
 
 import grpc
 import numpy as np
 import pytest
 
 from sluice_service.errors import StoppingError
-from sluice_service.rpc.open_inference.requests import Request
+from sluice_service.rpc.open_inference.requests import InferRequest
 from tests.compat.caller import SECONDS, Caller, request, values
+from tests.compat.inside import dispatcher, inference, unanswered
 from tests.service.wire import Served, eventually
 
 Code = grpc.StatusCode
@@ -30,7 +32,7 @@ async def test_one_error_that_ends_many_calls_brings_nothing_of_one_to_another(s
     ]
     await waiting(served, len(calls))
     error = StoppingError("no more today")
-    served.server._open_inference._models[MODEL].exchange.dismiss(error)
+    dispatcher(served).dismiss_all(error)
     answers = await asyncio.gather(*calls)
     assert answers == [(Code.UNAVAILABLE, "no more today")] * len(calls)
     assert error.__traceback__ is None
@@ -47,7 +49,7 @@ async def test_an_output_that_is_named_again_and_again_comes_once(caller) -> Non
 
 
 @pytest.mark.parametrize(
-    ("model", "limits", "unanswered"),
+    ("model", "limits", "most"),
     [
         ("unknown", {"unacknowledged_steps_max": 8}, 8),
         ("unknown" * 20_000, {"stream_queue_bytes_max": 1_000_000}, 9),
@@ -55,7 +57,7 @@ async def test_an_output_that_is_named_again_and_again_comes_once(caller) -> Non
     ],
 )
 async def test_a_stream_is_read_no_further_while_much_of_it_is_unanswered(
-    sums, model, limits, unanswered
+    sums, model, limits, most
 ) -> None:
     served = await sums(sequences_max=1, **limits)
     caller = Caller(served.channel)
@@ -67,12 +69,11 @@ async def test_a_stream_is_read_no_further_while_much_of_it_is_unanswered(
     label = "id" * 70_000 if model == MODEL else ""
     bad = [request(1, model=model, label=label, sequence_id=3) for _ in range(40)]
     sending = asyncio.ensure_future(stream.send(*bad))
-    (conversation,) = served.server._open_inference._conversations
-    await eventually(lambda: len(conversation._pending) == unanswered)
+    await eventually(lambda: unanswered(served) == most)
     # The server goes on with others, and has not read on.
     for _ in range(5):
         await caller.infer(1, sequence_id=1)
-    assert len(conversation._pending) == unanswered
+    assert unanswered(served) == most
     await caller.infer(1, sequence_id=1, sequence_end=True)
     answers = [await stream.read() for _ in range(41)]
     await sending
@@ -90,7 +91,7 @@ async def test_a_batch_that_is_refused_leaves_nobody_in_the_line(sums) -> None:
     code, _ = await caller.fails(request([[1]] * 8))
     assert code is Code.RESOURCE_EXHAUSTED
     await waiting(served, 0)
-    assert not served.server._open_inference._models[MODEL].exchange._waiting_steps
+    assert not dispatcher(served).waiting_steps
     others = []
     for place, sequence in enumerate((2, 3, 4, 5), start=1):
         message = request(sequence, sequence_id=sequence, sequence_start=True, sequence_end=True)
@@ -124,8 +125,8 @@ async def test_a_place_that_expires_as_a_request_borrows_it_is_opened_again(hand
     assert await caller.infer(1) == [1]
     hands.go(host, 61)
     done = asyncio.Event()
-    borrower = Request(done.set)
-    served.server._open_inference.submit(request([[[2], [3]]]), borrower)
+    borrower = InferRequest(done.set)
+    inference(served).submit(request([[[2], [3]]]), borrower)
     await host.expire()
     await asyncio.wait_for(done.wait(), SECONDS)
     assert borrower.error is None
@@ -133,11 +134,31 @@ async def test_a_place_that_expires_as_a_request_borrows_it_is_opened_again(hand
     assert await caller.infer(4) == [4]
 
 
+async def test_a_defect_in_the_opening_of_sequences_is_told_to_all_who_wait_for_it(
+    sums, monkeypatch
+) -> None:
+    served = await sums()
+    caller = Caller(served.channel)
+    (host,) = served.server.hosts.values()
+
+    async def break_down(*_: Any, **__: Any) -> None:
+        raise RuntimeError("this is a defect")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(host, "open", break_down)
+        for fields in ({"sequence_id": 1, "sequence_start": True}, {}):
+            code, text = await caller.fails(request(1, **fields))
+            assert (code, text) == (Code.INTERNAL, "an error inside the server")
+    assert not dispatcher(served).waiting_steps
+    assert await caller.infer(1, sequence_id=1, sequence_start=True) == [1]
+    assert await caller.infer(2) == [2]
+
+
 # Answers that are kept for those who repeat.
 
 
 async def test_answers_beyond_their_bytes_are_forgotten_the_oldest_first(monkeypatch, sums) -> None:
-    monkeypatch.setattr("sluice_service.rpc.open_inference.answers._BYTES_MAX", 10_000)
+    monkeypatch.setattr("sluice_service.rpc.open_inference.last_answers._BYTES_MAX", 10_000)
     served = await sums()
     caller = Caller(served.channel)
     long, asked = np.ones((1, 500, 1)), {}
@@ -157,7 +178,7 @@ async def test_answers_beyond_their_bytes_are_forgotten_the_oldest_first(monkeyp
     await caller.send(message)
     code, _ = await caller.fails(message)
     assert code is Code.NOT_FOUND
-    assert not served.server._open_inference._models[MODEL].exchange._answers._bytes
+    assert not dispatcher(served).answers.bytes
 
 
 async def test_an_answer_goes_with_its_sequence_unless_it_is_to_the_end(hands, sums) -> None:
@@ -170,8 +191,8 @@ async def test_an_answer_goes_with_its_sequence_unless_it_is_to_the_end(hands, s
     await caller.infer(1, sequence_id="uncounted")
     hands.go(host, 61)
     await host.expire()
-    answers = served.server._open_inference._models[MODEL].exchange._answers
-    await eventually(lambda: list(answers._kept) == ["string:ended"])
-    assert answers._bytes == answers._kept["string:ended"].bytes
+    answers = dispatcher(served).answers
+    await eventually(lambda: list(answers._answers) == ["string:ended"])
+    assert answers.bytes == answers._answers["string:ended"].bytes
     assert await caller.infer(2, sequence_id="ended", sequence_start=True) == [2]
-    assert not answers._bytes
+    assert not answers.bytes

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from sluice_protos.open_inference_pb2 import ModelInferRequest
-from sluice_service.rpc.open_inference.requests import Request
+from sluice_service.rpc.open_inference.requests import InferRequest
 from sluice_service.store import Key, StoreError, unpack
 from tests.client.server_process import ServerProcess
 from tests.client.test_streaming import run_offline
 from tests.compat.caller import Caller, request, values
+from tests.compat.inside import dispatcher, inference
 from tests.service.test_durability import crash
 from tests.service.wire import Served, eventually, floats
 
@@ -327,8 +328,7 @@ async def test_strict_a_sequence_goes_on_when_the_store_is_back(
     code, text = await caller.fails(request(2, sequence_id=1, **step))
     assert code is Code.UNAVAILABLE
     assert "the store" in text
-    exchange = served.server._open_inference._models["accumulator"].exchange
-    await eventually(lambda: not exchange._by_key)
+    await eventually(lambda: not dispatcher(served).lanes)
     monkeypatch.setattr(store, "write", write)
     if counts:
         assert await caller.infer(2, sequence_id=1, **step) == [3]
@@ -368,7 +368,7 @@ async def test_a_step_waits_for_no_store_that_is_asked_about_a_start_of_the_same
 ) -> None:
     served = await replica(durability="periodic")
     await Caller(served.channel).infer(1, sequence_id=1, sequence_start=True)
-    service, store = served.server._open_inference, served.server.store
+    service, store = inference(served), served.server.store
     answering, claim = asyncio.Event(), store.claim
 
     async def claim_later(requests: Any) -> Any:
@@ -376,7 +376,7 @@ async def test_a_step_waits_for_no_store_that_is_asked_about_a_start_of_the_same
         return await claim(requests)
 
     monkeypatch.setattr(store, "claim", claim_later)
-    step, start = Request(lambda: None), Request(lambda: None)
+    step, start = InferRequest(lambda: None), InferRequest(lambda: None)
     service.submit(request(2, sequence_id=1), step)
     service.submit(request(5, sequence_id=2, sequence_start=True), start)
     await eventually(lambda: step.is_done)

@@ -9,6 +9,7 @@ import pytest
 from sluice_protos.open_inference_pb2 import InferTensorContents, ModelInferRequest
 from sluice_protos.sequences_pb2 import RESUME, OpenSequence
 from tests.compat.caller import SECONDS, Caller, request, values
+from tests.compat.inside import dispatcher, is_flushed
 from tests.service.wire import eventually, floats
 
 Code = grpc.StatusCode
@@ -41,11 +42,8 @@ async def test_requests_that_come_together_share_a_run(gate, sums, monkeypatch) 
     await stream.send(*(request(number) for number in range(30)))
     answers = asyncio.gather(*(caller.infer(number) for number in range(20)))
     await wire.push(0, floats([10]))
-    models = served.server._open_inference._models
-    await eventually(lambda: "accumulator" in models)
-    exchange = models["accumulator"].exchange
-    await eventually(lambda: exchange._waiting_steps == 50 and host._scheduler.has_ready)
-    await eventually(lambda: not exchange._trunk._is_flush_due)
+    await eventually(lambda: dispatcher(served).waiting_steps == 50)
+    await eventually(lambda: host._scheduler.has_ready and is_flushed(served))
     await gate.let_through()
     await gate.let_through()
     assert await answers == [[number] for number in range(20)]
@@ -252,8 +250,7 @@ async def test_who_is_overtaken_is_not_told_to_start_again(gate, sums) -> None:
     await gate.let_through()
     assert await stream.take(1) == [[1]]
     await stream.send(*(request(1, sequence_id=1) for _ in range(2)))
-    exchange = served.server._open_inference._models["accumulator"].exchange
-    await eventually(lambda: exchange._waiting_steps == 2)
+    await eventually(lambda: dispatcher(served).waiting_steps == 2)
     await gate.reached()
     await other.send(open=[OpenSequence(lane=0, sequence_id="int64:1", mode=RESUME)])
     (host,) = served.server.hosts.values()
@@ -277,8 +274,7 @@ async def test_a_stop_answers_what_was_asked_and_refuses_what_comes_after(
         await gate.let_through()
         assert await each.take(1) == [[1]]
     await stream.send(*(request(1, sequence_id=1) for _ in range(3)))
-    exchange = served.server._open_inference._models["accumulator"].exchange
-    await eventually(lambda: exchange._waiting_steps == 3)
+    await eventually(lambda: dispatcher(served).waiting_steps == 3)
     await gate.reached()
     stopping = asyncio.ensure_future(served.stop())
     await eventually(lambda: host.is_draining)

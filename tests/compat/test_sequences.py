@@ -8,9 +8,10 @@ import pytest
 
 from sluice_protos.open_inference_pb2 import InferParameter
 from sluice_protos.sequences_pb2 import OpenSequence
-from sluice_service.rpc.open_inference.answers import _digest
-from sluice_service.rpc.open_inference.requests import Request
+from sluice_service.rpc.open_inference.last_answers import _digest
+from sluice_service.rpc.open_inference.requests import InferRequest
 from tests.compat.caller import Caller, request, values
+from tests.compat.inside import dispatcher, has_opened_and_closed, inference
 from tests.service.wire import eventually, floats
 
 Code = grpc.StatusCode
@@ -199,12 +200,11 @@ async def test_sequences_that_have_ended_leave_nothing_behind(sums) -> None:
         ends = {"sequence_start": True, "sequence_end": sequence > 1}
         await caller.infer(1, sequence_id=sequence, **ends)
         await caller.fails(request(1, sequence_id=1000 + sequence))
-    exchange = served.server._open_inference._models["accumulator"].exchange
-    assert list(exchange._by_key) == ["int64:1"]
+    assert list(dispatcher(served).lanes) == ["int64:1"]
     assert served.metric("sluice_streams_open", model="accumulator") == 1
     await caller.infer(1, sequence_id=1, sequence_end=True)
     await eventually(lambda: not served.metric("sluice_streams_open", model="accumulator"))
-    assert not exchange._by_key
+    assert not dispatcher(served).lanes
     assert await caller.infer(2, sequence_id=1, sequence_start=True) == [2]
 
 
@@ -252,9 +252,9 @@ async def test_live_sequences_go_on_above_thousands_that_were_abandoned(
     caller = Caller(served.channel)
     (host,) = served.server.hosts.values()
     # By no socket: so many would take a busy machine a minute.
-    service, begun = served.server._open_inference, []
+    service, begun = inference(served), []
     for number in range(1, 3001):
-        begun.append(Request(lambda: None))
+        begun.append(InferRequest(lambda: None))
         service.submit(request(1, sequence_id=number, sequence_start=True), begun[-1])
     await eventually(lambda: all(one.is_done for one in begun))
     assert not any(one.error for one in begun)
@@ -274,6 +274,30 @@ async def test_live_sequences_go_on_above_thousands_that_were_abandoned(
     code, text = await caller.fails(request(1, sequence_id=3000))
     assert code is Code.NOT_FOUND
     assert "no step for 60 seconds" in text
+
+
+async def test_a_close_that_comes_late_ends_no_other_sequence(sums, monkeypatch) -> None:
+    # Lanes are closed one by one, with much time between them for what follows.
+    monkeypatch.setattr("sluice_service.runtime.cooperative._TURN_SECONDS", -1.0)
+    monkeypatch.setattr("sluice_service.runtime.cooperative._ROUNDS", 1000)
+    served = await sums()
+
+    async def ask(sequence: int, **flags: bool) -> None:
+        asked = InferRequest(lambda: None)
+        inference(served).submit(request(1, sequence_id=sequence, **flags), asked)
+        await eventually(lambda: asked.is_done)
+        assert asked.error is None
+
+    for sequence in (1, 2, 3):
+        await ask(sequence, sequence_start=True)
+    # All three end in one run. While the first is being closed, the last begins again, which
+    # takes it from its old lane, and another sequence begins.
+    await asyncio.gather(*(ask(sequence, sequence_end=True) for sequence in (1, 2, 3)))
+    for sequence in (3, 4):
+        await ask(sequence, sequence_start=True)
+    await eventually(lambda: has_opened_and_closed(served))
+    for sequence in (3, 4):
+        await ask(sequence, sequence_end=True)
 
 
 async def test_both_protocols_share_runs_and_never_states(served, caller) -> None:
@@ -345,11 +369,11 @@ async def test_a_repeat_with_other_values_is_no_repeat(caller) -> None:
 async def test_the_inputs_of_a_request_are_looked_through_once(caller, monkeypatch) -> None:
     digests = list[bytes]()
 
-    def digest(one: Request) -> bytes:
+    def digest(one: InferRequest) -> bytes:
         digests.append(_digest(one))
         return digests[-1]
 
-    monkeypatch.setattr("sluice_service.rpc.open_inference.answers._digest", digest)
+    monkeypatch.setattr("sluice_service.rpc.open_inference.last_answers._digest", digest)
     for step in range(3):
         fields = {"sequence_start": step == 0, "sequence_step": step}
         assert await caller.infer(1, sequence_id=132, **fields) == [step + 1]

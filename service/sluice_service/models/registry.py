@@ -8,6 +8,7 @@ from pathlib import Path
 import structlog
 
 from sluice_service.batching.versions import ONLY, Version, load_version
+from sluice_service.errors import ModelNotFoundError
 from sluice_service.metrics import Metrics
 from sluice_service.models.host import Host
 from sluice_service.settings import Settings
@@ -137,3 +138,13 @@ class Hosts(Mapping[str, Host]):
             arithmetic=version.arithmetic[:12],
             seconds=round(version.seconds, 3),
         )
+
+
+def find_host(hosts: Mapping[str, Host], name: str) -> Host:
+    """The host of that model. Raises ModelNotFoundError, which names those there are."""
+    host = hosts.get(name)
+    if host is None:
+        raise ModelNotFoundError(
+            f"no model {name!r} is served here; there are: {', '.join(sorted(hosts)) or 'none'}"
+        )
+    return host

@@ -14,7 +14,7 @@ from sluice_protos.sequences_pb2 import (
 )
 from sluice_protos.sequences_pb2_grpc import ModelsServicer
 from sluice_service.models.host import Host
-from sluice_service.rpc.native.service import find_host
+from sluice_service.models.registry import find_host
 from sluice_service.rpc.status import as_status
 
 

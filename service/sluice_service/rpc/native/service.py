@@ -16,8 +16,9 @@ from sluice_protos.sequences_pb2 import (
     SequenceInfo,
     SequenceState,
 )
-from sluice_service.errors import ModelNotFoundError, RequestError
+from sluice_service.errors import RequestError
 from sluice_service.models.host import Host
+from sluice_service.models.registry import find_host
 from sluice_service.rpc.native.frames import (
     parse,
 )
@@ -31,16 +32,6 @@ log = structlog.get_logger()
 _ENTRIES_AT_ONCE = 4096
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
-
-
-def find_host(hosts: Mapping[str, Host], name: str) -> Host:
-    """The host of that model. Raises ModelNotFoundError, which names those there are."""
-    host = hosts.get(name)
-    if host is None:
-        raise ModelNotFoundError(
-            f"no model {name!r} is served here; there are: {', '.join(sorted(hosts)) or 'none'}"
-        )
-    return host
 
 
 class SequencesService:

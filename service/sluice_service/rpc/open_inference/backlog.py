@@ -3,29 +3,27 @@
 import asyncio
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 
 from sluice_service.errors import LimitError
-from sluice_service.rpc.open_inference.lanes import Lane
-from sluice_service.rpc.open_inference.requests import Request
+from sluice_service.rpc.open_inference.requests import InferRequest, RequestLane
 from sluice_service.settings import Settings
 
 
+@dataclass(slots=True)
 class _Turn:
     """Where a lane stands in the line, and until when."""
 
-    __slots__ = ("deadline", "number")
-
-    def __init__(self, number: int, deadline: float) -> None:
-        self.number = number
-        self.deadline = deadline
+    number: int
+    deadline: float
 
 
 class Backlog:
-    """Lanes that wait for a place, and those that have been called to take one.
+    """Lanes that wait for a place, and those that were admitted and are about to take one.
 
-    Who comes while others wait goes to the end of the line. Who was called and found no
-    place, because another stream was quicker, keeps his turn.
+    A lane that comes while others wait goes to the end of the line. A lane that was admitted
+    and found no place, because another stream was quicker, keeps its turn.
     """
 
     def __init__(
@@ -34,86 +32,105 @@ class Backlog:
         *,
         steps_max: int,
         now: Callable[[], float],
-        on_overdue: Callable[[Lane], None],
+        wake: Callable[[], None],
     ) -> None:
-        """`on_overdue` is called for each lane that has waited for too long, and lets it leave."""
+        """`wake` is called when `withdrawn`, `admit` or `overdue` may name lanes."""
+        self.steps = 0  # of all requests that wait here: they do not count as waiting to be run
         self._sequences_max = settings.backlog_sequences_max
         self._seconds_max = settings.backlog_seconds_max
         self._steps_max = steps_max
         self._now = now
-        self._on_overdue = on_overdue
-        self._waiting: dict[Lane, _Turn] = {}
+        self._wake = wake
+        self._waiting: dict[RequestLane, _Turn] = {}
         self._is_in_order = True
-        self._called: dict[Lane, _Turn] = {}
+        self._admitted: dict[RequestLane, _Turn] = {}
         self._turns = 0
-        # Of all requests that wait, for they do not count as waiting to be run.
-        self.steps = 0
+        self._has_cancelled = False
+        self._is_review_due = False
         self._timer: asyncio.TimerHandle | None = None
-        self._looks_at = math.inf  # when the timer rings
+        self._next_deadline = math.inf  # for which the timer is set
 
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def __iter__(self) -> Iterator[Lane]:
+    def __iter__(self) -> Iterator[RequestLane]:
         return iter(list(self._in_order()))
 
-    def __contains__(self, lane: Lane) -> bool:
+    def __contains__(self, lane: RequestLane) -> bool:
         return lane in self._waiting
 
     @property
-    def called(self) -> int:
+    def admitted(self) -> int:
         """How many are about to take a place."""
-        return len(self._called)
+        return len(self._admitted)
 
     # Coming and going.
 
-    def enter(self, lane: Lane, room: int) -> bool:
-        """True where a lane may take one of `room` places at once; else it waits.
+    def admit_newcomer(self, lane: RequestLane, places: int) -> bool:
+        """True where a lane may take one of `places` free places, because nobody waits for it."""
+        if self._waiting or places <= len(self._admitted):
+            return False
+        self._admitted[lane] = self._next_turn()
+        return True
 
-        Raises LimitError where it cannot.
-        """
-        turn = self._next_turn()
-        if not self._waiting and room > len(self._called):
-            self._called[lane] = turn
-            return True
-        self._require_room()
-        self._wait(lane, turn)
-        return False
+    def wait(self, lane: RequestLane) -> LimitError | None:
+        """Let a lane wait, where it stood if it was admitted; the error where it may not."""
+        turn = self._admitted.pop(lane, None)
+        if (turn is None or not self._sequences_max) and (error := self._check_room()):
+            return error
+        if turn is None:
+            turn = self._next_turn()
+        else:
+            # Many may come back at once: they are sorted when the next is admitted.
+            self._is_in_order = False
+        self._waiting[lane] = turn
+        self.steps += lane.waiting_steps
+        for request in lane.requests():
+            self._shorten(turn, request)
+        self.review()
+        return None
 
-    def put_back(self, lane: Lane) -> None:
-        """Let a lane that found no place wait where it stood, or at the end. Raises LimitError."""
-        turn = self._called.pop(lane, None)
-        if turn is None or not self._sequences_max:
-            self._require_room()
-        self._wait(lane, turn or self._next_turn())
-        self._is_in_order = False  # until somebody is called: many may come back at once
+    def join(self, lane: RequestLane, request: InferRequest) -> LimitError | None:
+        """Let one more request wait with its lane; the error where it may not."""
+        error = self._check_room_for_steps()
+        if error is None:
+            self.steps += request.steps
+            self._shorten(self._waiting[lane], request)
+        return error
 
-    def join(self, lane: Lane, request: Request) -> None:
-        """Let one more request wait with its lane. Raises LimitError."""
-        self._require_room_for_steps()
-        self.steps += request.steps
-        self._hurry(self._waiting[lane], request)
-
-    def call(self, room: int) -> list[Lane]:
-        """Those whose turn it is, where there is room for so many in all."""
-        count = room - len(self._called)
+    def admit(self, places: int) -> list[RequestLane]:
+        """The first of the line, as many as `places` free places allow."""
+        count = places - len(self._admitted)
         if count <= 0:
             return []
         lanes = list(islice(self._in_order(), count))
         for lane in lanes:
-            self._called[lane] = self.leave(lane)
+            self._admitted[lane] = self.leave(lane)
         return lanes
 
-    def leave(self, lane: Lane) -> _Turn:
-        """Let a lane wait no more, with all of its requests."""
-        self.steps -= lane.steps_asked
+    def forget_admission(self, lane: RequestLane) -> None:
+        """A lane has its sequence, or will have none: a place that it did not take is free."""
+        self._admitted.pop(lane, None)
+        self.review()
+
+    def note_cancelled(self) -> None:
+        """A request was cancelled, which may be one that waits here."""
+        self._has_cancelled = True
+        self.review()
+
+    def withdrawn(self) -> list[RequestLane]:
+        """The lanes whose first request was cancelled; they stay until they `leave`."""
+        if not self._has_cancelled:
+            return []
+        self._has_cancelled = False
+        return [lane for lane in self if lane.request.is_cancelled]
+
+    def leave(self, lane: RequestLane) -> _Turn:
+        """Take a lane out of the line, with all of its requests."""
+        self.steps -= lane.waiting_steps
         return self._waiting.pop(lane)
 
-    def settle(self, lane: Lane) -> None:
-        """A lane that was called has its place, or will have none."""
-        self._called.pop(lane, None)
-
-    def _in_order(self) -> dict[Lane, _Turn]:
+    def _in_order(self) -> dict[RequestLane, _Turn]:
         """Those who wait, the first of them first."""
         if not self._is_in_order:
             self._waiting = dict(sorted(self._waiting.items(), key=lambda item: item[1].number))
@@ -124,52 +141,67 @@ class Backlog:
         self._turns += 1
         return _Turn(self._turns, self._now() + self._seconds_max)
 
-    def _wait(self, lane: Lane, turn: _Turn) -> None:
-        self._waiting[lane] = turn
-        self.steps += lane.steps_asked
-        for request in lane.requests():
-            self._hurry(turn, request)
+    def _check_room(self) -> LimitError | None:
+        """Why no more lanes may wait, if so."""
+        if len(self._waiting) < self._sequences_max:
+            return self._check_room_for_steps()
+        return LimitError(
+            "as many sequences are alive as sequences_max allows, and "
+            f"{len(self._waiting)} wait for a place, as many as backlog_sequences_max allows; "
+            "end some, or serve with a higher --sequences-max or --backlog-sequences-max"
+        )
 
-    def _require_room(self) -> None:
-        if len(self._waiting) >= self._sequences_max:
-            raise LimitError(
-                "as many sequences are alive as sequences_max allows, and "
-                f"{len(self._waiting)} wait for a place, as many as backlog_sequences_max allows; "
-                "end some, or serve with a higher --sequences-max or --backlog-sequences-max"
-            )
-        self._require_room_for_steps()
+    def _check_room_for_steps(self) -> LimitError | None:
+        if self.steps < self._steps_max:
+            return None
+        return LimitError(
+            f"{self.steps} steps wait for their sequences to have a place, as many as "
+            "stream_queue_steps_max allows; wait for the answer to sequence_start before "
+            "sending more"
+        )
 
-    def _require_room_for_steps(self) -> None:
-        if self.steps >= self._steps_max:
-            raise LimitError(
-                f"{self.steps} steps wait for their sequences to have a place, as many as "
-                "stream_queue_steps_max allows; wait for the answer to sequence_start before "
-                "sending more"
-            )
+    # When to look.
 
-    # Time.
+    def review(self) -> None:
+        """Wake after this turn of the event loop, if anybody waits."""
+        if self._waiting and not self._is_review_due:
+            self._is_review_due = True
+            asyncio.get_running_loop().call_soon(self._review)
 
-    def _hurry(self, turn: _Turn, request: Request) -> None:
-        """Let a request that waits for less time than others set the time for its sequence."""
+    def _review(self) -> None:
+        self._is_review_due = False
+        self._wake()
+
+    def overdue(self) -> list[RequestLane]:
+        """The lanes that have waited for too long; they stay until they `leave`."""
+        now = self._now()
+        if now < self._next_deadline:
+            return []
+        late, deadlines = [], [math.inf]
+        for lane, turn in self._waiting.items():
+            if turn.deadline <= now:
+                late.append(lane)
+            else:
+                deadlines.append(turn.deadline)
+        self._set_timer(min(deadlines))
+        return late
+
+    def _shorten(self, turn: _Turn, request: InferRequest) -> None:
+        """Let the request with the shortest timeout set the deadline of its sequence."""
         if request.timeout_seconds is not None:
             turn.deadline = min(turn.deadline, self._now() + request.timeout_seconds)
-        self._look_at(turn.deadline)
+        if turn.deadline < self._next_deadline:
+            self._set_timer(turn.deadline)
 
-    def _look_at(self, deadline: float) -> None:
-        if deadline < self._looks_at:
-            if self._timer is not None:
-                self._timer.cancel()
-            self._looks_at = deadline
-            seconds = max(0.0, deadline - self._now())
-            self._timer = asyncio.get_running_loop().call_later(seconds, self.expire)
-
-    def expire(self) -> None:
-        """Tell of all that have waited for too long, and look again when others will have."""
+    def _set_timer(self, deadline: float) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        now, self._looks_at = self._now(), math.inf
-        for lane, turn in list(self._waiting.items()):
-            if turn.deadline <= now:
-                self._on_overdue(lane)
-        if self._waiting:
-            self._look_at(min(turn.deadline for turn in self._waiting.values()))
+        self._next_deadline, self._timer = deadline, None
+        if deadline < math.inf:
+            seconds = max(0.0, deadline - self._now())
+            self._timer = asyncio.get_running_loop().call_later(seconds, self._ring)
+
+    def _ring(self) -> None:
+        # `now` may be behind the timer's clock: `overdue` looks all the same, and sets it anew.
+        self._next_deadline = -math.inf if self._waiting else math.inf
+        self.review()

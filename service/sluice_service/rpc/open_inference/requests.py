@@ -1,76 +1,47 @@
-"""Reads the Open Inference Protocol's requests into rows and flags, and writes its answers."""
+"""One request, and the lane of a sequence with the requests that want it."""
 
 import time
-from collections.abc import Callable
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
-from sluice_protos.contract_pb2 import ModelContract
-from sluice_protos.open_inference_pb2 import InferParameter, ModelInferRequest, ModelInferResponse
 from sluice_service.arrays import Array
-from sluice_service.batching.inputs import STEPS_MAX
-from sluice_service.errors import InvalidInputError, RequestError, ServiceError
-from sluice_service.rpc.open_inference.tensors import TensorFormat
+from sluice_service.errors import ServiceError
+from sluice_service.sequences.events import Opened
 
-OutputTensor = ModelInferResponse.InferOutputTensor
-
-_FINAL_RESPONSE = "triton_enable_empty_final_response"
-_RESERVED = "triton_"
+NO_LANE = -1
 
 
-class Request:
-    """One request: what it asks for, and what has come of it so far."""
+@dataclass(slots=True, eq=False)
+class InferRequest:
+    """What one ModelInferRequest asks for, and what has come of it so far."""
 
-    __slots__ = (
-        "_missing",
-        "_parts",
-        "arrived",
-        "batch",
-        "error",
-        "first",
-        "has_time",
-        "id",
-        "inputs",
-        "is_cancelled",
-        "is_done",
-        "is_end",
-        "is_start",
-        "key",
-        "on_done",
-        "outputs",
-        "sequence",
-        "steps",
-        "timeout_seconds",
-        "version",
-        "wanted",
-        "wants_final_flag",
-    )
+    wake: Callable[[], None]  # called when it is done, with outputs or with an error
+    arrived: float = field(default_factory=time.monotonic)
+    id: str = ""
+    version: str = ""  # the version asked for, later the one that it ran on
+    sequence_id: str = ""  # as the host knows it; "" is none
+    quoted_id: str = ""  # as messages quote it
+    is_start: bool = False
+    is_end: bool = False
+    first_step: int | None = None  # steps before it, where the client counts them
+    timeout_seconds: float | None = None  # how long it may wait for a place
+    batch: int = 1
+    steps: int = 1
+    has_time: bool = False  # the shapes have a time axis
+    inputs: list[Array] = field(default_factory=list)  # [batch × steps, …] each
+    wanted: tuple[int, ...] = ()  # the outputs asked for
+    wants_final_flag: bool = False
+    # What came of it.
+    is_cancelled: bool = False
+    is_done: bool = False
+    error: ServiceError | None = None
+    outputs: list[bytes] = field(default_factory=list)  # [batch × steps, …] each
+    _parts: list[list[list[bytes]]] = field(default_factory=list)  # of each row, so far
+    _missing: int = 0  # steps of all rows
 
-    def __init__(self, on_done: Callable[[], None]) -> None:
-        self.arrived = time.monotonic()
-        self.on_done = on_done
-        self.id = ""
-        self.version = ""  # asked for, and then that which it ran on
-        # The sequence: as a host knows it ("" is none), and as messages quote it.
-        self.key = ""
-        self.sequence = ""
-        self.is_start = self.is_end = False
-        self.first: int | None = None  # the steps before it, where the client named them
-        self.timeout_seconds: float | None = None  # for which it may wait for a place
-        self.batch = self.steps = 1
-        self.has_time = False  # the shapes have a time axis
-        self.inputs: list[Array] = []  # [batch × steps, …] each
-        self.wanted: tuple[int, ...] = ()  # the outputs asked for
-        self.wants_final_flag = False
-        self.is_cancelled = False
-        # What came of it.
-        self.is_done = False
-        self.error: ServiceError | None = None
-        self.outputs: list[bytes] = []  # [batch × steps, …] each
-        self._parts: list[list[list[bytes]]] = []
-        self._missing = 0
-
-    def expect(self) -> None:
-        """Get ready for the outputs."""
+    def expect_outputs(self) -> None:
+        """Get ready to collect, once the shapes are known."""
         self._missing = self.batch * self.steps
         self._parts = [[] for _ in range(self.batch)]
 
@@ -89,15 +60,10 @@ class Request:
             self.outputs = [b"".join(column) for column in zip(*pieces, strict=True)]
         self.finish()
 
-    @property
-    def steps_done(self) -> int:
-        """How many steps of all rows have come back."""
-        return self.batch * self.steps - self._missing
-
     def finish(self) -> None:
-        """Tell whoever waits that outputs or error are here."""
+        """Wake whoever waits: outputs or error are here."""
         self.is_done = True
-        self.on_done()
+        self.wake()
 
     def fail(self, error: ServiceError) -> None:
         """End with an error."""
@@ -106,186 +72,74 @@ class Request:
             self.finish()
 
 
-class Format:
-    """One model's tensors, looked up once: requests are read and answers written by it."""
+@dataclass(slots=True, eq=False)
+class RequestLane:
+    """A lane at the host with the requests that want it: of one sequence, or of none."""
 
-    def __init__(self, name: str, contract: ModelContract, *, batch_max: int) -> None:
-        self._name = name
-        self._batch_max = batch_max
-        self._inputs = [TensorFormat(spec) for spec in contract.inputs]
-        self._outputs = [TensorFormat(spec) for spec in contract.outputs]
-        self._input_names = [tensor.name for tensor in self._inputs]
-        self._all_outputs = tuple(range(len(self._outputs)))
-        self._output_numbers = {tensor.name: i for i, tensor in enumerate(self._outputs)}
+    sequence_id: str  # "": for requests without a sequence
+    number: int = NO_LANE
+    is_open: bool = False
+    holds_answer: bool = False  # the host holds the outputs of the last request
+    version: str = ""  # on which it runs
+    step: int = 0  # steps whose outputs have come
+    waiting: deque[InferRequest] = field(default_factory=deque)
+    current: InferRequest | None = None
+    row: int = 0  # of the current request's batch
+    missing: int = 0  # steps of the current request that have not come back
+    resumes_at: int | None = None  # where a repeat is run on, after held outputs
 
-    def read(self, message: ModelInferRequest, request: Request) -> None:
-        """Fill in a request from its message, inputs without a copy.
+    @property
+    def request(self) -> InferRequest:
+        """The current request, where there must be one."""
+        assert self.current is not None
+        return self.current
 
-        Raises RequestError or InvalidInputError, which name what was expected.
-        """
-        request.id = message.id
-        request.version = message.model_version
-        if message.parameters:
-            read_parameters(message.parameters, request)
-        self._read_inputs(message, request)
-        request.wanted = self._read_outputs(message) if message.outputs else self._all_outputs
+    def requests(self) -> Iterator[InferRequest]:
+        """All that have not been answered, in their order."""
+        if self.current is not None:
+            yield self.current
+        yield from self.waiting
 
-    def answer(self, request: Request) -> ModelInferResponse:
-        """The answer to a request that succeeded."""
-        lead = [request.batch, request.steps] if request.has_time else [request.batch]
-        tensors = self._outputs
-        response = ModelInferResponse(
-            model_name=self._name,
-            model_version=request.version,
-            id=request.id,
-            outputs=[
-                OutputTensor(
-                    name=tensors[i].name,
-                    datatype=tensors[i].datatype,
-                    shape=[*lead, *tensors[i].shape],
-                )
-                for i in request.wanted
-            ],
-            raw_output_contents=[request.outputs[i] for i in request.wanted],
-        )
-        if request.wants_final_flag:
-            response.parameters["triton_final_response"].bool_param = True
-        return response
+    @property
+    def waiting_steps(self) -> int:
+        """The steps of all that have not been answered."""
+        return sum(request.steps for request in self.requests())
 
-    def _read_inputs(self, message: ModelInferRequest, request: Request) -> None:
-        sent = message.inputs
-        if len(sent) != len(self._inputs):
-            raise self._wrong_inputs(message)
-        raw = message.raw_input_contents
-        if raw and len(raw) != len(sent):
-            raise InvalidInputError(
-                f"{len(raw)} raw_input_contents for {len(sent)} inputs; give one for each"
-            )
-        shape: tuple[int, int, bool] | None = None
-        arrays: dict[str, Array] = {}
-        by_name = {tensor.name: index for index, tensor in enumerate(sent)}
-        for rule in self._inputs:
-            index = by_name.get(rule.name, -1)
-            if index < 0:
-                raise self._wrong_inputs(message)
-            tensor = sent[index]
-            this = rule.read_shape(tensor)
-            if shape is not None and this != shape:
-                raise InvalidInputError(
-                    "the inputs differ in batch or steps; all must have the same"
-                )
-            shape = this
-            arrays[rule.name] = rule.read(tensor, raw[index] if raw else None, this[0] * this[1])
-        assert shape is not None
-        request.batch, request.steps, request.has_time = shape
-        request.inputs = list(arrays.values())
-        if request.batch > self._batch_max:
-            raise InvalidInputError(
-                f"a batch of {request.batch}; model {self._name!r} takes {self._batch_max} at most"
-            )
-        if request.key and request.batch != 1:
-            raise InvalidInputError(
-                f"a batch of {request.batch} with a sequence id: a sequence is one row; send each "
-                "sequence by itself, and its steps as [1, steps, …]"
-            )
+    @property
+    def steps_before(self) -> int:
+        """The steps of the sequence before the current request."""
+        return self.step + self.missing - self.request.steps
 
-    def _wrong_inputs(self, message: ModelInferRequest) -> InvalidInputError:
-        names = [tensor.name for tensor in message.inputs]
-        return InvalidInputError(
-            f"inputs {names} were sent; model {self._name!r} takes {self._input_names}, each once"
-        )
+    def begin(self, request: InferRequest, row: int) -> None:
+        """Make one row of a request the current one."""
+        self.current, self.row, self.missing = request, row, request.steps
+        self.resumes_at = None
 
-    def _read_outputs(self, message: ModelInferRequest) -> tuple[int, ...]:
-        """The outputs asked for, each once however often it is named."""
-        numbers = []
-        for tensor in message.outputs:
-            number = self._output_numbers.get(tensor.name)
-            if number is None:
-                raise InvalidInputError(
-                    f"there is no output {tensor.name!r}; model {self._name!r} has "
-                    f"{list(self._output_numbers)}"
-                )
-            for key in tensor.parameters:
-                if key == "classification" or key.startswith("shared_memory"):
-                    raise RequestError(
-                        f"output {tensor.name!r} asks for {key!r}, which is not served here; "
-                        "leave it out and read the values from the answer"
-                    )
-            numbers.append(number)
-        return tuple(dict.fromkeys(numbers))
+    def held_steps(self, opened: Opened) -> int:
+        """How many steps of a repeated request were applied, with outputs that the host holds."""
+        request = self.request
+        first = request.first_step
+        if first is None or request.is_start or request.version not in ("", self.version):
+            return 0
+        steps = opened.applied - first
+        return steps if opened.held_from <= first and 0 < steps <= request.steps else 0
 
+    def chunk(self) -> tuple[int, int, int, list[Array]]:
+        """What is left to run of the current request: lane, steps, steps before, input rows."""
+        request = self.request
+        inputs = request.inputs
+        if request.batch > 1 or self.missing < request.steps:
+            end = (self.row + 1) * request.steps
+            inputs = [array[end - self.missing : end] for array in inputs]
+        return self.number, self.missing, self.step, inputs
 
-def read_parameters(parameters: Any, request: Request) -> None:
-    """The sequence and the flags of a request. Raises RequestError, which names the type."""
-    for key, value in parameters.items():
-        if key == "sequence_id":
-            request.key, request.sequence = _read_sequence(value)
-        elif key == "sequence_start":
-            request.is_start = _read_bool(key, value)
-        elif key == "sequence_end":
-            request.is_end = _read_bool(key, value)
-        elif key == "sequence_step":
-            request.first = _read_step(value)
-        elif key == "timeout":
-            request.timeout_seconds = _read_timeout(value)
-        elif key == _FINAL_RESPONSE:
-            request.wants_final_flag = _read_bool(key, value)
-        elif key.startswith(_RESERVED):
-            raise RequestError(
-                f"parameter {key!r} is unknown, and names that begin with {_RESERVED!r} are "
-                "reserved; leave it out or rename it"
-            )
-    if not request.key and (request.is_start or request.is_end or request.first is not None):
-        raise RequestError(
-            "sequence_start, sequence_end and sequence_step belong to a sequence; name it with "
-            'the parameter sequence_id, other than 0 or ""'
-        )
-    if request.is_start and request.first:
-        raise RequestError(
-            f"sequence_start with sequence_step {request.first}: a sequence starts at step 0"
-        )
-
-
-def _read_sequence(value: InferParameter) -> tuple[str, str]:
-    """The sequence as a host knows it, and as messages quote it; numbers and strings differ."""
-    kind = value.WhichOneof("parameter_choice")
-    if kind == "string_param":
-        name = value.string_param
-        return (f"string:{name}", repr(name)) if name else ("", "")
-    if kind in ("int64_param", "uint64_param"):
-        number = value.int64_param if kind == "int64_param" else value.uint64_param
-        return (f"int64:{number}", str(number)) if number else ("", "")
-    raise RequestError(f"sequence_id is {_kind(kind)}; send int64_param or string_param")
-
-
-def _read_bool(key: str, value: InferParameter) -> bool:
-    kind = value.WhichOneof("parameter_choice")
-    if kind != "bool_param":
-        raise RequestError(f"{key} is {_kind(kind)}; send bool_param")
-    return value.bool_param
-
-
-def _read_step(value: InferParameter) -> int:
-    step = _read_integer("sequence_step", value)
-    if not 0 <= step <= STEPS_MAX:
-        raise RequestError(f"sequence_step is {step}; it counts steps from 0")
-    return step
-
-
-def _read_timeout(value: InferParameter) -> float | None:
-    """Seconds; None where the client leaves it to the server."""
-    microseconds = _read_integer("timeout", value)
-    if microseconds < 0:
-        raise RequestError(f"timeout is {microseconds}; it counts microseconds, and 0 is none")
-    return microseconds / 1e6 or None
-
-
-def _read_integer(key: str, value: InferParameter) -> int:
-    kind = value.WhichOneof("parameter_choice")
-    if kind not in ("int64_param", "uint64_param"):
-        raise RequestError(f"{key} is {_kind(kind)}; send int64_param")
-    return value.int64_param if kind == "int64_param" else value.uint64_param
-
-
-def _kind(kind: str | None) -> str:
-    return kind or "without a value"
+    def take(self, first: int, steps: int, outputs: list[bytes]) -> bool:
+        """Give outputs to the current request, where it is due them; True: it has them all."""
+        request, is_next = self.current, first == self.step
+        self.step = max(self.step, first + steps)
+        if request is None or not is_next:
+            return False
+        self.missing -= steps
+        request.version = self.version
+        request.collect(self.row, steps, outputs)
+        return not self.missing

@@ -138,14 +138,14 @@ def export(
     """Export a PyTorch module to one ONNX file."""
     try:
         import sluice_export
-        from sluice_export.factory import (
+        from sluice_export.torch.factory import (
             guess_inputs,
             load_checkpoint,
             make_input,
             make_module,
             read_weights,
         )
-        from sluice_export.weights import make_layer
+        from sluice_export.torch.layer_from_weights import make_layer
     except ModuleNotFoundError as error:
         fail(f"export needs {error.name}: pip install 'sluice-serving[export]'")
     _check_source(

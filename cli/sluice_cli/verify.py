@@ -58,7 +58,12 @@ def verify(
     """Repeat the proofs of an exported model."""
     try:
         import sluice_export
-        from sluice_export.factory import guess_inputs, load_checkpoint, make_input, make_module
+        from sluice_export.torch.factory import (
+            guess_inputs,
+            load_checkpoint,
+            make_input,
+            make_module,
+        )
         from sluice_model import read_contract
     except ModuleNotFoundError as error:
         fail(f"verify needs {error.name}: pip install 'sluice-serving[export]'")

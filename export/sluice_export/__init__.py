@@ -26,7 +26,7 @@ from sluice_export.errors import (
     UnsupportedModuleError,
 )
 from sluice_export.exporter import export
-from sluice_export.foreign import export_onnx
+from sluice_export.onnx.conversion import export_onnx
 from sluice_export.verification import verify
 
 __all__ = [

@@ -9,11 +9,11 @@ from typing import Final
 
 import onnx
 
-from sluice_export.comparison import Source
 from sluice_export.errors import ExportNotice, ParityError, first_line
-from sluice_export.minimums import measure_minimums
-from sluice_export.proofs import PROOFS, Evidence, is_required
-from sluice_export.tails import find_uneven
+from sluice_export.proof.comparison import Source
+from sluice_export.proof.proofs import PROOFS, Evidence, is_required
+from sluice_export.proof.rounding import find_uneven
+from sluice_export.proof.sizes import measure_minimums
 from sluice_model.contract import write_contract
 from sluice_model.model import Model
 from sluice_protos.contract_pb2 import ModelContract, Proof

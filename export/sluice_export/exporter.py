@@ -11,14 +11,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sluice_export.culprit import explain_failure
 from sluice_export.delivery import TOLERANCE, Progress, deliver, notify
 from sluice_export.errors import UnsupportedModuleError
-from sluice_export.graph import make_graph, without_traces
-from sluice_export.reference import Reference
-from sluice_export.signature import LENGTHS, STATE, STATE_OUT
-from sluice_export.stepping import explain_step
-from sluice_export.survey import Survey, take_survey
+from sluice_export.proof.explanation import explain_failure
+from sluice_export.torch.analysis import Survey, take_survey
+from sluice_export.torch.explanation import explain_step
+from sluice_export.torch.reference import Reference
+from sluice_export.torch.signature import LENGTHS, STATE, STATE_OUT
+from sluice_export.torch.tracing import make_graph, without_traces
 from sluice_protos.contract_pb2 import Cell, ModelContract, StatePart, TensorSpec, ValueRange
 from sluice_protos.datatypes import DATATYPES
 

@@ -8,16 +8,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from sluice_export.comparison import Expected, Source
 from sluice_export.delivery import TOLERANCE, Progress
 from sluice_export.errors import InputError
 from sluice_export.exporter import prepare
-from sluice_export.minimums import measure_minimums
-from sluice_export.proofs import PROOFS, Evidence
-from sluice_export.reference import Reference
-from sluice_export.signature import Signature
-from sluice_export.survey import take_survey
-from sluice_export.tails import find_uneven
+from sluice_export.proof.comparison import Expected, Source
+from sluice_export.proof.proofs import PROOFS, Evidence
+from sluice_export.proof.rounding import find_uneven
+from sluice_export.proof.sizes import measure_minimums
+from sluice_export.torch.analysis import take_survey
+from sluice_export.torch.reference import Reference
+from sluice_export.torch.signature import Signature
 from sluice_model.contract import load_proto, part_size
 from sluice_model.errors import ModelError
 from sluice_model.model import Array, Model

@@ -20,7 +20,7 @@ from sluice_export import (
     export_onnx,
     verify,
 )
-from sluice_export.surgery import constants_of
+from sluice_export.onnx.editing import constants_of
 from sluice_model import Model
 from tests.export.foreign_models import Builder
 from tests.export.test_foreign_refusals import RESULT, SEQUENCE, gru_over_time

@@ -46,7 +46,7 @@ def run_demo(
     console: Console, output: Path, *, train_seconds: float, sequences: int, characters: int
 ) -> None:
     """Go through the whole demo, leaving models and logs in `output`. Raises DemoError."""
-    from sluice_export.training import encode, read_corpus
+    from sluice_cli.demo.training import encode, read_corpus
 
     output.mkdir(parents=True, exist_ok=True)
     _, held_out = read_corpus()
@@ -109,7 +109,7 @@ async def _train(kind: str, output: Path, seconds: float, bars: Progress) -> Non
     """Train and export one model in a process of its own."""
     task = bars.add_task("starting", total=1.0, name=kind)
     model, log = output / f"{kind}.onnx", output / f"train-{kind}.log"
-    command = [sys.executable, "-m", "sluice_export.training", kind, "--json"]
+    command = [sys.executable, "-m", "sluice_cli.demo.training", kind, "--json"]
     command += ["--output", str(model), "--seconds", str(seconds)]
     with log.open("wb") as errors:
         async with _process(command, stdout=asyncio.subprocess.PIPE, stderr=errors) as process:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from sluice_export.errors import CheckpointError, FactoryError, InputError
-from sluice_export.roles import REFUSALS
-from sluice_export.weights import read_safetensors
+from sluice_export.torch.argument_roles import REFUSALS
+from sluice_export.torch.layer_from_weights import read_safetensors
 
 # Under which training scripts keep the weights beside optimizer and step.
 _WRAPPERS: Final = ("state_dict", "model_state_dict", "model")

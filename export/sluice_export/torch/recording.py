@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
-from sluice_export.convolutions import CausalConvolution, ConvolutionCall
 from sluice_export.errors import LayerError
-from sluice_export.layers import RecurrentLayer
-from sluice_export.signature import Signature
+from sluice_export.torch.convolutions import CausalConvolution, ConvolutionCall
+from sluice_export.torch.layers import RecurrentLayer
+from sluice_export.torch.signature import Signature
 
 
 @dataclass(frozen=True)

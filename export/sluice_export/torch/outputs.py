@@ -11,8 +11,8 @@ from torch.utils import _pytree as pytree
 
 from sluice_export.delivery import notify
 from sluice_export.errors import LayerError, OutputError
-from sluice_export.observation import Observation
-from sluice_export.signature import OutputLeaf
+from sluice_export.torch.recording import Observation
+from sluice_export.torch.signature import OutputLeaf
 from sluice_protos.datatypes import DATATYPES
 
 # Batch and steps of two calls. All that can follow from them differ, so that

@@ -7,11 +7,11 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from sluice_export.axes import BATCH, TIME, Axes, Layout, find_output_axes
-from sluice_export.comparison import Expected
 from sluice_export.errors import InputError
-from sluice_export.packing import Part
-from sluice_export.surgery import constants_of
+from sluice_export.onnx.axes import BATCH, TIME, Axes, Layout, find_output_axes
+from sluice_export.onnx.editing import constants_of
+from sluice_export.onnx.packing import Part
+from sluice_export.proof.comparison import Expected
 from sluice_model.errors import ModelError
 from sluice_model.graph import Graph
 from sluice_model.model import Array

@@ -12,24 +12,24 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from sluice_export.axes import BATCH, Axes, Layout, declare_axes, find_layout
-from sluice_export.culprit import explain_failure
 from sluice_export.delivery import TOLERANCE, Progress, deliver, notify, set_minimums
-from sluice_export.draft import Draft
 from sluice_export.errors import ExportError, InputError, NoRecurrentLayerError
-from sluice_export.exposure import expose_states
-from sluice_export.loading import load_file
-from sluice_export.original import Original
-from sluice_export.packing import Part, check_state_type
-from sluice_export.pairing import StatePair, could_be_states, pair_states
-from sluice_export.proofs import Evidence, prove_ragged
-from sluice_export.ranges import require_range
-from sluice_export.surgery import (
+from sluice_export.onnx.axes import BATCH, Axes, Layout, declare_axes, find_layout
+from sluice_export.onnx.editing import (
     constants_of,
     inputs_of,
     keep_batch,
     read_attribute,
 )
+from sluice_export.onnx.hidden_states import expose_states
+from sluice_export.onnx.loading import load_file
+from sluice_export.onnx.packing import Part, check_state_type
+from sluice_export.onnx.pairing import StatePair, could_be_states, pair_states
+from sluice_export.onnx.reference import Original
+from sluice_export.onnx.unpacked_model import Draft
+from sluice_export.proof.explanation import explain_failure
+from sluice_export.proof.proofs import Evidence, prove_ragged
+from sluice_export.ranges import require_range
 from sluice_model.errors import ModelError
 from sluice_model.model import Model
 from sluice_protos.contract_pb2 import ModelContract

@@ -7,7 +7,7 @@ from typing import Final
 import onnx
 from onnx import inliner, shape_inference
 
-from sluice_export.surgery import label, subgraphs, walk_nodes
+from sluice_export.onnx.editing import label, subgraphs, walk_nodes
 
 # ONNX Runtime computes these four values at a time, and what is left over with other code:
 # found by comparing every element-wise operator on 1 to 48 values with the same in one large run.

@@ -8,11 +8,11 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from sluice_export.axes import BATCH, TIME, Axes, Layout, declare_axes
 from sluice_export.errors import InputError
-from sluice_export.exposure import add_lengths
-from sluice_export.packing import Part, pack_states
-from sluice_export.surgery import RECURRENT, constants_of, inputs_of, read_attribute
+from sluice_export.onnx.axes import BATCH, TIME, Axes, Layout, declare_axes
+from sluice_export.onnx.editing import RECURRENT, constants_of, inputs_of, read_attribute
+from sluice_export.onnx.hidden_states import add_lengths
+from sluice_export.onnx.packing import Part, pack_states
 from sluice_model.contract import write_contract
 from sluice_protos.contract_pb2 import Cell, ModelContract, StatePart, TensorSpec, ValueRange
 from sluice_protos.datatypes import DATATYPES

@@ -6,7 +6,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from sluice_export.tails import PACKET
+from sluice_export.proof.rounding import PACKET
 from sluice_model.model import Array, Model, example_inputs
 from sluice_protos.contract_pb2 import ModelContract, Proof
 

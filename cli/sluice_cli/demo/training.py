@@ -16,7 +16,7 @@ import typer
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from sluice_export.exporter import export
+from sluice_export import export
 
 # Codes are newline, then the printable characters of ASCII in their order.
 CHARACTERS: Final = "\n" + "".join(map(chr, range(32, 127)))
@@ -85,7 +85,7 @@ def decode(codes: NDArray[np.int64]) -> str:
 
 def read_corpus() -> tuple[str, str]:
     """The English text that Python has inside: (to train on, held out), whole topics each."""
-    from pydoc_data.topics import topics  # noqa: PLC0415  half a megabyte, only wanted here
+    from pydoc_data.topics import topics
 
     plain = str.maketrans({"“": '"', "”": '"', "‘": "'", "’": "'", "–": "-", "—": "-", "…": "..."})
     texts = [topics[name].translate(plain) for name in sorted(topics)]

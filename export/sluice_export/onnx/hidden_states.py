@@ -8,11 +8,9 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from sluice_export.axes import BATCH, Layout
 from sluice_export.errors import BidirectionalError, LayerError
-from sluice_export.pairing import StatePair
-from sluice_export.signature import LENGTHS
-from sluice_export.surgery import (
+from sluice_export.onnx.axes import BATCH, Layout
+from sluice_export.onnx.editing import (
     RECURRENT,
     constants_of,
     evaluate,
@@ -22,6 +20,8 @@ from sluice_export.surgery import (
     read_attribute,
     set_input,
 )
+from sluice_export.onnx.pairing import StatePair
+from sluice_export.torch.signature import LENGTHS
 
 _LENGTHS_SLOT: Final = 4
 _STATES: Final = {"LSTM": ("h", "c"), "GRU": ("h",), "RNN": ("h",)}

@@ -9,7 +9,7 @@ from onnx import TensorProto, helper
 from torch import Tensor, nn
 
 from sluice_export import ExportNotice, export
-from sluice_export.tails import PACKET, find_uneven
+from sluice_export.proof.rounding import PACKET, find_uneven
 from sluice_export.verification import verify
 
 UNEVEN = ("Acos", "Asin", "Atan", "Celu", "Cos", "Elu", "Log", "Mish", "Selu", "Sin", "Softplus")

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sluice_export.convolutions import CausalConvolution
-from sluice_export.layers import RecurrentLayer, reorder_gates
+from sluice_export.torch.convolutions import CausalConvolution
+from sluice_export.torch.layers import RecurrentLayer, reorder_gates
 
 
 @dataclass

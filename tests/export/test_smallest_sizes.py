@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sluice_export import export
-from sluice_export.minimums import measure_minimums
+from sluice_export.proof.sizes import measure_minimums
 from sluice_model import Model, example_inputs
-from tests.export.plain import run_alone
+from tests.export.plain_onnxruntime import run_alone
 from tests.sized import at_least, less, sizes_model
 
 

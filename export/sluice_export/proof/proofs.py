@@ -7,7 +7,7 @@ from typing import Final
 
 import numpy as np
 
-from sluice_export.comparison import (
+from sluice_export.proof.comparison import (
     Array,
     Expected,
     Result,

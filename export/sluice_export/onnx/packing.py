@@ -8,11 +8,11 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from sluice_export.axes import BATCH, Axes
 from sluice_export.errors import LayerError
-from sluice_export.pairing import StatePair
-from sluice_export.signature import STATE, STATE_OUT
-from sluice_export.surgery import free_name, rename_value
+from sluice_export.onnx.axes import BATCH, Axes
+from sluice_export.onnx.editing import free_name, rename_value
+from sluice_export.onnx.pairing import StatePair
+from sluice_export.torch.signature import STATE, STATE_OUT
 
 # What float32 holds without loss.
 _EXACT: Final = {

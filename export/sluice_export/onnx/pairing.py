@@ -8,7 +8,7 @@ from typing import Final
 import onnx
 
 from sluice_export.errors import PairingError
-from sluice_export.surgery import RECURRENT, constants_of, inputs_of
+from sluice_export.onnx.editing import RECURRENT, constants_of, inputs_of
 
 # Operations that change where values lie, and none of the values.
 _SHAPE_ONLY: Final = frozenset(

@@ -9,9 +9,9 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from sluice_export.comparison import measure_difference
-from sluice_export.graph import is_of_user
-from sluice_export.proofs import LENGTHS, Evidence
+from sluice_export.proof.comparison import measure_difference
+from sluice_export.proof.proofs import LENGTHS, Evidence
+from sluice_export.torch.tracing import is_of_user
 from sluice_model.model import Model
 from sluice_protos.contract_pb2 import ModelContract, TensorSpec
 

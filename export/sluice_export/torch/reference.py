@@ -7,9 +7,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from sluice_export.comparison import Expected
-from sluice_export.observation import observe
-from sluice_export.survey import Survey
+from sluice_export.proof.comparison import Expected
+from sluice_export.torch.analysis import Survey
+from sluice_export.torch.recording import observe
 
 Array = NDArray[Any]
 

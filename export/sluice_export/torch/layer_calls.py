@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from sluice_export.errors import LayerError
-from sluice_export.layers import RecurrentLayer
-from sluice_export.observation import LayerCall, Observation
-from sluice_export.results import LARGE, SMALL
+from sluice_export.torch.layers import RecurrentLayer
+from sluice_export.torch.outputs import LARGE, SMALL
+from sluice_export.torch.recording import LayerCall, Observation
 
 
 def count_calls(

@@ -13,8 +13,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sluice_export import training
-from sluice_export.training import CHARACTERS, CharacterModel, decode, encode, read_corpus, train
+from sluice_cli.demo import training
+from sluice_cli.demo.training import CHARACTERS, CharacterModel, decode, encode, read_corpus, train
 
 TEXT = "the water goes through the gates of the sluice, one gate at a time.\n" * 100
 
@@ -100,7 +100,7 @@ def test_dropout_ends_with_the_training() -> None:
 def test_the_command_trains_exports_and_tells_how_far_it_is(tmp_path: Path) -> None:
     text, output = tmp_path / "text.txt", tmp_path / "gates.onnx"
     text.write_text(TEXT)
-    command = [sys.executable, "-m", "sluice_export.training", "gru", "--json", "--seconds", "1"]
+    command = [sys.executable, "-m", "sluice_cli.demo.training", "gru", "--json", "--seconds", "1"]
     command += ["--units", "8", "--text", str(text), "--output", str(output)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     lines = [json.loads(line) for line in done.stdout.splitlines()]

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sluice_export.arguments import Arguments
 from sluice_export.errors import InputError, LayerError, first_line
-from sluice_export.layers import RecurrentLayer
-from sluice_export.observation import Observation, watch
-from sluice_export.signature import draw
+from sluice_export.torch.arguments import Arguments
+from sluice_export.torch.layers import RecurrentLayer
+from sluice_export.torch.recording import Observation, watch
+from sluice_export.torch.signature import draw
 
 # What a forward may raise when it is given shapes, values or types that it does not take.
 REFUSALS = (

@@ -9,9 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from sluice_export.arguments import Argument, Arguments, flatten_arguments
-from sluice_export.carrying import count_calls, find_initial
-from sluice_export.convolutions import CausalConvolution, find_convolutions
 from sluice_export.errors import (
     InputError,
     LayerError,
@@ -19,11 +16,14 @@ from sluice_export.errors import (
     UnsupportedModuleError,
     first_line,
 )
-from sluice_export.layers import RecurrentLayer, find_layers
-from sluice_export.observation import Observation, observe, watch
-from sluice_export.results import LARGE, SMALL, CarriedState, find_outputs
-from sluice_export.roles import REFUSALS, Roles, find_roles
-from sluice_export.signature import RESERVED_NAMES, InputLeaf, Signature, StateLeaf
+from sluice_export.torch.argument_roles import REFUSALS, Roles, find_roles
+from sluice_export.torch.arguments import Argument, Arguments, flatten_arguments
+from sluice_export.torch.convolutions import CausalConvolution, find_convolutions
+from sluice_export.torch.layer_calls import count_calls, find_initial
+from sluice_export.torch.layers import RecurrentLayer, find_layers
+from sluice_export.torch.outputs import LARGE, SMALL, CarriedState, find_outputs
+from sluice_export.torch.recording import Observation, observe, watch
+from sluice_export.torch.signature import RESERVED_NAMES, InputLeaf, Signature, StateLeaf
 
 
 @dataclass(frozen=True)

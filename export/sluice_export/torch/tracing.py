@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from sluice_export.errors import TraceError
-from sluice_export.natives import Carry, swap_carriers
-from sluice_export.signature import LENGTHS, STATE, STATE_OUT
-from sluice_export.survey import Survey
+from sluice_export.torch.analysis import Survey
+from sluice_export.torch.native_layers import Carry, swap_carriers
+from sluice_export.torch.signature import LENGTHS, STATE, STATE_OUT
 
 OPSET: Final = 20
 

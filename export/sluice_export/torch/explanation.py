@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from sluice_export.comparison import measure_difference
-from sluice_export.convolutions import CausalConvolution
-from sluice_export.graph import is_of_user
-from sluice_export.layers import LSTM, RecurrentLayer
-from sluice_export.natives import Carrier
-from sluice_export.observation import LayerCall, Observation, observe
-from sluice_export.proofs import Evidence
-from sluice_export.survey import Survey
+from sluice_export.proof.comparison import measure_difference
+from sluice_export.proof.proofs import Evidence
+from sluice_export.torch.analysis import Survey
+from sluice_export.torch.convolutions import CausalConvolution
+from sluice_export.torch.layers import LSTM, RecurrentLayer
+from sluice_export.torch.native_layers import Carrier
+from sluice_export.torch.recording import LayerCall, Observation, observe
+from sluice_export.torch.tracing import is_of_user
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from sluice_export.arguments import Arguments
 from sluice_export.ranges import require_range
+from sluice_export.torch.arguments import Arguments
 
 # What the graph calls the tensors that every exported model has.
 LENGTHS: Final = "lengths"

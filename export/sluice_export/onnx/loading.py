@@ -8,7 +8,7 @@ import onnx
 from onnx import external_data_helper, helper
 
 from sluice_export.errors import InputError
-from sluice_export.surgery import (
+from sluice_export.onnx.editing import (
     RECURRENT,
     fix_inputs,
     fold_conditions,

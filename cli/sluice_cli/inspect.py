@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sluice_cli.export import fail
+from sluice_cli.failure import fail
 
 if TYPE_CHECKING:
     from sluice_protos.contract_pb2 import ModelContract, TensorSpec

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sluice_export import ExportNotice, InputError, LayerError, export
-from sluice_export.torch.factory import guess_inputs
+from sluice_export.torch.example_inputs import guess_inputs
 from sluice_model import Model
 from sluice_protos.contract_pb2 import ModelContract
 

@@ -45,8 +45,8 @@ def test_a_lost_bias_is_refused(tmp_path, monkeypatch, make):
 
 def test_a_state_that_is_lost_between_chunks_is_refused(tmp_path, monkeypatch):
     def forget(self: native_layers.NativeLayer, *arguments: object) -> object:
-        carry = self._carry[0]
-        carry.before = {name: part * 0 for name, part in carry.before.items()}
+        exchange = self._exchange[0]
+        exchange.before = {name: part * 0 for name, part in exchange.before.items()}
         return forward(self, *arguments)
 
     forward = native_layers.NativeLayer.forward
@@ -57,8 +57,8 @@ def test_a_state_that_is_lost_between_chunks_is_refused(tmp_path, monkeypatch):
 
 def test_swapped_h_and_c_are_refused(tmp_path, monkeypatch):
     def swap(self: native_layers.NativeLayer, *arguments: object) -> object:
-        before = self._carry[0].before
-        self._carry[0].before = {
+        before = self._exchange[0].before
+        self._exchange[0].before = {
             name: before[name.replace(".h.", ".?.").replace(".c.", ".h.").replace(".?.", ".c.")]
             for name in before
         }
@@ -85,9 +85,9 @@ def test_a_time_axis_that_is_frozen_is_refused(tmp_path, monkeypatch):
 
 def test_lengths_that_are_ignored_are_refused(tmp_path, monkeypatch):
     def ignore(self: native_layers.NativeLayer, sequence: Tensor, *rest: object) -> object:
-        carry = self._carry[0]
+        exchange = self._exchange[0]
         steps = sequence.shape[1]
-        carry.lengths = (carry.lengths * 0 + steps).to(torch.int32)
+        exchange.lengths = (exchange.lengths * 0 + steps).to(torch.int32)
         return forward(self, sequence, *rest)
 
     forward = native_layers.NativeLayer.forward
@@ -98,8 +98,10 @@ def test_lengths_that_are_ignored_are_refused(tmp_path, monkeypatch):
 
 def test_a_head_that_reads_the_last_step_of_the_batch_is_refused(tmp_path, monkeypatch):
     """As y[:, -1] reads the padding of shorter rows."""
-    fold = native_layers._fold
-    monkeypatch.setattr(native_layers, "_fold", lambda steps: fold(steps[-1:].expand_as(steps)))
+    fold = native_layers._merge_axes
+    monkeypatch.setattr(
+        native_layers, "_merge_axes", lambda steps: fold(steps[-1:].expand_as(steps))
+    )
     with pytest.raises(ParityError, match=r"parity.whole failed.*largest in y"):
         export(LastStep(), X, tmp_path / "model.onnx")
     assert list(tmp_path.iterdir()) == []
@@ -107,9 +109,9 @@ def test_a_head_that_reads_the_last_step_of_the_batch_is_refused(tmp_path, monke
 
 def test_a_context_that_is_taken_from_the_padding_is_refused(tmp_path, monkeypatch):
     def ignore(self: native_layers.NativeConvolution, steps: Tensor) -> Tensor:
-        carry = self._carry[0]
-        assert carry.folded is not None
-        carry.lengths = (carry.lengths * 0 + carry.folded[1]).to(torch.int32)
+        exchange = self._exchange[0]
+        assert exchange.merged is not None
+        exchange.lengths = (exchange.lengths * 0 + exchange.merged[1]).to(torch.int32)
         return forward(self, steps)
 
     forward = native_layers.NativeConvolution.forward

@@ -9,7 +9,7 @@ from onnx import TensorProto, helper
 from torch import Tensor, nn
 
 from sluice_export import ExportNotice, export
-from sluice_export.proof.rounding import PACKET, find_uneven
+from sluice_export.proof.rounding import PACKET, find_uneven_operators
 from sluice_export.verification import verify
 
 UNEVEN = ("Acos", "Asin", "Atan", "Celu", "Cos", "Elu", "Log", "Mish", "Selu", "Sin", "Softplus")
@@ -44,7 +44,7 @@ def test_the_operators_found_are_those_whose_last_values_differ_in_onnxruntime(o
 
     assert [size for size in (PACKET, 2 * PACKET, 5 * PACKET) if differ(size)] == []
     assert any(differ(size) for size in (1, 5, 10, 25)) == (operator in UNEVEN)
-    assert bool(find_uneven(proto)) == (operator in UNEVEN)
+    assert bool(find_uneven_operators(proto)) == (operator in UNEVEN)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_the_operators_found_are_those_whose_last_values_differ_in_onnxruntime(o
 )
 def test_what_has_whole_packets_or_one_size_at_every_batch_is_even(shape, is_uneven):
     nodes = [helper.make_node("Neg", ["x"], ["n"]), helper.make_node("Elu", ["n"], ["y"], "e")]
-    assert find_uneven(make_graph(nodes, shape)) == (["Elu 'e'"] if is_uneven else [])
+    assert find_uneven_operators(make_graph(nodes, shape)) == (["Elu 'e'"] if is_uneven else [])
 
 
 def test_operators_are_found_inside_branches_and_functions():
@@ -75,13 +75,13 @@ def test_operators_are_found_inside_branches_and_functions():
         helper.make_node("Cast", ["always"], ["choice"], to=TensorProto.BOOL),
         helper.make_node("If", ["choice"], ["y"], then_branch=branch, else_branch=branch),
     ]
-    assert find_uneven(make_graph(nodes, ["batch", 1]))[0] == "Log 'inner'"
+    assert find_uneven_operators(make_graph(nodes, ["batch", 1]))[0] == "Log 'inner'"
     opsets = [helper.make_opsetid("", 20)]
     proto = make_graph([helper.make_node("Own", ["x"], ["y"], domain="own")], ["batch", 1])
     inner = [helper.make_node("Sin", ["a"], ["b"])]
     proto.functions.append(helper.make_function("own", "Own", ["a"], ["b"], inner, opsets))
     proto.opset_import.append(helper.make_opsetid("own", 1))
-    assert len(find_uneven(proto)) == 1
+    assert len(find_uneven_operators(proto)) == 1
 
 
 class Positive(nn.Module):

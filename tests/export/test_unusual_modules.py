@@ -20,7 +20,7 @@ from sluice_export import (
     export_onnx,
     verify,
 )
-from sluice_export.onnx.editing import constants_of
+from sluice_export.graphs import constants_of
 from sluice_model import Model
 from tests.export.foreign_models import Builder
 from tests.export.test_foreign_refusals import RESULT, SEQUENCE, gru_over_time
@@ -72,7 +72,7 @@ def test_a_search_for_the_cause_that_fails_does_not_hide_the_failure(tmp_path, m
     def fail(*_: object) -> str:
         raise ValueError("no such axis")
 
-    monkeypatch.setattr("sluice_export.exporter.explain_failure", fail)
+    monkeypatch.setattr("sluice_export.torch.conversion.explain_failure", fail)
     with pytest.raises(ParityError, match=r"parity.*failed.*not found out \(no such axis\)"):
         export(Makes(lambda y: y - y.mean(1, keepdim=True)), X, tmp_path / "model.onnx")
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from sluice_cli.main import app
 from sluice_export import BidirectionalError, CheckpointError
-from sluice_export.torch.factory import read_weights
+from sluice_export.torch.checkpoint import read_weights
 from sluice_export.torch.layer_from_weights import make_layer
 from sluice_model import read_contract
 

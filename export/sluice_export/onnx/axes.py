@@ -7,7 +7,7 @@ from typing import Final
 import onnx
 
 from sluice_export.errors import InputError, OutputError
-from sluice_export.onnx.editing import inputs_of
+from sluice_export.graphs import inputs_of
 
 BATCH: Final = "batch"
 TIME: Final = "steps"

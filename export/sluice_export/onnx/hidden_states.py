@@ -1,4 +1,4 @@
-"""Exposes the state of recurrent operators of an ONNX graph that keep it to themselves."""
+"""Exposes hidden states: those of recurrent operators that a file neither takes nor returns."""
 
 from collections.abc import Collection, Sequence
 from typing import Final
@@ -9,53 +9,39 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from sluice_export.errors import BidirectionalError, LayerError
-from sluice_export.onnx.axes import BATCH, Layout
-from sluice_export.onnx.editing import (
+from sluice_export.graphs import (
     RECURRENT,
+    STATE_SLOTS,
     constants_of,
     evaluate,
-    free_name,
+    initial_states_of,
     inputs_of,
     label,
+    producers_of,
     read_attribute,
-    set_input,
 )
+from sluice_export.onnx.axes import BATCH, Layout
+from sluice_export.onnx.editing import free_name, set_input
 from sluice_export.onnx.pairing import StatePair
-from sluice_export.torch.signature import LENGTHS
 
-_LENGTHS_SLOT: Final = 4
 _STATES: Final = {"LSTM": ("h", "c"), "GRU": ("h",), "RNN": ("h",)}
 
 
 def expose_states(proto: onnx.ModelProto, layout: Layout) -> list[StatePair]:
-    """Give each recurrent operator that keeps its state a state input and a state output.
+    """Give each recurrent operator with a hidden state an input and an output for it.
 
-    Operators that start from one of the states of `layout` have theirs already. What
-    one starts from that is constant becomes the default of its input.
-
-    Raises BidirectionalError or LayerError, naming the operator, where it has no
-    state that could be carried.
+    Operators that start from a state of `layout` have both already. A constant that an operator
+    starts from becomes the default of its input. Raises BidirectionalError or LayerError, naming
+    the operator, where no state can be carried.
     """
     graph = proto.graph
     pairs: list[StatePair] = []
     for node in graph.node:
         if node.op_type in RECURRENT and not _starts_from_state(graph, node, layout.states):
             _check(graph, node)
-            starts = [_find_start(proto, node, place, layout) for place in (5, 6)]
+            starts = [_find_start(proto, node, name, layout) for name in initial_states_of(node)]
             pairs += _expose(graph, node, starts)
     return pairs
-
-
-def add_lengths(graph: onnx.GraphProto) -> str:
-    """Let each recurrent operator stop where its rows end. Gives the input's name, or ""."""
-    nodes = [node for node in graph.node if node.op_type in RECURRENT]
-    if not nodes or any(len(n.input) > _LENGTHS_SLOT and n.input[_LENGTHS_SLOT] for n in nodes):
-        return ""
-    name = free_name(graph, LENGTHS)
-    for node in nodes:
-        set_input(node, _LENGTHS_SLOT, name)
-    graph.input.append(helper.make_tensor_value_info(name, TensorProto.INT32, [BATCH]))
-    return name
 
 
 def _check(graph: onnx.GraphProto, node: onnx.NodeProto) -> None:
@@ -72,17 +58,17 @@ def _check(graph: onnx.GraphProto, node: onnx.NodeProto) -> None:
 def _starts_from_state(
     graph: onnx.GraphProto, node: onnx.NodeProto, states: Collection[str]
 ) -> bool:
-    """Whether an operator's state comes from a state input already.
+    """Whether an operator starts from a state input.
 
-    Raises LayerError where it is computed from other inputs.
+    Raises LayerError where it starts from what is computed from other inputs.
     """
-    producers = {name: other for other in graph.node for name in other.output}
+    producers = producers_of(graph)
     given = set(inputs_of(graph))
-    waiting, seen = [name for name in node.input[5:7] if name], set[str]()
+    waiting, seen = [name for name in initial_states_of(node) if name], set[str]()
     while waiting:
         name = waiting.pop()
         other = producers.get(name)
-        # The size of an input is no value of it.
+        # A state may depend on the size of an input, but not on its values.
         if name in seen or (other is not None and other.op_type in {"Shape", "Size"}):
             continue
         seen.add(name)
@@ -97,21 +83,21 @@ def _starts_from_state(
 
 
 def _find_start(
-    proto: onnx.ModelProto, node: onnx.NodeProto, place: int, layout: Layout
+    proto: onnx.ModelProto, node: onnx.NodeProto, name: str, layout: Layout
 ) -> NDArray[np.float32] | None:
-    """What an operator starts from, [1, 1, hidden], if that is not zero.
+    """What an operator starts from, [1, 1, hidden]; None for zeros.
 
-    Raises LayerError where it is not the same for every row, or cannot be told.
+    Raises LayerError where it differs from row to row, or is unknown.
     """
-    if place >= len(node.input) or not node.input[place]:
+    if not name:
         return None
     batch = 2 if layout.has_batch else 1
     types = {value.name: value.type.tensor_type.elem_type for value in proto.graph.input}
     given = {
-        name: np.zeros(layout.shape(name, batch, 3), helper.tensor_dtype_to_np_dtype(types[name]))
-        for name in layout.inputs
+        key: np.zeros(layout.shape(key, batch, 3), helper.tensor_dtype_to_np_dtype(types[key]))
+        for key in layout.inputs
     }
-    value = evaluate(proto, node.input[place], given)
+    value = evaluate(proto, name, given)
     if value is None or (value != value[:, :1]).any():
         raise LayerError(
             f"{label(node)} starts from a state that is not the same for every sequence, or "
@@ -131,7 +117,7 @@ def _expose(
         start = starts[place]
         if start is not None:
             graph.initializer.append(numpy_helper.from_array(start, before))
-        set_input(node, 5 + place, before)
+        set_input(node, STATE_SLOTS[place], before)
         while len(node.output) < 2 + place:
             node.output.append("")
         after = node.output[1 + place] or free_name(graph, f"{before}.after")

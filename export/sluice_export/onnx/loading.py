@@ -1,4 +1,4 @@
-"""Reads ONNX files made elsewhere into one form: weights inside, conditions folded, time first."""
+"""Reads ONNX files made by others: with all weights, conditions folded, time first."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,15 +8,16 @@ import onnx
 from onnx import external_data_helper, helper
 
 from sluice_export.errors import InputError
-from sluice_export.onnx.editing import (
+from sluice_export.graphs import (
     RECURRENT,
-    fix_inputs,
-    fold_conditions,
+    STANDARD_DOMAINS,
+    STATE_SLOTS,
     read_attribute,
-    set_input,
     subgraphs,
     walk_nodes,
 )
+from sluice_export.onnx.editing import set_input
+from sluice_export.onnx.folding import fix_inputs, fold_conditions
 from sluice_model.contract import parse_proto
 from sluice_model.errors import NotAModelError
 
@@ -24,7 +25,7 @@ _OPSET_MIN: Final = 10
 
 
 def load_file(source: Path, fixed: Mapping[str, float]) -> onnx.ModelProto:
-    """The file, its `fixed` inputs and the conditions that hang on them folded.
+    """The file, with its `fixed` inputs and the conditions that depend on them folded.
 
     Raises InputError for what cannot be read.
     """
@@ -32,24 +33,24 @@ def load_file(source: Path, fixed: Mapping[str, float]) -> onnx.ModelProto:
         proto = parse_proto(source)
     except NotAModelError as error:
         raise InputError(str(error)) from error
-    opset = next((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), 0)
+    opset = next((o.version for o in proto.opset_import if o.domain in STANDARD_DOMAINS), 0)
     if opset < _OPSET_MIN:
         raise InputError(
             f"{source}: is of opset {opset}, at least {_OPSET_MIN} is needed; convert it: "
             "onnx.version_converter.convert_version(model, 17)"
         )
-    _take_in_weights(proto, source)
+    _load_external_weights(proto, source)
     fix_inputs(proto.graph, fixed)
     fold_conditions(proto)
-    _turn_layouts(proto.graph)
+    _put_time_first(proto.graph)
     del proto.graph.value_info[:]
     return proto
 
 
-def _take_in_weights(proto: onnx.ModelProto, source: Path) -> None:
-    """Read the weights that a file keeps in others of its folder.
+def _load_external_weights(proto: onnx.ModelProto, source: Path) -> None:
+    """Read the weights that a file keeps in other files of its folder.
 
-    Raises InputError for one that is missing, or lies elsewhere.
+    Raises InputError for a file that is missing, or in another folder.
     """
     folder = source.resolve().parent
     inner = (graph for node in walk_nodes(proto.graph) for graph in subgraphs(node))
@@ -64,7 +65,7 @@ def _take_in_weights(proto: onnx.ModelProto, source: Path) -> None:
             )
         try:
             external_data_helper.load_external_data_for_tensor(tensor, str(folder))
-        except Exception as error:  # of the file system, or of onnx's own checks
+        except Exception as error:  # from the file system, or from the checks of onnx
             raise InputError(
                 f"{source}: its weights in {place!r} cannot be read ({error}); put that file "
                 "beside it"
@@ -73,8 +74,8 @@ def _take_in_weights(proto: onnx.ModelProto, source: Path) -> None:
         tensor.ClearField("external_data")
 
 
-def _turn_layouts(graph: onnx.GraphProto) -> None:
-    """Let recurrent operators whose first axis is the batch have time first, as runtimes want it.
+def _put_time_first(graph: onnx.GraphProto) -> None:
+    """Transpose around recurrent operators whose first axis is the batch: runtimes want time first.
 
     Source: the attribute `layout` of LSTM, GRU and RNN of ONNX opset 14.
     """
@@ -86,7 +87,7 @@ def _turn_layouts(graph: onnx.GraphProto) -> None:
         kept = [attribute for attribute in node.attribute if attribute.name != "layout"]
         del node.attribute[:]
         node.attribute.extend(kept)
-        for place in (0, 5, 6):
+        for place in (0, *STATE_SLOTS):
             if place < len(node.input) and node.input[place]:
                 name = f"{node.output[0]}/turned/{place}"
                 nodes.append(

@@ -1,4 +1,4 @@
-"""Gives an ONNX graph the form that Sluice serves: all states packed as one row."""
+"""Gives an ONNX graph the inputs that Sluice serves: one packed state, and lengths."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -8,13 +8,14 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from sluice_export.contract import LENGTHS, STATE, STATE_OUT
 from sluice_export.errors import LayerError
+from sluice_export.graphs import LENGTHS_SLOT, RECURRENT
 from sluice_export.onnx.axes import BATCH, Axes
-from sluice_export.onnx.editing import free_name, rename_value
+from sluice_export.onnx.editing import free_name, rename_value, set_input
 from sluice_export.onnx.pairing import StatePair
-from sluice_export.torch.signature import STATE, STATE_OUT
 
-# What float32 holds without loss.
+# The types whose values float32 holds without loss.
 _EXACT: Final = {
     TensorProto.FLOAT,
     TensorProto.FLOAT16,
@@ -39,12 +40,12 @@ class Part:
 
     @property
     def batch_axis(self) -> int | None:
-        """Where its batch axis is; None: it has none, it is that of one row."""
+        """Where its batch axis is; None: it has none, it belongs to one row."""
         return self.axes.index(BATCH) if BATCH in self.axes else None
 
     @property
     def shape(self) -> list[int]:
-        """Of one row, without the batch axis."""
+        """The shape of one row, without the batch axis."""
         return [axis for axis in self.axes if isinstance(axis, int)]
 
     @property
@@ -54,7 +55,7 @@ class Part:
 
 
 def check_state_type(name: str, element_type: int) -> None:
-    """Raise LayerError unless float32 holds every value of a state of that type."""
+    """Raise LayerError unless float32 holds every value of the state's type."""
     if element_type not in _EXACT:
         raise LayerError(
             f"state {name!r} is {helper.tensor_dtype_to_string(element_type)}, of which float32 "
@@ -63,7 +64,7 @@ def check_state_type(name: str, element_type: int) -> None:
 
 
 def pack_states(graph: onnx.GraphProto, parts: Sequence[Part]) -> tuple[str, str]:
-    """Replace all state inputs and outputs by one of each: [batch, floats]. Tells their names."""
+    """Replace all state inputs and outputs by one of each, [batch, floats]; returns their names."""
     names = free_name(graph, STATE), free_name(graph, STATE_OUT)
     size = sum(part.size for part in parts)
     before = [node for part in parts for node in _unpack(graph, part, names[0])]
@@ -82,12 +83,24 @@ def pack_states(graph: onnx.GraphProto, parts: Sequence[Part]) -> tuple[str, str
     return names
 
 
+def add_lengths(graph: onnx.GraphProto) -> str:
+    """Make each recurrent operator stop where its rows end. Returns the input's name, or ""."""
+    nodes = [node for node in graph.node if node.op_type in RECURRENT]
+    if not nodes or any(len(n.input) > LENGTHS_SLOT and n.input[LENGTHS_SLOT] for n in nodes):
+        return ""
+    name = free_name(graph, LENGTHS)
+    for node in nodes:
+        set_input(node, LENGTHS_SLOT, name)
+    graph.input.append(helper.make_tensor_value_info(name, TensorProto.INT32, [BATCH]))
+    return name
+
+
 def _row_name(part: Part) -> str:
     return f"packing/{part.pair.input}/row"
 
 
 def _order(part: Part) -> list[int]:
-    """Where each axis of a state has been, once its batch axis stands in front."""
+    """The axes of a state in the order that has its batch axis first."""
     place = part.batch_axis or 0
     return [place, *(axis for axis in range(len(part.axes)) if axis != place)]
 
@@ -98,11 +111,11 @@ def _constant(graph: onnx.GraphProto, name: str, values: Sequence[int] | int) ->
 
 
 def _unpack(graph: onnx.GraphProto, part: Part, state: str) -> list[onnx.NodeProto]:
-    """Nodes that give the graph its own form of a part of the packed state."""
+    """Nodes that compute a state, in the graph's own form, from the packed row."""
     name = part.pair.input
     prefix = f"packing/{name}"
     held = [tensor for tensor in graph.initializer if tensor.name == name]
-    for tensor in held:  # a default, which is now the initial value
+    for tensor in held:  # a default, which the contract has as the initial value
         graph.initializer.remove(tensor)
     inner = f"{prefix}/before"
     rename_value(graph, name, inner)
@@ -126,12 +139,12 @@ def _unpack(graph: onnx.GraphProto, part: Part, state: str) -> list[onnx.NodePro
 
 
 def _pack(graph: onnx.GraphProto, part: Part) -> list[onnx.NodeProto]:
-    """Nodes that give a part of the packed state from the graph's own form of it."""
+    """Nodes that compute a part of the packed row from the graph's own form of a state."""
     prefix = f"packing/{part.pair.input}"
     value = part.pair.output
     nodes: list[onnx.NodeProto] = []
     if part.pair.index is not None:
-        nodes += _take(graph, part, value)
+        nodes += _unstack(graph, part, value)
         value = nodes[-1].output[0]
     if part.batch_axis is not None:
         turned = f"{prefix}/turned"
@@ -147,7 +160,7 @@ def _pack(graph: onnx.GraphProto, part: Part) -> list[onnx.NodeProto]:
     ]
 
 
-def _take(graph: onnx.GraphProto, part: Part, value: str) -> list[onnx.NodeProto]:
+def _unstack(graph: onnx.GraphProto, part: Part, value: str) -> list[onnx.NodeProto]:
     """Nodes that take one state out of an output that stacks several along its first axis."""
     prefix, index = f"packing/{part.pair.input}", part.pair.index or 0
     rank = _rank(graph, value)

@@ -8,7 +8,13 @@ from typing import Final
 import onnx
 
 from sluice_export.errors import PairingError
-from sluice_export.onnx.editing import RECURRENT, constants_of, inputs_of
+from sluice_export.graphs import (
+    RECURRENT,
+    constants_of,
+    initial_states_of,
+    inputs_of,
+    producers_of,
+)
 
 # Operations that change where values lie, and none of the values.
 _SHAPE_ONLY: Final = frozenset(
@@ -152,7 +158,7 @@ class _Tracer:
 
     def __init__(self, graph: onnx.GraphProto) -> None:
         self._graph = graph
-        self._producers = {name: node for node in graph.node for name in node.output}
+        self._producers = producers_of(graph)
         self._constants = constants_of(graph)
 
     def inputs(self) -> dict[str, frozenset[_Mark]]:
@@ -160,10 +166,9 @@ class _Tracer:
         found: dict[str, set[_Mark]] = {}
         for node in self._graph.node:
             if node.op_type in RECURRENT:
-                for place, state in ((5, "h"), (6, "c")):
-                    if len(node.input) > place and node.input[place]:
-                        for source in self._sources(node.input[place]):
-                            found.setdefault(source, set()).add((node.output[0], state))
+                for state, name in zip("hc", initial_states_of(node), strict=True):
+                    for source in self._sources(name) if name else ():
+                        found.setdefault(source, set()).add((node.output[0], state))
         given = inputs_of(self._graph)
         return {name: frozenset(marks) for name, marks in found.items() if name in given}
 

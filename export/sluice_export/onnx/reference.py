@@ -1,4 +1,4 @@
-"""An ONNX file as its author made it, run by hand: what every proof of it compares with."""
+"""Runs an ONNX file as its author made it: what every proof of it compares with."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,17 +8,17 @@ import onnx
 from numpy.typing import NDArray
 
 from sluice_export.errors import InputError
+from sluice_export.graphs import constants_of
 from sluice_export.onnx.axes import BATCH, TIME, Axes, Layout, find_output_axes
-from sluice_export.onnx.editing import constants_of
 from sluice_export.onnx.packing import Part
-from sluice_export.proof.comparison import Expected
+from sluice_export.proof.evidence import Expected
 from sluice_model.errors import ModelError
 from sluice_model.graph import Graph
 from sluice_model.model import Array
 
 
-class Original:
-    """The file, one row after another, its states handed from run to run."""
+class FileReference:
+    """The file, run one row after another, with its states passed from run to run."""
 
     name = "the file as it was"
 
@@ -29,7 +29,7 @@ class Original:
         parts: Sequence[Part],
         outputs: Sequence[str],
     ) -> None:
-        """`parts` are the states that the file itself takes and gives; `outputs` its data."""
+        """`parts` are the states that the file itself takes and returns; `outputs` its data."""
         self._graph = Graph(proto.SerializeToString(), name="the file")
         self._layout = layout
         self._parts = parts
@@ -40,16 +40,16 @@ class Original:
             value.name: onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
             for value in proto.graph.input
         }
-        # Of the outputs, as one row has them; found out by `learn`.
+        # The axes of each output; set by `learn_outputs`.
         self._axes: dict[str, Axes] = {}
 
-    def learn(
-        self, samples: Mapping[str, tuple[int, int]]
+    def learn_outputs(
+        self, ranges: Mapping[str, tuple[int, int]]
     ) -> dict[str, tuple[Axes, np.dtype[Any]]]:
-        """The axes and the type of each output, from two runs of other sizes.
+        """The axes and the type of each output, from two runs of different sizes.
 
-        `samples` has the first and last value of each input of integers. Raises
-        InputError where the file does not run with the shapes that it is said to take.
+        `ranges` has (first, last) of each integer input. Raises InputError where the file does
+        not run with the shapes that its layout says.
         """
         sizes = [(2 if self._layout.has_batch else 1, 5), (3 if self._layout.has_batch else 1, 7)]
         runs = []
@@ -58,7 +58,7 @@ class Original:
             feed = self._states_at(batch)
             for name in self._layout.inputs:
                 shape, dtype = self._layout.shape(name, batch, length), self._types[name]
-                low, high = samples.get(name, (0, 1))
+                low, high = ranges.get(name, (0, 1))
                 is_float = dtype.kind == "f"
                 feed[name] = (
                     generator.standard_normal(shape)
@@ -84,7 +84,7 @@ class Original:
         return found
 
     def run(self, inputs: Sequence[Array]) -> Expected:
-        """As Source.run: each row alone, whole where the file has a time axis."""
+        """As Reference.run: each row alone, whole where the file has a time axis."""
         rows = [self._run_row([array[row] for array in inputs]) for row in range(len(inputs[0]))]
         outputs = [np.stack(arrays) for arrays in zip(*(row[0] for row in rows), strict=True)]
         names = [part.pair.input for part in self._parts]
@@ -98,25 +98,25 @@ class Original:
         width = steps if self._layout.has_time else 1
         for start in range(0, steps, width):
             for (name, axes), array in zip(self._layout.inputs.items(), row, strict=True):
-                feed[name] = self._place(array[start : start + width], axes)
+                feed[name] = self._from_steps(array[start : start + width], axes)
             results = self._graph.run(feed, [*self._outputs, *self._states])
             states = dict(zip(self._states, results[len(self._outputs) :], strict=True))
-            feed |= {part.pair.input: _take(part, states) for part in self._parts}
+            feed |= {part.pair.input: _unstack(part, states) for part in self._parts}
             named = zip(self._outputs, results, strict=False)
-            pieces.append([self._lift(result, self._axes[name]) for name, result in named])
+            pieces.append([self._to_steps(result, self._axes[name]) for name, result in named])
         outputs = [np.concatenate(arrays) for arrays in zip(*pieces, strict=True)]
         return outputs, {
             part.pair.input: self._flatten(part, feed[part.pair.input]) for part in self._parts
         }
 
-    def _place(self, steps: Array, axes: Axes) -> Array:
-        """[steps, …] of one row in the shape the file takes."""
+    def _from_steps(self, steps: Array, axes: Axes) -> Array:
+        """An input [steps, …] of one row in the shape that the file takes."""
         row = steps[np.newaxis]
         if TIME not in axes:
             return np.ascontiguousarray(np.moveaxis(row[:, 0], 0, axes.index(BATCH)))
         return np.ascontiguousarray(np.moveaxis(row, (0, 1), (axes.index(BATCH), axes.index(TIME))))
 
-    def _lift(self, result: Array, axes: Axes) -> Array:
+    def _to_steps(self, result: Array, axes: Axes) -> Array:
         """An output of one row as [steps, …]."""
         if TIME not in axes:
             return np.moveaxis(result, axes.index(BATCH), 0)
@@ -134,15 +134,15 @@ class Original:
         return states
 
     def _flatten(self, part: Part, value: Array) -> NDArray[np.float32]:
-        """A state of one row as it lies in the packed row."""
+        """A state of one row as it stands in the packed row."""
         if part.batch_axis is not None:
             value = np.moveaxis(value, part.batch_axis, 0)
         row: NDArray[np.float32] = value.reshape(-1).astype(np.float32)
         return row
 
 
-def _take(part: Part, states: Mapping[str, Array]) -> Array:
-    """A state after a run, from the output that holds it."""
+def _unstack(part: Part, states: Mapping[str, Array]) -> Array:
+    """A state after a run, taken out of the output that holds it."""
     value = states[part.pair.output]
     if part.pair.index is None:
         return value

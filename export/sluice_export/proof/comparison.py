@@ -1,20 +1,21 @@
-"""What runs give, and how far two of them are apart."""
+"""Measures how far the results of two runs are apart."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
 
-# Differences are relative to values of at least this size.
+# Differences are relative to values of at least this size: smaller values are rounded like the
+# values of order one that they come from.
 _SCALE_MIN: Final = 0.01
-# A feature that hardly moves is rounded at its size: relative to its spread alone, it would
-# differ by its rounding.
+# A feature that hardly moves is rounded at its size, not at its spread, so its spread counts as
+# at least this share of its size.
 _SPREAD_MIN: Final = 1 / 16
-# Of all features, what a nearly silent one is rounded at.
+# A feature this much smaller than the largest is rounded at this share of the largest.
 _SILENCE: Final = 1e-3
 
 
@@ -25,34 +26,23 @@ class Result:
     outputs: list[Array]
     state: Array
 
-
-@dataclass(frozen=True)
-class Expected:
-    """What the source of a graph gives: outputs [batch, steps, …] each, and its last state."""
-
-    outputs: list[Array]
-    # [batch, size] each, by the name of the part; without what the source keeps to itself.
-    states: Mapping[str, Array] = field(default_factory=dict)
-    # The steps that the outputs are of; None: all.
-    steps: Sequence[int] | None = None
-
-
-class Source(Protocol):
-    """What a graph was made from, as it was before: what every proof compares with."""
+    def row(self, row: int, length: int) -> "Result":
+        """The valid part of one row: outputs [1, length, …] each, and the state [1, state_size]."""
+        outputs = [array[row : row + 1, :length] for array in self.outputs]
+        return Result(outputs, self.state[row : row + 1])
 
     @property
-    def name(self) -> str:
-        """What messages call it."""
-
-    def run(self, inputs: Sequence[Array]) -> Expected:
-        """Whole sequences of one length from the initial state; `inputs` [batch, steps, …] each."""
+    def arrays(self) -> list[Array]:
+        """The outputs and the state."""
+        return [*self.outputs, self.state]
 
 
 def measure_scale(expected: Array) -> Array:
-    """What differences of each feature of an output are relative to; `expected` [batch, steps, …].
+    """The scale of each feature of an output [batch, steps, …]: differences are relative to it.
 
-    The spread of the feature, within its largest finite value and a sixteenth of that, or a
-    hundredth: a feature beside much larger ones, or on top of a large constant, counts as much.
+    It is the spread of the feature, but at least a sixteenth of its largest finite value, and
+    at least a hundredth. So a small feature beside large ones, or one on top of a large
+    constant, counts as much as the others.
     """
     if expected.dtype.kind != "f":
         return np.ones(expected.shape[2:])
@@ -65,11 +55,10 @@ def measure_scale(expected: Array) -> Array:
 
 
 def measure_difference(actual: Array, expected: Array, scale: Array | float | None = None) -> float:
-    """The largest difference, relative to `scale`, or to the largest finite value expected.
+    """The largest difference relative to `scale`; integers: how many values differ.
 
-    To a hundredth at least: values far below one are rounded as the values of order one that
-    they come from: relative to themselves, a layer that is nearly silent would differ by its
-    rounding alone.
+    Without a `scale` it is relative to the largest finite value expected, but to a hundredth at
+    least. Equal infinities, and NaN in the same place, do not differ.
     """
     if actual.shape != expected.shape:
         return float("inf")
@@ -77,7 +66,6 @@ def measure_difference(actual: Array, expected: Array, scale: Array | float | No
         return float(np.count_nonzero(actual != expected))
     with np.errstate(invalid="ignore"):
         distance = np.abs(actual.astype(np.float64) - expected.astype(np.float64))
-    # Equal infinities and NaN in the same place are no difference.
     distance[(actual == expected) | (np.isnan(actual) & np.isnan(expected))] = 0
     if scale is None:
         largest = np.max(np.abs(expected), initial=0, where=np.isfinite(expected))
@@ -86,10 +74,10 @@ def measure_difference(actual: Array, expected: Array, scale: Array | float | No
 
 
 def count_ulps(actual: Array, expected: Array) -> float:
-    """The largest difference in units in the last place of float32, of values that are not tiny.
+    """The largest difference in units in the last place of float32, among values not tiny.
 
-    Tiny is less than a tenth of the largest: what rounds at the size of the large
-    values is many units of the small ones. 0 for integers.
+    A value is tiny below a tenth of the largest: a rounding at the size of the large values is
+    many units of a small one. 0 for integers.
     """
     if actual.shape != expected.shape or expected.dtype.kind != "f" or not expected.size:
         return 0.0
@@ -102,29 +90,26 @@ def count_ulps(actual: Array, expected: Array) -> float:
 
 
 def count_differing(one: Result, two: Result) -> int:
-    """How many values are not the same, bit for bit but for the sign of zero and NaN's payload."""
-    pairs = zip([*one.outputs, one.state], [*two.outputs, two.state], strict=True)
-    return sum(int(np.count_nonzero((a != b) & ~(np.isnan(a) & np.isnan(b)))) for a, b in pairs)
+    """How many values differ in any bit, except in the sign of zero and the payload of NaN."""
+    return sum(int(np.count_nonzero(differs)) for differs in _differing(one, two))
 
 
-def count_ulps_apart(one: Result, two: Result, whole: Result) -> float:
+def count_feature_ulps(one: Result, two: Result, whole: Result) -> float:
     """The largest difference in units in the last place of each feature's largest value in `whole`.
 
     Infinite where only one of the two is a number. 0 for integers.
     """
-    return max(
-        _ulps_apart(*arrays)
-        for arrays in zip(
-            [*one.outputs, one.state],
-            [*two.outputs, two.state],
-            [*whole.outputs, whole.state],
-            strict=True,
-        )
-    )
+    arrays = zip(_differing(one, two), one.arrays, two.arrays, whole.arrays, strict=True)
+    return max(_feature_ulps(*group) for group in arrays)
 
 
-def _ulps_apart(one: Array, two: Array, whole: Array) -> float:
-    differs = (one != two) & ~(np.isnan(one) & np.isnan(two))
+def _differing(one: Result, two: Result) -> Iterator[Array]:
+    """For each array of two results, which of its values differ."""
+    for a, b in zip(one.arrays, two.arrays, strict=True):
+        yield (a != b) & ~(np.isnan(a) & np.isnan(b))
+
+
+def _feature_ulps(differs: Array, one: Array, two: Array, whole: Array) -> float:
     if one.dtype.kind != "f" or not differs.any():
         return 0.0
     axes = (0, 1) if whole.ndim > 2 else None

@@ -1,9 +1,9 @@
-"""Takes example inputs apart: what is a tensor, what is fixed, and what each is called."""
+"""Flattens example inputs into named tensors, and constants that are fixed at export."""
 
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -11,6 +11,17 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from sluice_export.errors import InputError
+
+# What a forward may raise on shapes, values or types that it does not accept.
+FORWARD_ERRORS: Final = (
+    RuntimeError,
+    ValueError,
+    IndexError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+)
 
 
 @dataclass(frozen=True)
@@ -31,7 +42,7 @@ class Arguments:
     tensors: tuple[Argument, ...]
 
     def call(self, module: nn.Module, tensors: Mapping[int, Tensor]) -> Any:
-        """What `module` returns with `tensors` in the place of the examples, by their index."""
+        """What `module` returns with `tensors` instead of the examples, by their index."""
         leaves = {**self.constants, **tensors}
         args, kwargs = pytree.tree_unflatten(
             [leaves[i] for i in range(len(leaves))], self.structure
@@ -40,10 +51,10 @@ class Arguments:
 
 
 def flatten_arguments(module: nn.Module, example_inputs: object) -> Arguments:
-    """Take apart a tensor, a tuple of arguments or a dict of named ones, tensors or numpy arrays.
+    """Flatten a tensor, a tuple of arguments or a dict of named ones, of tensors or numpy arrays.
 
-    Floats get the precision of `module`. Raises InputError for tensors without
-    a batch and a time axis.
+    Floats get the precision of `module`. Raises InputError for tensors without a batch and a
+    time axis.
     """
     args, kwargs = _as_call(example_inputs)
     paths, structure = pytree.tree_flatten_with_path((args, kwargs))

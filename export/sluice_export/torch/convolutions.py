@@ -1,4 +1,4 @@
-"""Finds convolutions over time, and tells those that need the past from those that need more."""
+"""Finds convolutions over time, and refuses those that need more than earlier steps."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sluice_export.errors import ConvolutionError
+from sluice_export.torch.layers import RecurrentLayer
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class CausalConvolution:
     module: nn.Conv1d
     # What the module puts in front of its input, [channels, steps]; the rest is zeros.
     padding: Tensor
-    # How many outputs it gives beyond the last step.
+    # How many outputs it returns beyond the last step.
     surplus: int
 
     @property
@@ -53,19 +54,23 @@ class CausalConvolution:
 
     @property
     def initial(self) -> Tensor:
-        """What it finds before the first step, [channels, width]."""
+        """The context before the first step, [channels, width]."""
         zeros = self.padding.new_zeros(self.channels, self.width - self.padding.shape[1])
         return torch.cat([zeros, self.padding], dim=1)
 
     def context(self, given: Tensor) -> Tensor:
-        """What it has to remember after input [batch, channels, padding + steps]."""
+        """The context after an input of [batch, channels, padding + steps]."""
         zeros = given.new_zeros(*given.shape[:2], self.width)
         return torch.cat([zeros, given], dim=2)[..., -self.width :]
 
 
+# What carries a state from step to step.
+StatefulLayer = RecurrentLayer | CausalConvolution
+
+
 @dataclass(frozen=True)
 class ConvolutionCall:
-    """What one nn.Conv1d was given and gave, in one call of the module: [batch, channels, …]."""
+    """The input and the result of one nn.Conv1d in one call of the module: [batch, channels, …]."""
 
     module: nn.Conv1d
     given: Tensor
@@ -77,17 +82,17 @@ def find_convolutions(
     calls: Sequence[Sequence[ConvolutionCall]],
     sizes: Sequence[tuple[int, int]],
 ) -> list[CausalConvolution]:
-    """The convolutions over time among those that two calls of `module` with `sizes` saw.
+    """The convolutions over time among those called in two calls of `module` with `sizes`.
 
-    Raises ConvolutionError for one that is not causal, or is called in another way
-    than once over whole sequences.
+    Raises ConvolutionError for one that is not causal, and for one that is not called exactly
+    once over whole sequences.
     """
     found = []
     for path, child in module.named_modules():
         if not isinstance(child, nn.Conv1d) or not _width(child):
             continue
         small, large = ([call for call in seen if call.module is child] for seen in calls)
-        # The last axis of what it is given follows the steps, or it is no convolution over time.
+        # In a convolution over time the last axis of the input grows with the steps.
         growth = sizes[1][1] - sizes[0][1]
         if not small or large[0].given.shape[-1] - small[0].given.shape[-1] != growth:
             continue
@@ -132,9 +137,9 @@ def _check(
 
 
 def _is_padded_in_front(module: nn.Conv1d, missing: int) -> bool:
-    """Whether a convolution puts `missing` zeros in front of its input by itself.
+    """Whether a convolution itself puts `missing` zeros in front of its input.
 
-    One with a forward of its own may: what it computes is proven later.
+    A convolution with a forward of its own may do so: what it computes is proven later.
     """
     if type(module).forward is not nn.Conv1d.forward:
         return missing >= 0

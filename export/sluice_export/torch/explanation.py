@@ -1,11 +1,13 @@
-"""Names the first operation of a module that cannot be told from one step and a carried state."""
+"""Names the first operation of a module that needs more than one step and the carried state.
+
+What `proof.explanation` is for graphs, for modules that are traced one step at a time.
+"""
 
 import linecache
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -15,13 +17,12 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from sluice_export.proof.comparison import measure_difference
-from sluice_export.proof.proofs import Evidence
-from sluice_export.torch.analysis import Survey
-from sluice_export.torch.convolutions import CausalConvolution
+from sluice_export.proof.evidence import Evidence
+from sluice_export.source_lines import describe_line, is_user_file
+from sluice_export.torch.analysis import Analysis
+from sluice_export.torch.convolutions import CausalConvolution, StatefulLayer
 from sluice_export.torch.layers import LSTM, RecurrentLayer
-from sluice_export.torch.native_layers import Carrier
-from sluice_export.torch.recording import LayerCall, Observation, observe
-from sluice_export.torch.tracing import is_of_user
+from sluice_export.torch.recording import LayerCall, Recording, record_call
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,11 @@ class _Place:
 
     def __str__(self) -> str:
         code = linecache.getline(self.file, self.line).strip()
-        return f"{self.operation} in {Path(self.file).name}, line {self.line}: {code}"
+        return describe_line(self.operation, self.file, self.line, code)
 
 
 @dataclass
-class _Notes(TorchFunctionMode):
+class _LastValues(TorchFunctionMode):
     """Keeps the last value of every operation in the user's source, in order."""
 
     values: dict[_Place, Tensor] = field(default_factory=dict)
@@ -48,12 +49,12 @@ class _Notes(TorchFunctionMode):
         super().__init__()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Note what `func` gives."""
+        """Keep what `func` returns."""
         result = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
         if isinstance(result, Tensor) and not self.is_paused and name not in {"__get__", "__set__"}:
             frame: FrameType | None = sys._getframe(1)
-            while frame is not None and not is_of_user(frame.f_code.co_filename):
+            while frame is not None and not is_user_file(frame.f_code.co_filename):
                 frame = frame.f_back
             if frame is not None:
                 place = _Place(name.strip("_"), frame.f_code.co_filename, frame.f_lineno)
@@ -61,24 +62,26 @@ class _Notes(TorchFunctionMode):
         return result
 
 
-def explain_step(module: nn.Module, survey: Survey, evidence: Evidence) -> str:
-    """Which operation of `module` needs more than one step and what is carried: a sentence.
+def explain_step(module: nn.Module, analysis: Analysis, evidence: Evidence) -> str:
+    """Which operation of `module` needs more than one step and the carried state: a sentence.
 
-    The module is run on a whole sequence, and on its last step alone from the state
-    before that. What an operation gives last must be the same in both.
+    The module is run on a whole sequence, and on its last step alone from the state before it.
+    The last value of every operation must be the same in both.
     """
-    signature = survey.signature
+    signature = analysis.signature
     inputs = [
         torch.from_numpy(array).to(leaf.dtype)
         for array, leaf in zip(evidence.inputs, signature.inputs, strict=True)
     ]
-    begun = observe(signature, module, survey.layers, [tensor[:, :-1] for tensor in inputs])
-    with _Notes() as whole:
-        observe(signature, module, (), inputs)
+    begun = record_call(
+        signature.call, module, analysis.layers, [tensor[:, :-1] for tensor in inputs]
+    )
+    with _LastValues() as whole:
+        record_call(signature.call, module, (), inputs)
     step = [tensor[-1:, -1:] for tensor in inputs]
-    alone = _Notes()
-    with _carried(survey.carriers, begun, alone), alone:
-        observe(signature, module, (), step)
+    alone = _LastValues()
+    with _continue(analysis.stateful_layers, begun, alone), alone:
+        record_call(signature.call, module, (), step)
     for place, value in alone.values.items():
         if place in whole.values and _differs(value, whole.values[place], evidence.tolerance):
             return (
@@ -86,17 +89,17 @@ def explain_step(module: nn.Module, survey: Survey, evidence: Evidence) -> str:
                 "from that step and the state that layers carry. The first value that does not "
                 f"follow from them comes from {place}"
             )
-    altered = [layer for layer in survey.layers if layer.is_altered]
+    altered = [layer for layer in analysis.layers if layer.is_altered]
     if altered:
         return (
             f"{altered[0].name} is a {type(altered[0].module).__name__} with a forward of its own, "
             f"but the graph has that of {altered[0].kind.operator} alone; do what it adds to the "
             "output outside of it, and leave the state as the cell gives it"
         )
-    hidden = [f"the c of {layer.name}" for layer in survey.layers if layer.kind is LSTM]
+    hidden = [f"the c of {layer.name}" for layer in analysis.layers if layer.kind is LSTM]
     hidden += [
         f"what {convolution.name} gives beyond the last step"
-        for convolution in survey.convolutions
+        for convolution in analysis.convolutions
         if convolution.surplus
     ]
     return (
@@ -106,7 +109,7 @@ def explain_step(module: nn.Module, survey: Survey, evidence: Evidence) -> str:
 
 
 def _differs(one: Tensor, whole: Tensor, tolerance: float) -> bool:
-    """Whether the last row and step of a value is not that of the same row and step alone."""
+    """Whether the last row and step of a value differs from the same row and step alone."""
     if one.dim() != whole.dim():
         return True
     for axis, (short, long) in enumerate(zip(one.shape, whole.shape, strict=True)):
@@ -116,29 +119,31 @@ def _differs(one: Tensor, whole: Tensor, tolerance: float) -> bool:
 
 
 @contextmanager
-def _carried(carriers: Sequence[Carrier], begun: Observation, notes: _Notes) -> Iterator[None]:
-    """Let what carries a state go on from the last row of `begun` while the block runs.
+def _continue(
+    layers: Sequence[StatefulLayer], begun: Recording, values: _LastValues
+) -> Iterator[None]:
+    """Make stateful layers continue from the last row of `begun` while the block runs.
 
-    Whatever state the module passes; `notes` are not taken of what is inside.
+    The state that the module passes is ignored. `values` inside the layers are not kept.
     """
 
     def pause(*_: object) -> None:
-        notes.is_paused = True
+        values.is_paused = True
 
     def resume(*_: object) -> None:
-        notes.is_paused = False
+        values.is_paused = False
 
     handles = []
-    for carrier in carriers:
-        handles.append(carrier.module.register_forward_pre_hook(pause))
-        if isinstance(carrier, CausalConvolution):
-            given = [call.given for call in begun.convolutions if call.module is carrier.module]
-            hook = _continue_convolution(carrier, carrier.context(given[0][-1:]))
-            handles.append(carrier.module.register_forward_hook(hook, with_kwargs=True))
+    for layer in layers:
+        handles.append(layer.module.register_forward_pre_hook(pause))
+        if isinstance(layer, CausalConvolution):
+            given = [call.given for call in begun.convolutions if call.module is layer.module]
+            hook = _continue_convolution(layer, layer.context(given[0][-1:]))
+            handles.append(layer.module.register_forward_hook(hook, with_kwargs=True))
         else:
-            hook = _continue_layer(carrier, begun.calls(carrier)[-carrier.calls :])
-            handles.append(carrier.module.register_forward_pre_hook(hook, with_kwargs=True))
-        handles.append(carrier.module.register_forward_hook(resume))
+            hook = _continue_layer(layer, begun.calls(layer)[-layer.calls :])
+            handles.append(layer.module.register_forward_pre_hook(hook, with_kwargs=True))
+        handles.append(layer.module.register_forward_hook(resume))
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Tells from how layers were called whether their state can be carried, and what it starts from."""
+"""Judges how layers are called: whether their state can be carried, and what it starts from."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -8,17 +8,17 @@ from torch import Tensor, nn
 
 from sluice_export.errors import LayerError
 from sluice_export.torch.layers import RecurrentLayer
-from sluice_export.torch.outputs import LARGE, SMALL
-from sluice_export.torch.recording import LayerCall, Observation
+from sluice_export.torch.recording import LayerCall, Recording
+from sluice_export.torch.signature import LARGE, SMALL
 
 
 def count_calls(
     layer: RecurrentLayer, small: Sequence[LayerCall], large: Sequence[LayerCall]
 ) -> tuple[RecurrentLayer, bool]:
-    """`layer` with how often it runs over the sequence, and whether it does in a loop over time.
+    """(`layer` with the number of its runs over the sequence, whether they are loops over time).
 
-    `small` and `large` are its calls in two calls of the module. Raises LayerError
-    where it is called in another way.
+    `small` and `large` are its calls in two calls of the module. Raises LayerError where it is
+    called neither over the whole sequence nor once for each step.
     """
     if len(small) == len(large) and all(call.sizes == SMALL for call in small):
         return replace(layer, calls=len(small)), False
@@ -41,12 +41,12 @@ def count_calls(
     return replace(layer, calls=calls), True
 
 
-def find_initial(
-    layers: Sequence[RecurrentLayer], small: Observation, large: Observation
+def find_initial_states(
+    layers: Sequence[RecurrentLayer], small: Recording, large: Recording
 ) -> dict[str, Tensor]:
     """The initial state of each part that does not start at zero: part name to [hidden_size].
 
-    Raises LayerError where a layer starts from something that depends on the input.
+    Raises LayerError where the initial state depends on the input.
     """
     initial: dict[str, Tensor] = {}
     for layer in layers:
@@ -70,7 +70,7 @@ def find_initial(
 
 
 def _unproject(module: nn.Module, row: Tensor, depth: int) -> Tensor:
-    """A state as it is before the layer's projection, if it has one: what projects to `row`."""
+    """A state before the layer's projection: what projects to `row`; `row` where it has none."""
     if row.shape[0] == module.hidden_size:
         return row
     projection: Tensor = getattr(module, f"weight_hr_l{depth}")

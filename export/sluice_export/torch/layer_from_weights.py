@@ -1,52 +1,16 @@
-"""Makes a recurrent layer from its weights alone: what it is follows from names and shapes."""
+"""Makes a recurrent layer from its weights alone: their names and shapes say what it is."""
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-import torch
 from torch import Tensor, nn
 
 from sluice_export.errors import BidirectionalError, CheckpointError
 
 _NAMES: Final = re.compile(r"(?P<layer>.*\.)?(weight|bias)_(ih|hh|hr)_l(?P<depth>\d+)$")
 _LAYERS: Final[dict[int, Callable[..., nn.RNNBase]]] = {4: nn.LSTM, 3: nn.GRU, 1: nn.RNN}
-_DTYPES: Final = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-
-
-def read_safetensors(data: bytes, path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, by name. Raises CheckpointError.
-
-    Source: the format as https://github.com/huggingface/safetensors describes it: the
-    header's length in 8 bytes, the header in JSON, the tensors.
-    """
-    try:
-        start = 8 + int.from_bytes(data[:8], "little")
-        header: dict[str, Any] = json.loads(data[8:start])
-        header.pop("__metadata__", None)
-        tensors = {}
-        for name, entry in header.items():
-            first, last = entry["data_offsets"]
-            content = bytearray(data[start + first : start + last])
-            flat = torch.frombuffer(content, dtype=_DTYPES[entry["dtype"]])
-            tensors[name] = flat.reshape(entry["shape"])
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{path}: is no safetensors file, or is cut short; write it with "
-            "safetensors.torch.save_file(module.state_dict(), path)"
-        ) from error
-    return tensors
 
 
 def make_layer(weights: Mapping[str, Tensor], path: Path, options: Mapping[str, Any]) -> nn.RNNBase:

@@ -1,4 +1,4 @@
-"""Finds the recurrent layers and cells of a module, and tells how ONNX holds their weights."""
+"""Finds the recurrent layers and cells of a module, and reorders their weights for ONNX."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -21,7 +21,7 @@ class CellKind:
     name: str
     operator: str
     states: tuple[str, ...]
-    # The gates in ONNX's order, and where PyTorch's order has each of them.
+    # The gates in ONNX's order, and the place of each in PyTorch's order.
     gates: tuple[str, ...]
     order: tuple[int, ...]
     attributes: dict[str, int | Sequence[str]] = field(default_factory=dict)
@@ -43,7 +43,7 @@ class RecurrentLayer:
     path: str  # where it sits in the module; "" where it is the module
     module: nn.RNNBase | nn.RNNCellBase
     kind: CellKind
-    # How often forward runs it over the sequence, each time with a state of its own.
+    # How often forward runs it over the sequence; each call has a state of its own.
     calls: int = 1
 
     @property
@@ -59,7 +59,7 @@ class RecurrentLayer:
 
     @property
     def is_altered(self) -> bool:
-        """Whether it is of a class with a forward of its own, of which the graph knows nothing."""
+        """Whether its class has a forward of its own, which the graph does not have."""
         return not type(self.module).forward.__module__.startswith("torch.")
 
     @property
@@ -69,7 +69,7 @@ class RecurrentLayer:
 
     @property
     def is_batch_first(self) -> bool:
-        """Whether it wants [batch, steps, features], or, as a cell, no steps at all."""
+        """Whether it takes [batch, steps, features], or, as a cell, no steps at all."""
         return not isinstance(self.module, nn.RNNBase) or self.module.batch_first
 
     @property
@@ -122,6 +122,6 @@ def _kind_of_cell(path: str, cell: nn.RNNCellBase) -> CellKind:
 
 
 def reorder_gates(weight: Tensor, kind: CellKind) -> Tensor:
-    """A weight or bias of PyTorch, [gates × hidden, …], with its gates in ONNX's order."""
+    """A weight or bias of PyTorch, [gates × hidden, …], with the gates in ONNX's order."""
     blocks = weight.chunk(len(kind.gates))
     return torch.cat([blocks[place] for place in kind.order])

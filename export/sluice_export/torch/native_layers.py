@@ -1,4 +1,4 @@
-"""Stands in for what carries state while a module is traced: native operators, state outside."""
+"""Replaces stateful layers while a module is traced: by ONNX operators with the state outside."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -7,42 +7,42 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sluice_export.torch.convolutions import CausalConvolution
+from sluice_export.torch.convolutions import CausalConvolution, StatefulLayer
 from sluice_export.torch.layers import RecurrentLayer, reorder_gates
 
 
 @dataclass
-class Carry:
-    """What one run of a traced module hands from the caller to its layers and back."""
+class StateExchange:
+    """What the caller and the layers of a traced module pass to each other in one run."""
 
     lengths: Tensor = field(default_factory=lambda: torch.empty(0))
     before: dict[str, Tensor] = field(default_factory=dict)
     after: dict[str, Tensor] = field(default_factory=dict)
-    # Where the module is called as with one step of each of batch × steps sequences: both.
-    folded: tuple[int, int] | None = None
+    # (batch, steps) where the module sees one step of each of batch × steps sequences.
+    merged: tuple[int, int] | None = None
 
-    def unfold(self, rows: Tensor) -> Tensor:
+    def split_axes(self, rows: Tensor) -> Tensor:
         """[batch × steps, …] as [batch, steps, …]."""
-        assert self.folded is not None
-        return rows.reshape(*self.folded, *rows.shape[1:])
+        assert self.merged is not None
+        return rows.reshape(*self.merged, *rows.shape[1:])
 
 
 class NativeLayer(nn.Module):
-    """A recurrent layer or cell as ONNX operators, which take their state from a Carry.
+    """A recurrent layer or cell as ONNX operators, which take their state from a StateExchange.
 
-    Called as what it stands for. A state that the module passes is left alone: it
-    can only be the one the caller carries, or the initial one.
+    Called like the layer that it replaces. A state that the module passes is ignored: it can
+    only be the one that the caller carries, or the initial one.
     """
 
-    def __init__(self, layer: RecurrentLayer, carry: Carry) -> None:
-        """Take the weights of `layer`; meet the caller in `carry`."""
+    def __init__(self, layer: RecurrentLayer, exchange: StateExchange) -> None:
+        """Copy the weights of `layer`; `exchange` is shared with the caller."""
         super().__init__()
-        self._layer = [layer]  # in lists: shared, not copied, when the module is
-        self._carry = [carry]
+        self._layer = [layer]  # in lists, so that copies of the module share them
+        self._exchange = [exchange]
         self._calls = 0
         original = layer.module
         self._is_cell = isinstance(original, nn.RNNCellBase)
-        # What modules read off their layers to make a zero state.
+        # The attributes that modules read to make a zero state.
         for name in ("mode", "input_size", "hidden_size", "num_layers", "bias", "batch_first"):
             setattr(self, name, getattr(original, name, None))
         self.dropout = getattr(original, "dropout", 0.0)
@@ -66,8 +66,8 @@ class NativeLayer(nn.Module):
 
         recurrent = read("weight_hh")
         if self.proj_size:
-            # ONNX's LSTM projects nothing: the projection of h goes into what h is multiplied
-            # with, and stays behind the operator for what h is read for.
+            # ONNX's LSTM has no projection: it is multiplied into the recurrent weights, and
+            # applied behind the operator to the h that the module reads.
             projection = read("weight_hr")
             recurrent = (recurrent.double() @ projection.double()).to(recurrent.dtype)
             keep("p", projection.T)
@@ -81,35 +81,35 @@ class NativeLayer(nn.Module):
         """Do nothing: kept because modules call it on their layers."""
 
     def forward(self, input: Tensor, hx: object = None) -> object:  # noqa: A002 - as PyTorch's
-        """As what it stands for: [batch, steps, features], [steps, batch, features] or a row."""
-        layer, carry = self._layer[0], self._carry[0]
+        """Like the layer's; a cell takes [batch, features]."""
+        layer, exchange = self._layer[0], self._exchange[0]
         call, self._calls = self._calls, (self._calls + 1) % layer.calls
         sequence = self._as_sequence(input)
         states: list[tuple[Tensor, ...]] = []
         for depth in range(layer.depth):
             sequence, final = self._run_operator(sequence, call, depth)
-            states.append(final if carry.folded is None else _every_step(sequence, len(final)))
+            states.append(final if exchange.merged is None else _every_step(sequence, len(final)))
         stacked = tuple(torch.stack(tensors) for tensors in zip(*states, strict=True))
         if self._is_cell:
             return stacked[0][0] if len(stacked) == 1 else tuple(part[0] for part in stacked)
-        y = sequence if carry.folded is None else _fold(sequence).unsqueeze(0)
+        y = sequence if exchange.merged is None else _merge_axes(sequence).unsqueeze(0)
         y = y.transpose(0, 1) if self.batch_first else y
         return y, stacked if len(stacked) > 1 else stacked[0]
 
     def _as_sequence(self, given: Tensor) -> Tensor:
-        """What the module gives its layer as [steps, batch, features]."""
+        """The input that the module passes, as [steps, batch, features]."""
         if not self._is_cell and self.batch_first:
             given = given.transpose(0, 1)
-        if self._carry[0].folded is None:
+        if self._exchange[0].merged is None:
             return given
         rows = given if self._is_cell else given.squeeze(0)
-        return self._carry[0].unfold(rows).transpose(0, 1)
+        return self._exchange[0].split_axes(rows).transpose(0, 1)
 
     def _run_operator(
         self, sequence: Tensor, call: int, depth: int
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Layer `depth`: [steps, batch, in] to [steps, batch, out], and each final state."""
-        layer, carry = self._layer[0], self._carry[0]
+        layer, exchange = self._layer[0], self._exchange[0]
         names = [layer.part(call, state, depth) for state in layer.kind.states]
         steps, batch, _ = sequence.shape
         hidden = layer.module.hidden_size
@@ -120,15 +120,15 @@ class NativeLayer(nn.Module):
                 getattr(self, f"w{depth}"),
                 getattr(self, f"r{depth}"),
                 getattr(self, f"b{depth}") if layer.module.bias else None,
-                carry.lengths,
-                *(carry.before[name].unsqueeze(0) for name in names),
+                exchange.lengths,
+                *(exchange.before[name].unsqueeze(0) for name in names),
             ],
             {"hidden_size": hidden, **layer.kind.attributes},
             dtypes=[torch.float32] * (1 + len(names)),
             shapes=[[steps, 1, batch, hidden], *([1, batch, hidden] for _ in names)],
         )
         final = [tensor.squeeze(0) for tensor in results[1:]]
-        carry.after.update(zip(names, final, strict=True))
+        exchange.after.update(zip(names, final, strict=True))
         y = results[0].squeeze(1)
         if self.proj_size:
             projection = getattr(self, f"p{depth}")
@@ -136,7 +136,7 @@ class NativeLayer(nn.Module):
         return y, tuple(final)
 
 
-def _fold(sequence: Tensor) -> Tensor:
+def _merge_axes(sequence: Tensor) -> Tensor:
     """[steps, batch, …] as [batch × steps, …]."""
     return sequence.transpose(0, 1).flatten(0, 1)
 
@@ -144,21 +144,24 @@ def _fold(sequence: Tensor) -> Tensor:
 def _every_step(sequence: Tensor, states: int) -> tuple[Tensor, ...]:
     """The states after each step, [batch × steps, hidden] each; NaN for c.
 
-    ONNX's LSTM tells h at every step and c only at the last: a module that reads c
-    must not be taken for one that hands it on.
+    ONNX's LSTM returns h at every step, but c only at the last. With NaN a module that reads c
+    fails its proofs, and one that only passes it on does not.
     """
-    h = _fold(sequence)
+    h = _merge_axes(sequence)
     return (h, *(torch.full_like(h, torch.nan) for _ in range(states - 1)))
 
 
 class NativeConvolution(nn.Module):
-    """A causal convolution, its left context taken from a Carry; only ever called folded."""
+    """A causal convolution that takes its left context from a StateExchange.
 
-    def __init__(self, convolution: CausalConvolution, carry: Carry) -> None:
-        """Take the weights of `convolution`; meet the caller in `carry`."""
+    It is only called with one step of each of batch × steps sequences.
+    """
+
+    def __init__(self, convolution: CausalConvolution, exchange: StateExchange) -> None:
+        """Copy the weights of `convolution`; `exchange` is shared with the caller."""
         super().__init__()
         self._convolution = [convolution]
-        self._carry = [carry]
+        self._exchange = [exchange]
         original = convolution.module
         for name in ("in_channels", "out_channels", "kernel_size", "dilation", "padding", "stride"):
             setattr(self, name, getattr(original, name))
@@ -171,23 +174,23 @@ class NativeConvolution(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - as PyTorch's
-        """As nn.Conv1d on one step with its padding: [rows, channels, padding + 1]."""
-        convolution, carry = self._convolution[0], self._carry[0]
-        before = carry.before[convolution.part].transpose(1, 2)
-        joined = torch.cat([before, carry.unfold(input[..., -1])], dim=1)
-        ends = carry.lengths.long().unsqueeze(1) + torch.arange(convolution.width)
+        """Like nn.Conv1d's on one step with its padding: [rows, channels, padding + 1]."""
+        convolution, exchange = self._convolution[0], self._exchange[0]
+        before = exchange.before[convolution.part].transpose(1, 2)
+        joined = torch.cat([before, exchange.split_axes(input[..., -1])], dim=1)
+        ends = exchange.lengths.long().unsqueeze(1) + torch.arange(convolution.width)
         places = ends.unsqueeze(2).expand(-1, -1, convolution.channels)
-        carry.after[convolution.part] = joined.gather(1, places).transpose(1, 2)
+        exchange.after[convolution.part] = joined.gather(1, places).transpose(1, 2)
         rows = self._convolve(joined).flatten(0, 1).unsqueeze(2)
-        # What a convolution that pads both ends gives beyond the last step must be cut off.
+        # Outputs beyond the last step, of a convolution that pads both ends, must be cut off.
         surplus = rows.expand(-1, -1, convolution.surplus) * torch.nan
         return torch.cat([rows, surplus], dim=2) if convolution.surplus else rows
 
     def _convolve(self, joined: Tensor) -> Tensor:
         """[batch, width + steps, channels] to [batch, steps, out channels].
 
-        ONNX Runtime's Conv adds in an order that depends on how long it is; a product with
-        constant weights never does. Only groups would make that one large and mostly zeros.
+        ONNX Runtime's Conv adds in an order that depends on the length; a product with constant
+        weights does not. With groups that product would be large and mostly zeros.
         """
         module, width = self._convolution[0].module, self._convolution[0].width
         if module.groups > 1:
@@ -205,19 +208,18 @@ class NativeConvolution(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-Carrier = RecurrentLayer | CausalConvolution
+def replace_layers(
+    module: nn.Module, layers: Sequence[StatefulLayer], exchange: StateExchange
+) -> nn.Module:
+    """`module` with each of the stateful `layers` replaced wherever it is registered.
 
-
-def swap_carriers(module: nn.Module, carriers: Sequence[Carrier], carry: Carry) -> nn.Module:
-    """`module` with a native stand-in for each of `carriers`, wherever it is registered.
-
-    Changes `module` itself, except where it is a carrier: use what is returned.
+    Changes `module` itself, unless it is one of them: use what is returned.
     """
     natives: dict[int, nn.Module] = {
-        id(carrier.module): NativeLayer(carrier, carry)
-        if isinstance(carrier, RecurrentLayer)
-        else NativeConvolution(carrier, carry)
-        for carrier in carriers
+        id(layer.module): NativeLayer(layer, exchange)
+        if isinstance(layer, RecurrentLayer)
+        else NativeConvolution(layer, exchange)
+        for layer in layers
     }
     if id(module) in natives:
         return natives[id(module)]

@@ -1,4 +1,4 @@
-"""Finds the outputs among what a module returns: those that are no state."""
+"""Finds the outputs among the results of a module: those that are not its state."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
@@ -9,16 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from sluice_export.delivery import notify
-from sluice_export.errors import LayerError, OutputError
-from sluice_export.torch.recording import Observation
-from sluice_export.torch.signature import OutputLeaf
+from sluice_export.errors import LayerError, OutputError, notify
+from sluice_export.torch.recording import Recording
+from sluice_export.torch.signature import LARGE, SMALL, OutputLeaf
 from sluice_protos.datatypes import DATATYPES
-
-# Batch and steps of two calls. All that can follow from them differ, so that
-# an axis which follows one of them shows it.
-SMALL: Final = (3, 7)
-LARGE: Final = (5, 11)
 
 _BATCH: Final = (SMALL[0], LARGE[0])
 _STEPS: Final = (SMALL[1], LARGE[1])
@@ -32,23 +26,23 @@ class CarriedState:
 
     name: str
     shape: tuple[int, ...]
-    # What the layers that it reached were left with.
+    # The last states of the layers that it reached.
     ends: tuple[Tensor, ...]
 
 
 def find_outputs(
-    small: Observation,
-    large: Observation,
+    small: Recording,
+    large: Recording,
     names: Sequence[str] | None,
     *,
     ends: Sequence[Tensor],
     carried: Sequence[CarriedState],
 ) -> tuple[OutputLeaf, ...]:
-    """The results with a row for each sequence, named; a layer's own states only if alone.
+    """The results with a row for each sequence, named; states of layers only if nothing else is.
 
-    `small` and `large` are calls with SMALL and LARGE (batch, steps), `ends` the states that
-    layers were left with in the large one. Raises OutputError for anything else, LayerError
-    where a state comes back as another than the layer's.
+    `small` and `large` are calls with SMALL and LARGE (batch, steps), `ends` the last states of
+    the layers in the large one. Raises OutputError for any other result, LayerError where
+    another state comes back than the layer's.
     """
     paths, _ = pytree.tree_flatten_with_path(small.result)
     leaves = pytree.tree_leaves(large.result)
@@ -62,7 +56,7 @@ def find_outputs(
             raise OutputError(f"forward returns a {type(one).__name__}; return tensors only")
         axes = _find_axes(one, two, index)
         is_state = _is_state(two, ends, shapes)
-        (kept if is_state else found).append(_output(index, _key(path), one, axes))
+        (kept if is_state else found).append(_make_output(index, _key(path), one, axes))
     if not found and not kept:
         raise OutputError("forward returns no tensor; return one with a row for every sequence")
     if found:
@@ -82,9 +76,9 @@ def _is_same(one: Tensor, two: Tensor) -> bool:
 
 
 def _is_state(tensor: Tensor, ends: Sequence[Tensor], shapes: Collection[tuple[int, ...]]) -> bool:
-    """Whether a result is a state that a layer ends with, or a state argument made of some.
+    """Whether a result is the last state of a layer, or several in the shape of a state argument.
 
-    The last step of what a layer gives has the same numbers, in another shape.
+    The last step of a layer's output has the same numbers in another shape, and is no state.
     """
     held = [end for end in ends if end.dtype == tensor.dtype and torch.isin(end, tensor).all()]
     if not held or not torch.isin(tensor, torch.cat([end.flatten() for end in held])).all():
@@ -96,7 +90,7 @@ def _is_state(tensor: Tensor, ends: Sequence[Tensor], shapes: Collection[tuple[i
 def _check_returned(
     outputs: Sequence[Tensor], states: Sequence[Tensor], carried: Sequence[CarriedState]
 ) -> None:
-    """Raise LayerError where an output seems to be what becomes of a state argument."""
+    """Raise LayerError where an output seems to be the next value of a state argument."""
     for state in carried:
         is_returned = all(
             any(end.dtype == s.dtype and torch.isin(end, s).all() for s in states)
@@ -111,13 +105,13 @@ def _check_returned(
 
 
 def _key(path: Sequence[Any]) -> str:
-    """The name that a result has already: its key in a dict or its field of a named tuple."""
+    """The name of a result: its key in a dict, or its field of a named tuple; "" for none."""
     keys = [getattr(step, "key", getattr(step, "name", None)) for step in path]
     return "_".join(str(key) for key in keys if key is not None)
 
 
 def _name(found: Sequence[OutputLeaf], names: Sequence[str] | None) -> tuple[OutputLeaf, ...]:
-    """Outputs under `names`; where there are none, under their own or "y"."""
+    """The outputs under `names`; without any, under their own names or "y"."""
     if names is None:
         numbered = ["y"] if len(found) == 1 else [f"y_{place}" for place in range(len(found))]
         names = [leaf.name or number for leaf, number in zip(found, numbered, strict=True)]
@@ -130,7 +124,7 @@ def _name(found: Sequence[OutputLeaf], names: Sequence[str] | None) -> tuple[Out
 
 
 def _find_axes(one: Tensor, two: Tensor, index: int) -> dict[tuple[int, int], int]:
-    """Which axes of a result follow the batch, the steps, or both merged: (small, large) sizes."""
+    """The axes of a result that grow with the batch, the steps or both: by their two sizes."""
     axes: dict[tuple[int, int], int] = {}
     for axis, sizes in enumerate(zip(one.shape, two.shape, strict=True)):
         if sizes[0] == sizes[1]:
@@ -146,7 +140,9 @@ def _find_axes(one: Tensor, two: Tensor, index: int) -> dict[tuple[int, int], in
     return axes
 
 
-def _output(index: int, name: str, tensor: Tensor, axes: dict[tuple[int, int], int]) -> OutputLeaf:
+def _make_output(
+    index: int, name: str, tensor: Tensor, axes: dict[tuple[int, int], int]
+) -> OutputLeaf:
     if tensor.dtype not in _TYPES:
         raise OutputError(
             f"result {index} of forward is of {tensor.dtype}, which no client reads; cast it in "

@@ -1,7 +1,6 @@
-"""Watches what happens inside a module while it is called."""
+"""Records what layers, convolutions and embeddings are given while a module is called."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,24 +10,23 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from sluice_export.errors import LayerError
-from sluice_export.torch.convolutions import CausalConvolution, ConvolutionCall
+from sluice_export.torch.convolutions import CausalConvolution, ConvolutionCall, StatefulLayer
 from sluice_export.torch.layers import RecurrentLayer
-from sluice_export.torch.signature import Signature
 
 
 @dataclass(frozen=True)
 class LayerCall:
-    """What one recurrent layer or cell was given and gave, in one call of the module."""
+    """The states of one recurrent layer or cell before and after it was called."""
 
     path: str
-    sizes: tuple[int, int] | None  # the batch and the steps that it saw; None: without a batch
-    before: tuple[Tensor, ...]  # [depth, batch, hidden]; empty: it was called without a state
+    sizes: tuple[int, int] | None  # batch and steps of its input; None: it had no batch
+    before: tuple[Tensor, ...]  # [depth, batch, hidden] each; empty: called without a state
     after: tuple[Tensor, ...]  # [depth, batch, hidden]
 
 
 @dataclass
-class Observation:
-    """What happened inside a module during one call."""
+class Recording:
+    """What happened inside a module in one call."""
 
     result: Any = None
     layers: list[LayerCall] = field(default_factory=list)
@@ -40,78 +38,71 @@ class Observation:
         return [call for call in self.layers if call.path == layer.path]
 
     def last_calls(self, layer: RecurrentLayer) -> list[LayerCall]:
-        """The calls of one layer that left it with its states; `layer` knows how many."""
+        """The calls of one layer that gave it its last states; `layer` knows how many."""
         return self.calls(layer)[-layer.calls :]
 
     def ends(self, layer: RecurrentLayer) -> list[Tensor]:
-        """Each state that a layer was left with, as it gave it: a cell's without a depth."""
+        """The last states of one layer, as it returned them: a cell's without a depth axis."""
         is_cell = isinstance(layer.module, nn.RNNCellBase)
         states = [state for call in self.last_calls(layer) for state in call.after]
         return [state[0] if is_cell else state for state in states]
 
-    def last_states(self, carriers: Sequence[RecurrentLayer | CausalConvolution]) -> dict[str, Any]:
-        """The state that `carriers` were left with: part name to [batch, …].
+    def last_states(self, stateful: Sequence[StatefulLayer]) -> dict[str, Any]:
+        """The last states of the `stateful` layers: part name to [batch, …].
 
-        Without the h of layers with a projection: PyTorch gives it projected only.
+        Without the h of layers with a projection: PyTorch returns it only after the projection.
         """
         states: dict[str, Any] = {}
-        for carrier in carriers:
-            if isinstance(carrier, CausalConvolution):
-                given = [call.given for call in self.convolutions if call.module is carrier.module]
-                states[carrier.part] = carrier.context(given[0])
+        for layer in stateful:
+            if isinstance(layer, CausalConvolution):
+                given = [call.given for call in self.convolutions if call.module is layer.module]
+                states[layer.part] = layer.context(given[0])
                 continue
-            for number, call in enumerate(self.last_calls(carrier)):
-                for state, tensor in zip(carrier.kind.states, call.after, strict=True):
-                    if tensor.shape[-1] == carrier.module.hidden_size:
-                        for depth in range(carrier.depth):
-                            states[carrier.part(number, state, depth)] = tensor[depth]
+            for number, call in enumerate(self.last_calls(layer)):
+                for state, tensor in zip(layer.kind.states, call.after, strict=True):
+                    if tensor.shape[-1] == layer.module.hidden_size:
+                        for depth in range(layer.depth):
+                            states[layer.part(number, state, depth)] = tensor[depth]
         return states
 
 
-def observe(
-    signature: Signature,
+def record_call(
+    call: Callable[[nn.Module, Any], Any],
     module: nn.Module,
     layers: Sequence[RecurrentLayer],
-    inputs: Sequence[Tensor],
-) -> Observation:
-    """Call `module` once on inputs [batch, steps, …] and tell what happened inside."""
-    with watch(module, layers) as seen:
-        seen.result = signature.call(module, inputs)
-    return seen
+    given: Any,
+) -> Recording:
+    """Call `module` as `call(module, given)`, without gradients, and record what happens inside.
 
-
-@contextmanager
-def watch(module: nn.Module, layers: Sequence[RecurrentLayer]) -> Iterator[Observation]:
-    """Note what layers, convolutions and embeddings are given while the block runs.
-
-    Without gradients.
+    Calls of `layers` are recorded, and those of every convolution and embedding.
     """
-    threads = torch.get_num_threads()
-    seen = Observation()
+    recording = Recording()
     handles = [
-        layer.module.register_forward_hook(_layer_hook(layer, seen), with_kwargs=True)
+        layer.module.register_forward_hook(_layer_hook(layer, recording), with_kwargs=True)
         for layer in layers
     ]
     for child in module.modules():
         if isinstance(child, nn.Embedding):
-            hook = _lookup_hook(child, seen)
+            hook = _lookup_hook(child, recording)
         elif isinstance(child, nn.Conv1d):
-            hook = _convolution_hook(child, seen)
+            hook = _convolution_hook(child, recording)
         else:
             continue
         handles.append(child.register_forward_hook(hook, with_kwargs=True))
+    threads = torch.get_num_threads()
     try:
-        # So little work is slower on several threads, much slower where cores are busy.
+        # Work this small is slower on several threads, much slower where cores are busy.
         torch.set_num_threads(1)
         with torch.no_grad():
-            yield seen
+            recording.result = call(module, given)
     finally:
         torch.set_num_threads(threads)
         for handle in handles:
             handle.remove()
+    return recording
 
 
-def _layer_hook(layer: RecurrentLayer, seen: Observation) -> Callable[..., None]:
+def _layer_hook(layer: RecurrentLayer, recording: Recording) -> Callable[..., None]:
     is_cell = isinstance(layer.module, nn.RNNCellBase)
 
     def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
@@ -126,13 +117,13 @@ def _layer_hook(layer: RecurrentLayer, seen: Observation) -> Callable[..., None]
         after = tuple(pytree.tree_leaves(result if is_cell else result[1]))
         if is_cell:
             before, after = (tuple(t.unsqueeze(0) for t in states) for states in (before, after))
-        seen.layers.append(LayerCall(layer.path, _sizes(layer, sequence), before, after))
+        recording.layers.append(LayerCall(layer.path, _sizes(layer, sequence), before, after))
 
     return note
 
 
 def _sizes(layer: RecurrentLayer, sequence: Tensor) -> tuple[int, int] | None:
-    """The batch and the steps of what a layer is given; a cell is given one step."""
+    """The batch and the steps of a layer's input; a cell gets one step."""
     if isinstance(layer.module, nn.RNNCellBase):
         return (sequence.shape[0], 1) if sequence.dim() == 2 else None
     if sequence.dim() != 3:
@@ -141,16 +132,16 @@ def _sizes(layer: RecurrentLayer, sequence: Tensor) -> tuple[int, int] | None:
     return (first, second) if layer.is_batch_first else (second, first)
 
 
-def _convolution_hook(child: nn.Conv1d, seen: Observation) -> Callable[..., None]:
+def _convolution_hook(child: nn.Conv1d, recording: Recording) -> Callable[..., None]:
     def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor) -> None:
         given = args[0] if args else kwargs["input"]
-        seen.convolutions.append(ConvolutionCall(child, given, result))
+        recording.convolutions.append(ConvolutionCall(child, given, result))
 
     return note
 
 
-def _lookup_hook(table: nn.Embedding, seen: Observation) -> Callable[..., None]:
+def _lookup_hook(table: nn.Embedding, recording: Recording) -> Callable[..., None]:
     def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], __: object) -> None:
-        seen.lookups.append((table, args[0] if args else kwargs["input"]))
+        recording.lookups.append((table, args[0] if args else kwargs["input"]))
 
     return note

@@ -1,48 +1,49 @@
-"""The original module, run on arrays: what every proof compares with."""
+"""Runs a module as its author wrote it: what every proof of it compares with."""
 
-from collections.abc import Iterator, Sequence
-from typing import Any, Final
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Final
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from sluice_export.proof.comparison import Expected
-from sluice_export.torch.analysis import Survey
-from sluice_export.torch.recording import observe
+from sluice_export.errors import InputError
+from sluice_export.proof.comparison import Array
+from sluice_export.proof.evidence import Expected
+from sluice_export.torch.analysis import Analysis, analyse
+from sluice_export.torch.contract import describe
+from sluice_export.torch.preparation import prepare
+from sluice_export.torch.recording import record_call
+from sluice_protos.contract_pb2 import ModelContract
 
-Array = NDArray[Any]
-
-# Of longer sequences, what is one value for the sequence so far is compared at some steps only.
+# In longer sequences, an output that is one value for the sequence so far is compared at some
+# steps only.
 _STEPS_MAX: Final = 64
 
 
-class Reference:
-    """The module as its author wrote it, in eval mode."""
+class ModuleReference:
+    """The module in eval mode."""
 
     name = "the PyTorch module"
 
-    def __init__(self, module: nn.Module, survey: Survey) -> None:
-        """`survey` is of `module`."""
+    def __init__(self, module: nn.Module, analysis: Analysis) -> None:
+        """`analysis` is of `module`."""
         self._module = module
-        self._survey = survey
+        self._analysis = analysis
 
     def run(self, inputs: Sequence[Array]) -> Expected:
-        """As Source.run. An output without time axis is, at a step, that of the sequence so far."""
-        signature = self._survey.signature
+        """As Reference.run; an output without time axis is, at a step, of the sequence so far."""
+        signature = self._analysis.signature
         tensors = [
             torch.from_numpy(array).to(leaf.dtype)
             for array, leaf in zip(inputs, signature.inputs, strict=True)
         ]
-        seen = observe(signature, self._module, self._survey.layers, tensors)
-        states = {
-            part: state.flatten(1).float().numpy()
-            for part, state in seen.last_states(self._survey.carriers).items()
-        }
-        outputs = signature.take_outputs(seen.result, tensors)
+        recording = record_call(signature.call, self._module, self._analysis.layers, tensors)
+        last = recording.last_states(self._analysis.stateful_layers)
+        states = {part: state.flatten(1).float().numpy() for part, state in last.items()}
+        outputs = signature.take_outputs(recording.result, tensors)
         if all(leaf.time_axis is not None for leaf in signature.outputs):
             return Expected([tensor.numpy() for tensor in outputs], states)
-        steps = list(_chosen_steps(tensors[0].shape[1]))
+        steps = list(_choose_steps(tensors[0].shape[1]))
         so_far = [self._outputs_after(tensors, step + 1) for step in steps]
         gathered = [
             tensor[:, steps] if leaf.time_axis is not None else torch.cat(pieces, dim=1)
@@ -52,14 +53,57 @@ class Reference:
 
     def _outputs_after(self, tensors: Sequence[Tensor], steps: int) -> list[Tensor]:
         """The outputs of the first `steps` steps."""
-        signature = self._survey.signature
+        signature = self._analysis.signature
         begun = [tensor[:, :steps] for tensor in tensors]
-        seen = observe(signature, self._module, (), begun)
-        return signature.take_outputs(seen.result, begun)
+        recording = record_call(signature.call, self._module, (), begun)
+        return signature.take_outputs(recording.result, begun)
 
 
-def _chosen_steps(steps: int) -> Iterator[int]:
-    """All steps of a short sequence; of a long one ever fewer, and the last."""
+def make_reference(
+    module: nn.Module,
+    example_inputs: object,
+    contract: ModelContract,
+    valid: Mapping[str, tuple[int, int]],
+) -> ModuleReference:
+    """The reference for a file that was exported from `module` earlier.
+
+    Raises InputError unless inputs, states and outputs are those of `contract`; the names of
+    outputs may differ.
+    """
+    original = prepare(module)
+    known = {
+        spec.name: (spec.valid.min, spec.valid.max)
+        for spec in contract.inputs
+        if spec.HasField("valid")
+    }
+    analysis = analyse(original, example_inputs, valid={**known, **valid}, output_names=None)
+    described = describe(analysis, contract.name)
+    inputs, states, outputs = zip(_outline(described), _outline(contract), strict=True)
+    if inputs[0] != inputs[1]:
+        raise InputError(f"the module takes {inputs[0]}, the file {inputs[1]}: not the same model")
+    if states[0] != states[1]:
+        raise InputError(
+            f"the module's states are {states[0]}, the file's {states[1]}: not the same model"
+        )
+    if outputs[0] != outputs[1]:
+        raise InputError(
+            f"the module gives {outputs[0]}, the file {outputs[1]}: not the same model; give the "
+            "module that the file was exported from, or export this one again"
+        )
+    return ModuleReference(original, analysis)
+
+
+def _outline(contract: ModelContract) -> tuple[list[object], list[object], list[object]]:
+    """The inputs, states and outputs of a contract, as far as they must not differ."""
+    return (
+        [(spec.name, list(spec.shape)) for spec in contract.inputs],
+        [part.name for part in contract.state],
+        [(spec.datatype, list(spec.shape)) for spec in contract.outputs],
+    )
+
+
+def _choose_steps(steps: int) -> Iterator[int]:
+    """All steps of a short sequence; of a long one fewer and fewer, and the last."""
     step = 0
     while step < steps - 1:
         yield step

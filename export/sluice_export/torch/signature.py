@@ -1,4 +1,4 @@
-"""What a module takes and gives, in the batch-first form in which it will be served."""
+"""Describes what a module takes and returns, in the batch-first form in which it is served."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -8,14 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from sluice_export.ranges import require_range
+from sluice_export.contract import require_range
 from sluice_export.torch.arguments import Arguments
 
-# What the graph calls the tensors that every exported model has.
-LENGTHS: Final = "lengths"
-STATE: Final = "state"
-STATE_OUT: Final = "state_out"
-RESERVED_NAMES: Final = frozenset({LENGTHS, STATE, STATE_OUT})
+# Batch and steps of two calls. All their sizes and products differ, so that an axis that grows
+# with one of them is recognised by its two sizes.
+SMALL: Final = (3, 7)
+LARGE: Final = (5, 11)
 
 _INTEGERS: Final = frozenset(
     {
@@ -45,7 +44,7 @@ class InputLeaf:
 
 @dataclass(frozen=True)
 class StateLeaf:
-    """An argument that carries the state: the module is given zeros, Sluice holds the state."""
+    """An argument that takes a state: the module is given zeros, and the server has the state."""
 
     index: int
     shape: tuple[int, ...]
@@ -63,8 +62,8 @@ class StateLeaf:
 class OutputLeaf:
     """A result with one row for each step of each sequence.
 
-    Where batch and time are merged into one axis, [batch × steps, …], both axes
-    are that one. Where it has no time axis, it is one value for the sequence so far.
+    Where batch and time are merged into one axis, [batch × steps, …], both axes are that one.
+    Without a time axis it is one value for the sequence so far.
     """
 
     index: int  # among the flattened parts of what the module returns
@@ -77,7 +76,7 @@ class OutputLeaf:
 
 @dataclass(frozen=True)
 class Signature:
-    """How to call a module with arrays [batch, steps, …], and what to take from its results."""
+    """How to call a module with arrays [batch, steps, …], and which results are its outputs."""
 
     arguments: Arguments
     inputs: tuple[InputLeaf, ...]
@@ -117,7 +116,7 @@ class Signature:
         return outputs
 
     def as_float(self) -> "Signature":
-        """The same with float32 in the place of float64, as the graph has it."""
+        """The same with float32 instead of float64, as in the graph."""
 
         def narrow(dtype: torch.dtype) -> torch.dtype:
             return torch.float32 if dtype == torch.float64 else dtype
@@ -144,7 +143,7 @@ def draw(
     valid: tuple[int, int] | None,
     generator: torch.Generator,
 ) -> Tensor:
-    """Random values a tensor of `dtype` may have: normal, or integers within `valid`."""
+    """Random values for a tensor of `dtype`: normal, or integers within `valid`."""
     if dtype.is_floating_point:
         return torch.randn(shape, dtype=dtype, generator=generator)
     low, high = valid or (0, 1)

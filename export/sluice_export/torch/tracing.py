@@ -1,4 +1,4 @@
-"""Makes the ONNX graph of a module: dynamic batch and time, lengths, and one packed state."""
+"""Traces a module into an ONNX graph: dynamic batch and time, lengths, one packed state."""
 
 import contextlib
 import copy
@@ -15,14 +15,15 @@ import onnx
 import torch
 from torch import Tensor, nn
 
+from sluice_export.contract import LENGTHS, STATE, STATE_OUT
 from sluice_export.errors import TraceError
-from sluice_export.torch.analysis import Survey
-from sluice_export.torch.native_layers import Carry, swap_carriers
-from sluice_export.torch.signature import LENGTHS, STATE, STATE_OUT
+from sluice_export.source_lines import is_user_file
+from sluice_export.torch.analysis import Analysis
+from sluice_export.torch.native_layers import StateExchange, replace_layers
 
 OPSET: Final = 20
 
-# Two sizes that differ, so that no axis is taken for another.
+# The sizes differ, so that no axis is taken for another.
 _BATCH: Final = 3
 _STEPS: Final = 7
 
@@ -30,53 +31,51 @@ _STEPS: Final = 7
 class PackedModule(nn.Module):
     """A module as a pure function: (inputs, lengths, state) to (outputs, state_out).
 
-    Folded, the module sees one step of each of batch × steps sequences, and only
-    what carries a state sees the sequences that they are: so a loop over time runs
-    once, and what is said of the last step is said of every step.
+    Traced one step at a time, the module sees one step of each of batch × steps sequences, and
+    only the stateful layers see whole sequences. So a loop over time runs once, and what the
+    module computes from the last step it computes from every step.
     """
 
-    def __init__(self, module: nn.Module, survey: Survey) -> None:
-        """Take a copy of `module` apart; `module` itself stays as it is."""
+    def __init__(self, module: nn.Module, analysis: Analysis) -> None:
+        """Replace the stateful layers of a copy; `module` itself stays as it is."""
         super().__init__()
         module = copy.deepcopy(module).float()
-        carriers = [carrier.within(module) for carrier in survey.carriers]
-        self._signature = survey.signature.as_float()
-        self._is_folded = survey.is_folded
-        self._carry = [Carry()]
-        self._shapes = {
-            part: shape for carrier in carriers for part, shape in carrier.parts.items()
-        }
-        self.module = swap_carriers(module, carriers, self._carry[0])
+        layers = [layer.within(module) for layer in analysis.stateful_layers]
+        self._signature = analysis.signature.as_float()
+        self._is_stepwise = analysis.is_stepwise
+        self._exchange = [StateExchange()]
+        self._shapes = {part: shape for layer in layers for part, shape in layer.parts.items()}
+        self.module = replace_layers(module, layers, self._exchange[0])
 
     def forward(
         self, inputs: tuple[Tensor, ...], lengths: Tensor, state: Tensor
     ) -> tuple[Tensor, ...]:
         """`inputs` [batch, steps, …] each, `lengths` [batch], `state` [batch, state_size]."""
-        carry = self._carry[0]
-        carry.lengths = lengths
+        exchange = self._exchange[0]
+        exchange.lengths = lengths
         parts = torch.split(state, list(map(math.prod, self._shapes.values())), dim=1)
-        carry.before = {
+        exchange.before = {
             name: part.reshape(-1, *shape)
             for (name, shape), part in zip(self._shapes.items(), parts, strict=True)
         }
         given = inputs
-        if self._is_folded:
-            carry.folded = (inputs[0].shape[0], inputs[0].shape[1])
+        if self._is_stepwise:
+            exchange.merged = (inputs[0].shape[0], inputs[0].shape[1])
             given = tuple(tensor.flatten(0, 1).unsqueeze(1) for tensor in inputs)
         result = self._signature.call(self.module, given)
         outputs = self._signature.take_outputs(result, given)
-        if self._is_folded:
-            outputs = [carry.unfold(tensor.squeeze(1)) for tensor in outputs]
-        rows = [carry.after[part].flatten(1) for part in self._shapes]
+        if self._is_stepwise:
+            outputs = [exchange.split_axes(tensor.squeeze(1)) for tensor in outputs]
+        rows = [exchange.after[part].flatten(1) for part in self._shapes]
         return (*outputs, torch.cat(rows, dim=1))
 
 
-def make_graph(module: nn.Module, survey: Survey) -> onnx.ModelProto:
+def trace(module: nn.Module, analysis: Analysis) -> onnx.ModelProto:
     """The graph of `module`, with every input and output [batch, steps, …].
 
     Raises TraceError where PyTorch's exporter fails.
     """
-    signature = survey.signature.as_float()
+    signature = analysis.signature.as_float()
     inputs = tuple(signature.random_inputs(_BATCH, _STEPS, seed=3))
     lengths = torch.tensor([_STEPS, _STEPS - 2, 1], dtype=torch.int32)
     batch = torch.export.Dim("batch")
@@ -84,12 +83,12 @@ def make_graph(module: nn.Module, survey: Survey) -> onnx.ModelProto:
     dimensions = (tuple({0: batch, 1: steps} for _ in inputs), {0: batch}, {0: batch})
     input_names = [*(leaf.name for leaf in signature.inputs), LENGTHS, STATE]
     output_names = [*(leaf.name for leaf in signature.outputs), STATE_OUT]
-    packed = PackedModule(module, survey).eval()
-    with _hushed(), torch.no_grad():
+    packed = PackedModule(module, analysis).eval()
+    with _silence(), torch.no_grad():
         try:
             program = torch.onnx.export(
                 packed,
-                (inputs, lengths, torch.zeros(_BATCH, survey.state_size)),
+                (inputs, lengths, torch.zeros(_BATCH, analysis.state_size)),
                 dynamo=True,
                 opset_version=OPSET,
                 input_names=input_names,
@@ -105,10 +104,9 @@ def make_graph(module: nn.Module, survey: Survey) -> onnx.ModelProto:
     return proto
 
 
-def without_traces(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy of `proto` without what the exporter noted about the source: paths, stack traces."""
-    bare = onnx.ModelProto()
-    bare.CopyFrom(proto)
+def without_notes(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy of `proto` without the exporter's notes on the source: paths and stack traces."""
+    bare = copy.deepcopy(proto)
     bare.doc_string = ""
     bare.graph.doc_string = ""
     del bare.graph.metadata_props[:]
@@ -141,7 +139,7 @@ def _check_dimensions(
 
 
 def _explain(error: BaseException) -> str:
-    """What to do about a failure of PyTorch's exporter."""
+    """Where PyTorch's exporter failed, why, and the fix."""
     reason: BaseException = error
     while reason.__cause__ is not None:
         reason = reason.__cause__
@@ -149,7 +147,7 @@ def _explain(error: BaseException) -> str:
     frames = [
         frame
         for frame in traceback.extract_tb(reason.__traceback__)
-        if is_of_user(frame.filename) and frame.line
+        if is_user_file(frame.filename) and frame.line
     ]
     place = f" at {Path(frames[-1].filename).name}, line {frames[-1].lineno}" if frames else ""
     code = f" ({frames[-1].line})" if frames else ""
@@ -160,18 +158,10 @@ def _explain(error: BaseException) -> str:
     )
 
 
-def is_of_user(filename: str) -> bool:
-    """Whether a source file is the user's own, no library's."""
-    parts = Path(filename).parts
-    return not {"site-packages", "dist-packages", "sluice_export"} & set(parts) and not (
-        filename.startswith("<")
-    )
-
-
 @contextlib.contextmanager
-def _hushed() -> Iterator[None]:
+def _silence() -> Iterator[None]:
     """Keep PyTorch's exporter from printing, warning and logging while the block runs."""
-    # Every logger at once: some are made only while the exporter runs.
+    # All loggers at once: some are created only while the exporter runs.
     level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:

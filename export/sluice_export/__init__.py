@@ -1,4 +1,4 @@
-"""From a trained model to an ONNX file that says, and proves, what it is.
+"""Exports trained models to ONNX files that carry their own contract and proofs.
 
 Each package imports from those to its right only, `torch` and `onnx` never from each other:
 `exporter` and `verification` → `torch`, `onnx` → `proof` → the other files at the root.

@@ -8,7 +8,7 @@ from typing import Final
 from sluice_export.errors import InputError
 from sluice_protos.contract_pb2 import ModelContract, StatePart
 
-# The tensors that every exported graph has beside the model's own.
+# The tensors that every exported graph has in addition to the model's own.
 LENGTHS: Final = "lengths"
 STATE: Final = "state"
 STATE_OUT: Final = "state_out"

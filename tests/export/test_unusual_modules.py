@@ -156,7 +156,7 @@ def test_an_output_of_a_type_that_no_client_reads_is_refused(tmp_path, make):
 
 def test_a_module_with_other_outputs_is_not_verified(tmp_path):
     export(Makes(lambda y: y), X, tmp_path / "model.onnx")
-    with pytest.raises(InputError, match=r"the module gives .* not the same model"):
+    with pytest.raises(InputError, match=r"the module returns .* not the same model"):
         verify(tmp_path / "model.onnx", Makes(lambda y: (y, y * 2)), X)
 
 

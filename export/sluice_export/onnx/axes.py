@@ -35,7 +35,7 @@ class Layout:
 
     inputs: dict[str, Axes]
     states: dict[str, Axes]
-    # Where it takes any number of rows; else its batch axes are of size 1.
+    # Whether the file takes any number of rows; if not, its batch axes have size 1.
     has_batch: bool = True
 
     @property
@@ -44,7 +44,7 @@ class Layout:
         return any(TIME in axes for axes in self.inputs.values())
 
     def shape(self, name: str, batch: int, steps: int) -> list[int]:
-        """The shape of an input or state for so many rows and steps."""
+        """The shape of an input or state for that many rows and steps."""
         axes = self.inputs.get(name) or self.states[name]
         sizes = {BATCH: batch, TIME: steps}
         return [sizes[axis] if isinstance(axis, str) else axis for axis in axes]
@@ -53,9 +53,9 @@ class Layout:
 def find_layout(
     graph: onnx.GraphProto, states: Sequence[str], described: Mapping[str, Axes]
 ) -> Layout:
-    """What each axis of the inputs is; `described` are those that the user has told.
+    """What each axis of the inputs and `states` is; the user has named those `described`.
 
-    Raises InputError for an axis of which that cannot be told.
+    Raises InputError for an axis that is unclear.
     """
     values = inputs_of(graph)
     unknown = described.keys() - values.keys() - set(states)
@@ -77,7 +77,7 @@ def find_layout(
     for name, axes in found.items():
         if BATCH not in axes:
             raise InputError(
-                f"state {name!r} has no batch axis, though inputs have; say where it is: "
+                f"state {name!r} has no batch axis, though inputs have; name it: "
                 f"--input {name}:batch,{','.join(map(str, axes[1:]))} or so"
             )
     for name, axes in data.items():
@@ -97,7 +97,7 @@ def find_layout(
 def declare_axes(
     values: Iterable[onnx.ValueInfoProto], known: Mapping[str, Axes], *, has_batch: bool
 ) -> None:
-    """Write what is `known` of the axes of inputs or outputs into the graph."""
+    """Write the `known` axes of inputs or outputs into the graph."""
     for value in values:
         if value.name in known:
             kind = value.type.tensor_type.elem_type
@@ -106,7 +106,7 @@ def declare_axes(
 
 
 def with_batch(name: str, axes: Axes) -> Axes:
-    """The axes of a tensor that has one row: the first of size 1 is its batch axis."""
+    """The axes of a tensor with one row: the first axis of size 1 is its batch axis."""
     if 1 not in axes:
         raise InputError(
             f"{name!r} has axes {list(axes)}, none of size 1 that could be its batch axis; give "
@@ -117,7 +117,7 @@ def with_batch(name: str, axes: Axes) -> Axes:
 
 
 def _note_roles(value: onnx.ValueInfoProto, axes: Axes, roles: dict[str, Axis]) -> None:
-    """Add what `axes` says of the symbols in a value's shape."""
+    """Record which role `axes` gives to each symbol in a value's shape."""
     dims = value.type.tensor_type.shape.dim
     if len(dims) != len(axes):
         raise InputError(
@@ -166,8 +166,8 @@ def _input_axes(value: onnx.ValueInfoProto, roles: dict[str, Axis], *, has_state
     elif free:
         shown = ",".join(dim.dim_param or str(dim.dim_value or "?") for dim in dims)
         raise InputError(
-            f"which axes of input {value.name!r} ({shown}) are batch and time cannot be told; "
-            f"say it: --input {value.name}:batch,time,80 (with the sizes of all others), or "
+            f"which axes of input {value.name!r} ({shown}) are batch and time is unclear; "
+            f"name them: --input {value.name}:batch,time,80 (with the sizes of all others), or "
             f"{value.name}:batch,512 where one run takes one frame of 512 values"
         )
     for dim, axis in zip(dims, axes, strict=True):
@@ -177,7 +177,7 @@ def _input_axes(value: onnx.ValueInfoProto, roles: dict[str, Axis], *, has_state
 
 
 def _by_name(symbol: str) -> Axis | None:
-    """What a symbol is by its name alone."""
+    """The role of a symbol by its name."""
     if symbol.lower() in _BATCH_NAMES:
         return BATCH
     return TIME if symbol.lower() in _TIME_NAMES else None
@@ -191,10 +191,10 @@ def find_output_axes(
     batches: tuple[int, int] | None,
     steps: tuple[int, int] | None,
 ) -> Axes:
-    """The axes of an output, from its shapes in two runs of other sizes.
+    """The axes of an output, from its shapes in two runs of different sizes.
 
-    `batches` and `steps` are the sizes of those runs; None: not variable. Raises
-    OutputError where the shapes do not follow them.
+    `batches` and `steps` are the sizes of those runs; None: not variable. Raises OutputError
+    where the shapes do not grow with them.
     """
     roles = {sizes: role for sizes, role in ((batches, BATCH), (steps, TIME)) if sizes}
     axes: list[Axis] = []
@@ -202,7 +202,8 @@ def find_output_axes(
         if pair[0] != pair[1] and pair not in roles:
             raise OutputError(
                 f"output {name!r} has shapes {list(small)} and {list(large)} in two runs, so it "
-                "has not one row for every step; where one run takes one frame, tell its size: "
+                "does not have one row for every step; where one run takes one frame, name its "
+                "size: "
                 "--input x:batch,512"
             )
         axes.append(roles[pair] if pair[0] != pair[1] else pair[0])
@@ -211,7 +212,7 @@ def find_output_axes(
     for role in roles.values():
         if axes.count(role) != 1:
             raise OutputError(
-                f"output {name!r} has shape {list(small)}, without a {role} axis: a stream gives "
-                "an output for every step of every sequence"
+                f"output {name!r} has shape {list(small)}, without a {role} axis: a stream "
+                "returns an output for every step of every sequence"
             )
     return tuple(axes)

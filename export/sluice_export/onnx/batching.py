@@ -28,18 +28,18 @@ _Packed = tuple[onnx.ModelProto, ModelContract]
 
 
 def pack_for_batches(model: UnpackedModel, reference: Reference, tolerance: float) -> _Packed:
-    """The packed graph, and its contract, in the fastest form that gives what the file gives."""
+    """The packed graph, and its contract, in the fastest form that is equal to the file."""
     for proto, contract in _add_lengths(model) if model.layout.has_batch else _add_batch(model):
         if _is_equal(proto, contract, reference, tolerance):
             return proto, contract
     proto, contract = model.pack()
     if contract.batch_max:
         notify(
-            "the file takes one row at a time, and no way was found to give it several that "
-            "gives the same: its sequences run one by one, which is slower"
+            "the file takes one row at a time, and no way to run several at once gives the same "
+            "result: its sequences run one by one, which is slower"
         )
     elif not contract.is_one_step:
-        notify("the file does not tell steps from padding: only chunks of equal length share a run")
+        notify("the file has no lengths of rows: only chunks of equal length share a run")
     return proto, contract
 
 
@@ -82,7 +82,7 @@ def _batch_placements(axes: Axes) -> list[Axes]:
 def _free_batch(proto: onnx.ModelProto, layout: Layout) -> Iterator[onnx.ModelProto]:
     """The graph with a batch of any size: first as it is, then with reshapes that keep the batch.
 
-    The graph that is given first is changed by the second: use it before.
+    The second is the first one changed: use the first before the next is drawn.
     """
     wide = copy.deepcopy(proto)
     declare_axes(wide.graph.input, layout.inputs | layout.states, has_batch=True)

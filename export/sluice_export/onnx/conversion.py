@@ -86,7 +86,7 @@ def _take_apart(
 def _lay_out_parts(
     graph: onnx.GraphProto, layout: Layout, pairs: Sequence[StatePair]
 ) -> list[Part]:
-    """Where each state lies in the packed row."""
+    """The place of each state in the packed row."""
     values = {value.name: value for value in graph.input}
     defaults = constants_of(graph)
     parts: list[Part] = []
@@ -113,6 +113,6 @@ def _notify_doubts(graph: onnx.GraphProto, pairs: Sequence[StatePair]) -> None:
     """Warn about inputs that may be states although they are read as data."""
     for name in could_be_states(graph, pairs) if pairs else ():
         notify(
-            f"input {name!r} is taken for data: an output has its shape, but nothing else says "
-            "that it comes back. If it is a state, name all states: --state input=output"
+            f"input {name!r} is read as data: an output has its shape, but nothing else "
+            "says that it comes back. If it is a state, name all states: --state input=output"
         )

@@ -101,7 +101,7 @@ def _find_start(
     if value is None or (value != value[:, :1]).any():
         raise LayerError(
             f"{label(node)} starts from a state that is not the same for every sequence, or "
-            "cannot be told; make it an input of the file, with its value as its default"
+            "is unknown; make it an input of the file, with its value as its default"
         )
     return value[:, :1].astype(np.float32) if value.any() else None
 

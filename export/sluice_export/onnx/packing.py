@@ -30,7 +30,7 @@ _EXACT: Final = {
 
 @dataclass(frozen=True)
 class Part:
-    """One state of a file, and where it lies in the packed row."""
+    """One state of a file, and its place in the packed row."""
 
     pair: StatePair
     axes: Axes

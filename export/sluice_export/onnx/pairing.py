@@ -1,4 +1,4 @@
-"""Finds which input of an ONNX file is the state, and which output is that state afterwards."""
+"""Finds the states of an ONNX file: which input takes a state, and which output returns it."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +16,7 @@ from sluice_export.graphs import (
     producers_of,
 )
 
-# Operations that change where values lie, and none of the values.
+# Operations that move values and change none.
 _SHAPE_ONLY: Final = frozenset(
     {"Identity", "Squeeze", "Unsqueeze", "Reshape", "Transpose", "Flatten", "Slice", "Split"}
     | {"Gather", "Cast"}
@@ -26,26 +26,25 @@ _AFTER: Final = (
     r"(^|[_.\-/])(out|output|present|new|next|cur|current|final|last|n|1)(?=$|[_.\-/])|n$|N$"
 )
 
-# A recurrent operator and which of its states.
+# A state of a recurrent operator: its first output, and "h" or "c".
 _Mark = tuple[str, str]
 
 
 @dataclass(frozen=True)
 class StatePair:
-    """A state: the input that takes it and the output that gives it."""
+    """A state: the input that takes it and the output that returns it."""
 
     input: str
     output: str
-    # Where the output stacks several states along its first axis: which of them.
+    # The place of the state in an output that stacks several along its first axis.
     index: int | None = None
 
 
 def pair_states(proto: onnx.ModelProto, chosen: Mapping[str, str]) -> list[StatePair]:
     """The states of a graph, in the order of its inputs.
 
-    Found by structure, then by name, then by shape; where any are `chosen` (input to
-    output, or to "output[index]" of a stack) it is those and no others. Raises
-    PairingError for a tie.
+    They are those `chosen` (input to output, or to "output[index]" of a stack). Where none is,
+    they are found by structure, then by name, then by shape. Raises PairingError for a tie.
     """
     graph = proto.graph
     pairs = _pair_chosen(graph, chosen)
@@ -60,14 +59,14 @@ def pair_states(proto: onnx.ModelProto, chosen: Mapping[str, str]) -> list[State
     order = list(inputs_of(graph))
     if pairs and len(pairs) == len(order):
         raise PairingError(
-            f"each input would be a state ({', '.join(order)}), and none would be left to stream; "
-            f"say which are: --state {pairs[0].input}={pairs[0].output}"
+            f"each input would be a state ({', '.join(order)}), with no data left to stream; "
+            f"name the states: --state {pairs[0].input}={pairs[0].output}"
         )
     return sorted(pairs, key=lambda pair: order.index(pair.input))
 
 
 def could_be_states(graph: onnx.GraphProto, pairs: Sequence[StatePair]) -> list[str]:
-    """The inputs taken for data, beside others, although an output has their very shape."""
+    """The inputs read as data although an output has the same type and shape."""
     taken, used = {pair.input for pair in pairs}, {pair.output for pair in pairs}
     outputs = [value for value in graph.output if value.name not in used]
     data = {name: value for name, value in inputs_of(graph).items() if name not in taken}
@@ -99,14 +98,14 @@ def _pair_chosen(graph: onnx.GraphProto, chosen: Mapping[str, str]) -> list[Stat
         marks = tracer.marks(pair.output)
         if pair.index is None and marks and before.get(pair.input, marks) != marks:
             raise PairingError(
-                f"--state {pair.input}={pair.output}: the graph says otherwise; what comes out of "
-                f"{pair.output!r} is not the state that {pair.input!r} starts"
+                f"--state {pair.input}={pair.output}: the graph says otherwise: {pair.output!r} is "
+                f"not the last value of the state that {pair.input!r} starts"
             )
     return pairs
 
 
 def _pair_structure(graph: onnx.GraphProto, taken: set[str], used: set[str]) -> list[StatePair]:
-    """Inputs that reach the states of recurrent operators through shapes alone, and outputs."""
+    """Inputs and outputs that only moves of values separate from the state of an operator."""
     tracer = _Tracer(graph)
     before = {name: marks for name, marks in tracer.inputs().items() if name not in taken}
     after = {value.name: tracer.marks(value.name) for value in graph.output}
@@ -125,9 +124,9 @@ def _pair_structure(graph: onnx.GraphProto, taken: set[str], used: set[str]) -> 
         apart = [name for name, marks in after.items() if marks and marks < held]
         if source not in paired and apart:
             raise PairingError(
-                f"input {source!r} starts the states of several operators, which come out apart, "
-                f"as {', '.join(apart)}; give each operator a state input of its own, or stack "
-                "what comes out into one output in the order of the input"
+                f"input {source!r} starts the states of several operators, which are returned "
+                f"separately, as {', '.join(apart)}; give each operator its own state input, or "
+                "stack the returned states into one output in the order of the input"
             )
     return pairs
 
@@ -135,7 +134,7 @@ def _pair_structure(graph: onnx.GraphProto, taken: set[str], used: set[str]) -> 
 def _unstack(
     tracer: "_Tracer", output: str, before: Mapping[str, frozenset[_Mark]]
 ) -> list[StatePair]:
-    """The pairs of an output in which several inputs come back, one after another."""
+    """The pairs of an output that stacks the states of several inputs."""
     operands = tracer.operands(output)
     pairs = [
         StatePair(source, output, place)
@@ -145,8 +144,8 @@ def _unstack(
     ]
     if len(pairs) != len(before) or len(operands) != len(before):
         raise PairingError(
-            f"output {output!r} holds the states of {', '.join(before)}, but in which order cannot "
-            "be told; say it: "
+            f"output {output!r} stacks the states of {', '.join(before)} in an unknown order; name "
+            "it: "
             + " ".join(f"--state '{name}={output}[{place}]'" for place, name in enumerate(before))
             + " (in the right order)"
         )
@@ -154,7 +153,7 @@ def _unstack(
 
 
 class _Tracer:
-    """Follows values back through operations that only change shapes."""
+    """Follows values back through operations that only move values."""
 
     def __init__(self, graph: onnx.GraphProto) -> None:
         self._graph = graph
@@ -173,7 +172,7 @@ class _Tracer:
         return {name: frozenset(marks) for name, marks in found.items() if name in given}
 
     def marks(self, name: str) -> frozenset[_Mark]:
-        """The states of recurrent operators that a value holds; none where it holds more."""
+        """The states that a value consists of; none where it has other parts."""
         marks = set[_Mark]()
         for source in self._sources(name):
             node = self._producers.get(source)
@@ -186,7 +185,7 @@ class _Tracer:
         return frozenset(marks)
 
     def operands(self, name: str) -> list[str]:
-        """What is stacked along the first axis to make a value; nothing where it is no stack."""
+        """The values that a value stacks along its first axis; none where it is no stack."""
         node = self._producers[name]
         while node.op_type == "Identity":
             node = self._producers[node.input[0]]
@@ -194,7 +193,7 @@ class _Tracer:
         return list(node.input) if is_stack else []
 
     def _sources(self, name: str) -> set[str]:
-        """Where a value comes from, through operations that change its shape only."""
+        """The values that a value comes from by operations that only move values."""
         node = self._producers.get(name)
         if node is None or node.op_type in RECURRENT:
             return {name}
@@ -206,7 +205,7 @@ class _Tracer:
 
 
 def _pair_names(graph: onnx.GraphProto, taken: set[str], used: set[str]) -> list[StatePair]:
-    """Inputs and outputs whose names differ only in which is before and which is after."""
+    """Inputs and outputs whose names differ only in the word for before or after."""
     inputs = [v for name, v in inputs_of(graph).items() if name not in taken]
     outputs = [value for value in graph.output if value.name not in used]
 
@@ -218,7 +217,7 @@ def _pair_names(graph: onnx.GraphProto, taken: set[str], used: set[str]) -> list
 
 
 def _pair_shapes(graph: onnx.GraphProto) -> list[StatePair]:
-    """Inputs and outputs of the same shape, where no recurrent operator tells better."""
+    """Inputs and outputs of the same shape, in a graph without recurrent operators."""
     if any(node.op_type in RECURRENT for node in graph.node):
         return []
     inputs = list(inputs_of(graph).values())
@@ -232,8 +231,8 @@ def _pair_shapes(graph: onnx.GraphProto) -> list[StatePair]:
     if len(fitting) == len(inputs):
         names = ", ".join(value.name for value in fitting)
         raise PairingError(
-            f"which of the inputs {names} is the state cannot be told: each has the shape of an "
-            f"output ({', '.join(v.name for v in graph.output)}); say it: --state input=output"
+            f"which of the inputs {names} is the state is unclear: each has the shape of an "
+            f"output ({', '.join(v.name for v in graph.output)}); name it: --state input=output"
         )
     return _pair_unique(fitting, list(graph.output), _fits, "shape")
 
@@ -251,8 +250,8 @@ def _pair_unique(
         rivals = [one for one in inputs if any(is_pair(one, other) for other in partners)]
         if len(partners) > 1 or len(rivals) > 1:
             raise PairingError(
-                f"the state that goes into {', '.join(one.name for one in rivals)} may come out of "
-                f"{', '.join(one.name for one in partners)}: each fits by {what}; say which: "
+                f"the state of input {', '.join(one.name for one in rivals)} may come back as "
+                f"{', '.join(one.name for one in partners)}: each fits by {what}; name the pair: "
                 f"--state {value.name}={partners[0].name}"
             )
         if partners:
@@ -261,7 +260,7 @@ def _pair_unique(
 
 
 def _stems(name: str, marks: str) -> set[str]:
-    """What is left of a name, as it is and without the words for before or after."""
+    """A name with and without its word for before or after, in lower case, without separators."""
     bare = re.sub(marks, "", name, flags=re.IGNORECASE)
     return {re.sub(r"[_.\-/]+", "", text).lower() for text in (name, bare)} - {""}
 
@@ -272,7 +271,7 @@ def _is_of_fixed_size(value: onnx.ValueInfoProto) -> bool:
 
 
 def _fits(one: onnx.ValueInfoProto, two: onnx.ValueInfoProto) -> bool:
-    """Whether two values may have one type and shape; axes of unknown size fit any."""
+    """Whether two values may have one type and shape; an axis of unknown size fits any."""
     first, second = one.type.tensor_type, two.type.tensor_type
     if first.elem_type != second.elem_type:
         return False

@@ -70,7 +70,7 @@ class FileReference:
             except ModelError as error:
                 shapes = {name: list(array.shape) for name, array in feed.items()}
                 raise InputError(
-                    f"the file does not run with {shapes} ({error}); say what its axes are: "
+                    f"the file does not run with {shapes} ({error}); name its axes: "
                     "--input name:batch,time,80 or, without time axis, name:batch,80"
                 ) from error
         batches = (sizes[0][0], sizes[1][0]) if self._layout.has_batch else None

@@ -1,4 +1,4 @@
 """The proofs of a graph: parity with a reference, leaks between rows, equal bits, smallest sizes.
 
-Imports none of the other packages: what is proven, and against what, is given to it.
+Imports only the files at the root that know no package.
 """

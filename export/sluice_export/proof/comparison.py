@@ -21,7 +21,7 @@ _SILENCE: Final = 1e-3
 
 @dataclass(frozen=True)
 class Result:
-    """What a run of a graph gave: outputs [batch, steps, …] each, and the last state, packed."""
+    """The results of a run: outputs [batch, steps, …] each, and the last state, packed."""
 
     outputs: list[Array]
     state: Array

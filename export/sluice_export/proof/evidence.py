@@ -1,4 +1,4 @@
-"""Holds what proofs look at: a model, its reference, and what both give for the same sequences."""
+"""Holds the evidence of proofs: a model, its reference, and runs of both on the same sequences."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ CUT: Final = 6
 
 @dataclass(frozen=True)
 class Expected:
-    """What a reference gives: outputs [batch, steps, …] each, and its last state."""
+    """The results of a reference: outputs [batch, steps, …] each, and its last state."""
 
     outputs: list[Array]
     # [batch, size] each, by the name of the part; without parts that the reference hides.
@@ -43,7 +43,7 @@ class Reference(Protocol):
 
 
 class Evidence:
-    """A model, its reference, and what both give for the same sequences."""
+    """A model, its reference, and runs of both on the same sequences."""
 
     def __init__(self, model: Model, reference: Reference, *, tolerance: float) -> None:
         """Run the reference; `tolerance` is relative to the largest values of each feature."""

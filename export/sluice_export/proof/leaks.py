@@ -1,4 +1,4 @@
-"""Proves that no row sees another row, nor what lies beyond its own length."""
+"""Proves that a row depends neither on other rows nor on what is beyond its own length."""
 
 import numpy as np
 

@@ -71,7 +71,7 @@ def prove(candidate: Candidate, *, tolerance: float, tell: Progress) -> None:
 
 
 def make_proofs(evidence: Evidence, tell: Progress) -> Iterator[Proof]:
-    """Every proof that `evidence` gives, in order, whether it passes or not."""
+    """Every proof of `evidence`, in order, whether it passes or not."""
     for place, (what, prove_one) in enumerate(PROOFS.items()):
         tell(what, place / len(PROOFS))
         yield prove_one(evidence)
@@ -91,6 +91,6 @@ def _explain(candidate: Candidate, evidence: Evidence) -> str:
         return candidate.explain(evidence)
     except Exception as error:
         return (
-            f"What in the model is at fault was not found out ({first_line(error)}): look for what "
-            "reads other steps, other rows or a state that no layer carries"
+            f"The cause was not found out ({first_line(error)}): look for an operation that reads "
+            "other steps, other rows or a state that no layer carries"
         )

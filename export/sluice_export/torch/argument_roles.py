@@ -111,7 +111,7 @@ def _find_slots(
     for (one, first), (two, second) in itertools.combinations(found, 2):
         if torch.isin(first, second).all():
             raise LayerError(
-                f"{name!r} reaches both {one.name} and {two.name}, which end as two states; give "
+                f"{name!r} reaches both {one.name} and {two.name}, which end in two states; give "
                 "each call of a layer a state of its own, and return each"
             )
     return [slot for slot, _ in found]

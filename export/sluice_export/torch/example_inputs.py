@@ -46,7 +46,7 @@ def guess_inputs(module: nn.Module) -> Tensor:
             continue
         return example
     raise InputError(
-        f"what {type(module).__name__}.forward takes cannot be told from its layers; describe "
+        f"the inputs of {type(module).__name__}.forward cannot be guessed; describe "
         "each argument, in order, such as --input x:float32:2,5,8 (name, type, and a shape that "
         "forward accepts, batch and time included)"
     )

@@ -85,16 +85,15 @@ def explain_step(module: nn.Module, analysis: Analysis, evidence: Evidence) -> s
     for place, value in alone.values.items():
         if place in whole.values and _differs(value, whole.values[place], evidence.tolerance):
             return (
-                "At each step it must give what the module gives for the sequence up to there, "
-                "from that step and the state that layers carry. The first value that does not "
-                f"follow from them comes from {place}"
+                "Each step must follow from its own inputs and from the state that layers carry. "
+                f"The first value that does not comes from {place}"
             )
     altered = [layer for layer in analysis.layers if layer.is_altered]
     if altered:
         return (
             f"{altered[0].name} is a {type(altered[0].module).__name__} with a forward of its own, "
-            f"but the graph has that of {altered[0].kind.operator} alone; do what it adds to the "
-            "output outside of it, and leave the state as the cell gives it"
+            f"but the graph has that of {altered[0].kind.operator} alone; change its output "
+            "outside of it, and leave the state as the cell returns it"
         )
     hidden = [f"the c of {layer.name}" for layer in analysis.layers if layer.kind is LSTM]
     hidden += [

@@ -79,5 +79,5 @@ def _call(factory: Callable[..., Any], target: str, arguments: Mapping[str, Any]
 
 def _missing_file(target: str, error: OSError) -> FactoryError:
     return FactoryError(
-        f"{target} asks for what it does not get ({error}); run from the folder that it expects"
+        f"{target} cannot read what it needs ({error}); run from the folder that it expects"
     )

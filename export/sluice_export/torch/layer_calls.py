@@ -34,9 +34,9 @@ def count_calls(
             map(torch.equal, before.after, after.before)
         ):
             raise LayerError(
-                f"{layer.name} is given, at a step, another state than the one it gave at the "
-                "step before. A loop over time must hand the state on as it is: what is done to "
-                "it in between is not carried"
+                f"{layer.name} is given, at a step, another state than the one it returned at the "
+                "step before. A loop over time must pass the state on as it is: a change in "
+                "between is not carried"
             )
     return replace(layer, calls=calls), True
 

@@ -30,8 +30,8 @@ def make_layer(weights: Mapping[str, Tensor], path: Path, options: Mapping[str, 
     if foreign or len(layers) != 1:
         what = ", ".join(foreign or sorted(layers)) or "nothing"
         raise CheckpointError(
-            f"{path}: is not of one recurrent layer (it has {what}); name what "
-            "makes the module: sluice export package.module:factory --checkpoint …"
+            f"{path}: is not the checkpoint of one recurrent layer (it has {what}); name the "
+            "factory of the module: sluice export package.module:factory --checkpoint …"
         )
     prefix = layers.pop()
     bare = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
@@ -48,7 +48,7 @@ def make_layer(weights: Mapping[str, Tensor], path: Path, options: Mapping[str, 
         )
     if gates == 1 and "nonlinearity" not in options:
         raise CheckpointError(
-            f"{path}: is of an nn.RNN, whose weights do not tell its nonlinearity; say it: "
+            f"{path}: is of an nn.RNN, whose weights do not show its nonlinearity; name it: "
             "--arg nonlinearity=tanh (or relu)"
         )
     if projection is not None:
@@ -66,5 +66,7 @@ def make_layer(weights: Mapping[str, Tensor], path: Path, options: Mapping[str, 
         layer.load_state_dict(bare)
     except (RuntimeError, TypeError, ValueError) as error:
         problem = " ".join(str(error).split())
-        raise CheckpointError(f"{path}: its weights are of no whole layer ({problem})") from error
+        raise CheckpointError(
+            f"{path}: its weights are not of one whole layer ({problem})"
+        ) from error
     return layer.eval()

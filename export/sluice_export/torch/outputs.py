@@ -65,8 +65,8 @@ def find_outputs(
         result = leaves[output.index]
         if not shapes and not any(_is_same(result, end) for end in ends):
             notify(
-                f"result {output.index} of forward is made of states that layers end with; it is "
-                "carried, and no output. To have it as an output, return it in another shape"
+                f"result {output.index} of forward is made of states of layers, so it is carried "
+                "and is no output. To make it an output, return it in another shape"
             )
     return _name(found or kept, names)
 
@@ -98,9 +98,9 @@ def _check_returned(
         )
         if not is_returned and any(output.shape == state.shape for output in outputs):
             raise LayerError(
-                f"forward takes {state.name!r} as a state, but returns in its shape something "
-                "else than the layer was left with, and a stream carries the layer's state; "
-                "return the state as the layer gave it, beside whatever is made of it"
+                f"forward takes {state.name!r} as a state, but returns, in its shape, another "
+                "value than the last state of the layer, which a stream carries; return the state "
+                "as the layer returned it, and beside it what is computed from it"
             )
 
 

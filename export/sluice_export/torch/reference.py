@@ -87,7 +87,7 @@ def make_reference(
         )
     if outputs[0] != outputs[1]:
         raise InputError(
-            f"the module gives {outputs[0]}, the file {outputs[1]}: not the same model; give the "
+            f"the module returns {outputs[0]}, the file {outputs[1]}: not the same model; give the "
             "module that the file was exported from, or export this one again"
         )
     return ModuleReference(original, analysis)

@@ -81,7 +81,7 @@ def analyse(
     _check_repeats(signature, module, small)
     counted = [count_calls(layer, small.calls(layer), large.calls(layer)) for layer in layers]
     layers = [layer for layer, _ in counted]
-    calls = small.convolutions, large.convolutions
+    calls = small.convolution_calls, large.convolution_calls
     convolutions = find_convolutions(module, calls, (SMALL, LARGE))
     if not layers and not convolutions:
         raise _nothing_to_carry(module)
@@ -127,7 +127,7 @@ def _find_layout(
             continue
         # A loop over time gives a layer one step after another.
         fitting = (SMALL, (SMALL[0], 1))
-        misfits = [call for call in recording.layers if call.sizes not in fitting]
+        misfits = [call for call in recording.layer_calls if call.sizes not in fitting]
         if not misfits:
             return signature, recording
         batch, steps = misfits[0].sizes or (0, 0)

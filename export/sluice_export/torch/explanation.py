@@ -69,13 +69,9 @@ def explain_step(module: nn.Module, analysis: Analysis, evidence: Evidence) -> s
     The last value of every operation must be the same in both.
     """
     signature = analysis.signature
-    inputs = [
-        torch.from_numpy(array).to(leaf.dtype)
-        for array, leaf in zip(evidence.inputs, signature.inputs, strict=True)
-    ]
-    begun = record_call(
-        signature.call, module, analysis.layers, [tensor[:, :-1] for tensor in inputs]
-    )
+    inputs = signature.to_tensors(evidence.inputs)
+    beginning = [tensor[:, :-1] for tensor in inputs]
+    begun = record_call(signature.call, module, analysis.layers, beginning)
     with _LastValues() as whole:
         record_call(signature.call, module, (), inputs)
     step = [tensor[-1:, -1:] for tensor in inputs]
@@ -136,11 +132,10 @@ def _continue(
     for layer in layers:
         handles.append(layer.module.register_forward_pre_hook(pause))
         if isinstance(layer, CausalConvolution):
-            given = [call.given for call in begun.convolutions if call.module is layer.module]
-            hook = _continue_convolution(layer, layer.context(given[0][-1:]))
+            hook = _continue_convolution(layer, begun.context(layer)[-1:])
             handles.append(layer.module.register_forward_hook(hook, with_kwargs=True))
         else:
-            hook = _continue_layer(layer, begun.calls(layer)[-layer.calls :])
+            hook = _continue_layer(layer, begun.last_calls(layer))
             handles.append(layer.module.register_forward_pre_hook(hook, with_kwargs=True))
         handles.append(layer.module.register_forward_hook(resume))
     try:

@@ -29,13 +29,13 @@ class Recording:
     """What happened inside a module in one call."""
 
     result: Any = None
-    layers: list[LayerCall] = field(default_factory=list)
-    convolutions: list[ConvolutionCall] = field(default_factory=list)
+    layer_calls: list[LayerCall] = field(default_factory=list)
+    convolution_calls: list[ConvolutionCall] = field(default_factory=list)
     lookups: list[tuple[nn.Embedding, Tensor]] = field(default_factory=list)
 
     def calls(self, layer: RecurrentLayer) -> list[LayerCall]:
         """The calls of one layer, in order."""
-        return [call for call in self.layers if call.path == layer.path]
+        return [call for call in self.layer_calls if call.path == layer.path]
 
     def last_calls(self, layer: RecurrentLayer) -> list[LayerCall]:
         """The calls of one layer that gave it its last states; `layer` knows how many."""
@@ -47,16 +47,20 @@ class Recording:
         states = [state for call in self.last_calls(layer) for state in call.after]
         return [state[0] if is_cell else state for state in states]
 
-    def last_states(self, stateful: Sequence[StatefulLayer]) -> dict[str, Any]:
+    def context(self, convolution: CausalConvolution) -> Tensor:
+        """The last context of one convolution, [batch, channels, width]."""
+        calls = [c for c in self.convolution_calls if c.module is convolution.module]
+        return convolution.context(calls[0].given)
+
+    def last_states(self, stateful: Sequence[StatefulLayer]) -> dict[str, Tensor]:
         """The last states of the `stateful` layers: part name to [batch, …].
 
         Without the h of layers with a projection: PyTorch returns it only after the projection.
         """
-        states: dict[str, Any] = {}
+        states: dict[str, Tensor] = {}
         for layer in stateful:
             if isinstance(layer, CausalConvolution):
-                given = [call.given for call in self.convolutions if call.module is layer.module]
-                states[layer.part] = layer.context(given[0])
+                states[layer.part] = self.context(layer)
                 continue
             for number, call in enumerate(self.last_calls(layer)):
                 for state, tensor in zip(layer.kind.states, call.after, strict=True):
@@ -117,7 +121,7 @@ def _layer_hook(layer: RecurrentLayer, recording: Recording) -> Callable[..., No
         after = tuple(pytree.tree_leaves(result if is_cell else result[1]))
         if is_cell:
             before, after = (tuple(t.unsqueeze(0) for t in states) for states in (before, after))
-        recording.layers.append(LayerCall(layer.path, _sizes(layer, sequence), before, after))
+        recording.layer_calls.append(LayerCall(layer.path, _sizes(layer, sequence), before, after))
 
     return note
 
@@ -135,7 +139,7 @@ def _sizes(layer: RecurrentLayer, sequence: Tensor) -> tuple[int, int] | None:
 def _convolution_hook(child: nn.Conv1d, recording: Recording) -> Callable[..., None]:
     def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor) -> None:
         given = args[0] if args else kwargs["input"]
-        recording.convolutions.append(ConvolutionCall(child, given, result))
+        recording.convolution_calls.append(ConvolutionCall(child, given, result))
 
     return note
 

@@ -33,10 +33,7 @@ class ModuleReference:
     def run(self, inputs: Sequence[Array]) -> Expected:
         """As Reference.run; an output without time axis is, at a step, of the sequence so far."""
         signature = self._analysis.signature
-        tensors = [
-            torch.from_numpy(array).to(leaf.dtype)
-            for array, leaf in zip(inputs, signature.inputs, strict=True)
-        ]
+        tensors = signature.to_tensors(inputs)
         recording = record_call(signature.call, self._module, self._analysis.layers, tensors)
         last = recording.last_states(self._analysis.stateful_layers)
         states = {part: state.flatten(1).float().numpy() for part, state in last.items()}

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -92,6 +93,13 @@ class Signature:
         }
         tensors |= {state.index: state.zeros(inputs[0].shape[0]) for state in self.states}
         return self.arguments.call(module, tensors)
+
+    def to_tensors(self, arrays: Sequence[NDArray[Any]]) -> list[Tensor]:
+        """Inputs as tensors of the module's types."""
+        return [
+            torch.from_numpy(array).to(leaf.dtype)
+            for array, leaf in zip(arrays, self.inputs, strict=True)
+        ]
 
     def take_outputs(self, result: Any, inputs: Sequence[Tensor]) -> list[Tensor]:
         """The outputs, each [batch, steps, …], within what call(`inputs`) returned.

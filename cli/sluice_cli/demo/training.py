@@ -24,19 +24,19 @@ BATCH: Final = 64
 WINDOW: Final = 64
 LEARNING_RATE: Final = 1e-2
 GRADIENT_NORM_MAX: Final = 1.0
-# The share of rows that start from an empty state at each window, so that the
-# model knows beginnings as well as middles.
+# The share of rows that start from a zero state at each window, so that the model learns
+# beginnings too.
 RESTART_SHARE: Final = 0.05
 
 Kind = Literal["lstm", "gru"]
 State = tuple[Tensor, Tensor] | Tensor
-# Told the phase, which share of it is done (0 to 1), and how it goes.
+# Called with the phase, the share of it that is done (0 to 1), and a figure.
 Show = Callable[[str, float, str], None]
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a training is."""
+    """How far a training has come."""
 
     share: float  # of the time it may take
     characters: int  # read so far
@@ -84,7 +84,7 @@ def decode(codes: NDArray[np.int64]) -> str:
 
 
 def read_corpus() -> tuple[str, str]:
-    """The English text that Python has inside: (to train on, held out), whole topics each."""
+    """The English help texts in Python: (to train on, held out), in whole topics."""
     from pydoc_data.topics import topics
 
     plain = str.maketrans({"“": '"', "”": '"', "‘": "'", "’": "'", "–": "-", "—": "-", "…": "..."})
@@ -107,9 +107,8 @@ def train(
 ) -> CharacterModel:
     """A character model of `text`, trained for `seconds` by truncated backpropagation through time.
 
-    The text is read as a few long streams side by side, and the state goes on from
-    window to window, as it will when the model is served. Raises ValueError when the
-    text is too short for that.
+    The text is read as several long streams side by side, and the state is carried from window
+    to window, as when the model is served. Raises ValueError when the text is too short.
     """
     torch.manual_seed(seed)
     model = CharacterModel(kind, units, dropout=dropout)
@@ -139,7 +138,7 @@ def train(
 def _windows(codes: NDArray[np.int64]) -> Iterator[tuple[Tensor, Tensor]]:
     """Without end: x and y, each [batch, window], where y is x one character later.
 
-    Row b of one window goes on in row b of the next.
+    Row b of one window continues in row b of the next.
     """
     length = (len(codes) - 1) // BATCH
     if length < WINDOW:
@@ -152,7 +151,7 @@ def _windows(codes: NDArray[np.int64]) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _carry(state: State | None) -> State | None:
-    """The state for the next window: cut from the graph, and empty for a few rows."""
+    """The state for the next window: detached, and zero for a few rows."""
     if state is None:
         return None
     if isinstance(state, tuple):
@@ -165,16 +164,20 @@ def main(
     kind: Annotated[Kind, typer.Argument(help="The recurrent layer.")] = "lstm",
     output: Annotated[Path, typer.Option(help="The ONNX file to write.")] = Path("model.onnx"),
     text: Annotated[
-        Path | None, typer.Option(help="A text file to learn; the text inside Python otherwise.")
+        Path | None,
+        typer.Option(help="A text file to train on; by default the help texts in Python."),
     ] = None,
     seconds: Annotated[float, typer.Option(min=1, help="How long to train.")] = 60,
     units: Annotated[int, typer.Option(min=1, help="Units of the recurrent layer.")] = 256,
-    dropout: Annotated[float, typer.Option(min=0, max=0.9, help="The same at every step.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Equal seeds, equal first weights.")] = 0,
+    dropout: Annotated[
+        float,
+        typer.Option(min=0, max=0.9, help="The share of values dropped, the same at every step."),
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="The seed of the first weights.")] = 0,
     threads: Annotated[int, typer.Option(min=1, help="How many cores to use.")] = 1,
     is_json: Annotated[bool, typer.Option("--json", help="Progress as JSON lines.")] = False,
 ) -> None:
-    """Train a character model and export it, ready to be served."""
+    """Train a character model and export it to an ONNX file that Sluice serves."""
     torch.set_num_threads(threads)
     corpus = read_corpus()[0] if text is None else text.read_text()
     with _show_lines() if is_json else _show_bar() as show:

@@ -1,5 +1,6 @@
 """Repeats the proofs of a file that was written earlier, on the machine that will serve it."""
 
+import copy
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -94,8 +95,7 @@ def _tolerance_of(contract: ModelContract) -> float:
 
 def _measure_again(path: Path, contract: ModelContract) -> Proof:
     """Whether bits are exact from the batch and length on that the contract names."""
-    measured = ModelContract()
-    measured.CopyFrom(contract)
+    measured = copy.deepcopy(contract)
     proof = set_minimums(load_proto(path), measured)
     if measured.batch_min > contract.batch_min or measured.length_min > contract.length_min:
         proof.passed = False

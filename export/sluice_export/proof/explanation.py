@@ -3,6 +3,7 @@
 What `torch.explanation` is for modules that are traced one step at a time.
 """
 
+import copy
 import re
 from collections.abc import Iterator, Sequence
 from typing import Final
@@ -55,8 +56,7 @@ def _return_all_values(
     proto: onnx.ModelProto, contract: ModelContract
 ) -> tuple[onnx.ModelProto, list[TensorSpec]]:
     """`proto` with every float value that depends on the inputs as an output, in order."""
-    exposed = onnx.ModelProto()
-    exposed.CopyFrom(proto)
+    exposed = copy.deepcopy(proto)
     graph = exposed.graph
     described = {value.name: value for value in (*graph.value_info, *graph.output)}
     reached = {spec.name for spec in contract.inputs}
@@ -106,8 +106,7 @@ def _describe(value: onnx.ValueInfoProto | None, *, is_one_step: bool) -> Tensor
 
 def _replace_outputs(contract: ModelContract, specs: Sequence[TensorSpec]) -> ModelContract:
     """A copy of `contract` with other outputs."""
-    changed = ModelContract()
-    changed.CopyFrom(contract)
+    changed = copy.deepcopy(contract)
     del changed.outputs[:]
     changed.outputs.extend(specs)
     return changed

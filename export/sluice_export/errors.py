@@ -15,7 +15,12 @@ ExportError
 └── CheckpointError              a checkpoint cannot be read or does not fit
 """
 
+import inspect
 import warnings
+from pathlib import Path
+from typing import Final
+
+_FOLDER: Final = Path(__file__).parent
 
 
 class ExportError(Exception):
@@ -81,5 +86,8 @@ def first_line(error: BaseException | None) -> str:
 
 
 def notify(message: str) -> None:
-    """Warn the caller of an export about something that is not wrong."""
-    warnings.warn(message, ExportNotice, stacklevel=4)
+    """Warn the caller of an export, at the line of the call, about something that is not wrong."""
+    level, frame = 1, inspect.currentframe()
+    while frame and Path(frame.f_code.co_filename).is_relative_to(_FOLDER):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, ExportNotice, stacklevel=level)

@@ -1,29 +1,29 @@
-"""`sluice export`: a PyTorch module, or another's ONNX file, to one proven ONNX file."""
+"""`sluice export`: from a PyTorch module, or an ONNX file of others, to one proven ONNX file."""
 
-import ast
-import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn
+from typing import Annotated, Any, Final
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
-
-    from sluice_protos.contract_pb2 import ModelContract, Proof
-
-    Tell = Callable[[str, float], None]
+from sluice_cli.failure import fail, require_export_extra
+from sluice_cli.options import (
+    Checkpoint,
+    FactoryArguments,
+    module_loader,
+    parse_axes,
+    parse_fixed,
+    parse_state,
+    parse_valid,
+)
+from sluice_cli.proofs import progress_bar, show_proofs
 
 HELP: Final = """Export a PyTorch module, or an ONNX file made by others, to one that Sluice serves.
 
-The module is made by calling FACTORY, its weights come from a checkpoint, and
-nothing is written before the file is proven equal to the module: whole
-sequences, step by step, in chunks and in ragged batches. It is exported in eval
-mode: dropout, also between layers, is off.
+The factory makes the module, and the checkpoint has its weights. The file is written
+only after it is proven equal to the module: on whole sequences, step by step, in
+chunks and in ragged batches. The module is exported in eval mode: dropout, also
+between layers, is off.
 
 Examples:
 
@@ -32,19 +32,19 @@ Examples:
     sluice export models.speech:make --arg hidden=256 --arg layers=2 \\
         --checkpoint weights.pt --input audio:float32:1,10,80 --output speech.onnx
 
-The checkpoint is what `torch.save(module.state_dict(), path)` wrote. Inputs are
-found out where forward takes one tensor; otherwise describe each with --input,
-in the module's own layout.
+The checkpoint is what `torch.save(module.state_dict(), path)` wrote. Where forward
+takes one tensor, its shape is guessed from the layers; otherwise describe each
+argument with --input, in the module's own layout.
 
-An ONNX file made elsewhere is taken as it is: its state is found, packed, and the
-result proven equal to the file.
+With --onnx the source is an ONNX file. Its state is found and packed, and the result
+is proven equal to the file.
 
     sluice export --onnx denoiser.onnx --output served.onnx
 
     sluice export --onnx silero_vad.onnx --set sr=16000 --input input:batch,576 \\
         --output voice.onnx
 
-There --input tells what the axes of an input are: batch, time, or a size.
+With --onnx, --input names the axes of an input: batch, time, or a size.
 """
 
 
@@ -69,7 +69,7 @@ def export(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="An ONNX file made by others, in the place of a factory.",
+            help="An ONNX file made by others, instead of a factory.",
             show_default=False,
         ),
     ] = None,
@@ -77,48 +77,40 @@ def export(
         list[str] | None,
         typer.Option(
             metavar="INPUT=OUTPUT",
-            help="With --onnx: an input that is the state, and the output it comes out of (or "
-            "OUTPUT[0] of a stack); where told, tell all; repeatable.",
+            help="With --onnx: a state input, and the output that it comes back as (or OUTPUT[0] "
+            "of a stack). Name all states or none; repeatable.",
         ),
     ] = None,
     fixed: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", metavar="INPUT=VALUE", help="With --onnx: fix an input of one value."
+            "--set",
+            metavar="INPUT=VALUE",
+            help="With --onnx: fix an input of a single value; repeatable.",
         ),
     ] = None,
-    checkpoint: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="The weights; left out: as the factory makes them.",
-            show_default=False,
-        ),
-    ] = None,
+    checkpoint: Checkpoint = None,
     name: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME", help="The model's name; left out: the file's.", show_default=False
+            metavar="NAME", help="The model's name; by default the file's.", show_default=False
         ),
     ] = None,
-    argument: Annotated[
-        list[str] | None,
-        typer.Option("--arg", metavar="NAME=VALUE", help="An argument of the factory; repeatable."),
-    ] = None,
+    argument: FactoryArguments = None,
     described: Annotated[
         list[str] | None,
         typer.Option(
             "--input",
             metavar="NAME:TYPE:SHAPE",
             help="An argument of forward, such as x:float32:1,10,8, with batch and time in the "
-            "shape; with --onnx the axes of an input, such as x:batch,time,8; repeatable.",
+            "shape. With --onnx the axes of an input, such as x:batch,time,8. Repeatable.",
         ),
     ] = None,
     valid: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME:FIRST:LAST",
-            help="The values that an integer input may have, where no embedding tells; repeatable.",
+            help="The valid values of an integer input that indexes no embedding; repeatable.",
         ),
     ] = None,
     output_name: Annotated[
@@ -129,81 +121,60 @@ def export(
         float | None,
         typer.Option(
             metavar="X",
-            help="The largest difference to PyTorch, relative to the largest value; "
-            "left out: 0.0001.",
+            help="The largest difference to the source, relative to the largest value; "
+            "by default 0.0001.",
             show_default=False,
         ),
     ] = None,
 ) -> None:
     """Export a PyTorch module to one ONNX file."""
-    try:
-        import sluice_export
-        from sluice_export.factory import (
-            guess_inputs,
-            load_checkpoint,
-            make_input,
-            make_module,
-            read_weights,
-        )
-        from sluice_export.weights import make_layer
-    except ModuleNotFoundError as error:
-        fail(f"export needs {error.name}: pip install 'sluice-serving[export]'")
     _check_source(
         factory,
         onnx,
         checkpoint,
-        of_modules=bool(argument or output_name),
-        of_files=bool(state or fixed),
+        has_module_options=bool(argument or output_name),
+        has_file_options=bool(state or fixed),
     )
-    console = Console(file=sys.stderr, markup=False, highlight=False)
-    options: dict[str, Any] = {
-        "name": name,
-        "valid": dict(parse_valid(text) for text in valid or []),
-    }
+    options: dict[str, Any] = {"name": name, "valid": dict(map(parse_valid, valid or ()))}
     if tolerance is not None:
         options["tolerance"] = tolerance
-    examples: Any = None
-    try:
+    with require_export_extra("export"):
+        import sluice_export
+
         if onnx is None:
+            load = module_loader(factory, argument, checkpoint, described)
             options["output_names"] = output_name
-            examples = dict(make_input(text) for text in described or [])
         else:
-            options["states"] = dict(_parse_pair(text, "--state") for text in state or [])
-            options["fixed"] = dict(_parse_number(text) for text in fixed or [])
-            options["axes"] = dict(_parse_axes(text) for text in described or [])
-    except sluice_export.InputError as error:
-        raise typer.BadParameter(str(error)) from error
-
-    def make(tell: "Tell") -> "ModelContract":
-        if onnx is not None:
-            return sluice_export.export_onnx(onnx, output, on_progress=tell, **options)
-        arguments = dict(parse_argument(text) for text in argument or [])
-        if factory is None and checkpoint is not None:
-            module: Any = make_layer(read_weights(checkpoint), checkpoint, arguments)
-        else:
-            module = make_module(factory or "", arguments)
-            if checkpoint is not None:
-                load_checkpoint(module.eval(), checkpoint)
-        inputs = examples or guess_inputs(module)
-        return sluice_export.export(module.eval(), inputs, output, on_progress=tell, **options)
-
-    with progress(console) as bar, warnings.catch_warnings(record=True) as notices:
+            options["states"] = dict(map(parse_state, state or ()))
+            options["fixed"] = dict(map(parse_fixed, fixed or ()))
+            options["axes"] = dict(map(parse_axes, described or ()))
+    with warnings.catch_warnings(record=True) as notices:
         warnings.simplefilter("default")
-        task = bar.add_task("reading", total=1.0)
         try:
-            contract = make(lambda what, share: bar.update(task, description=what, completed=share))
-        except sluice_export.ExportError as error:
-            bar.stop()
-            fail(str(error))
+            with progress_bar() as options["on_progress"]:
+                if onnx is None:
+                    contract = sluice_export.export(*load(), output, **options)
+                else:
+                    contract = sluice_export.export_onnx(onnx, output, **options)
         except OSError as error:
-            bar.stop()
             fail(f"{output}: cannot be written ({error.strerror or error})")
     if onnx is None and checkpoint is None:
-        console.print("note: no --checkpoint was given; the weights are as the factory makes them")
+        _note("no --checkpoint was given; the weights are as the factory makes them")
     for notice in notices:
         if issubclass(notice.category, sluice_export.ExportNotice):
-            console.print(f"note: {notice.message}")
-    _show_summary(Console(markup=False, highlight=False), contract, output)
+            _note(str(notice.message))
+    show_proofs(f"{contract.name}: proven, written to {output}", contract.proofs)
+    typer.echo(f"See it:   sluice inspect {output}")
+    typer.echo(f"Serve it: sluice serve --model {contract.name}={output}")
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the command."""
+    app.command(help=HELP)(export)
+
+
+def _note(message: str) -> None:
+    typer.echo(f"note: {message}", err=True)
 
 
 def _check_source(
@@ -211,8 +182,8 @@ def _check_source(
     onnx: Path | None,
     checkpoint: Path | None,
     *,
-    of_modules: bool,
-    of_files: bool,
+    has_module_options: bool,
+    has_file_options: bool,
 ) -> None:
     """Raise BadParameter unless there is one source, and no option of the other kind."""
     if onnx is not None and factory is not None:
@@ -222,104 +193,7 @@ def _check_source(
             "give PACKAGE.MODULE:FACTORY or --onnx FILE, one of the two, or the --checkpoint of "
             "a recurrent layer alone"
         )
-    if onnx is None and of_files:
+    if onnx is None and has_file_options:
         raise typer.BadParameter("--state and --set need --onnx")
-    if onnx is not None and (checkpoint is not None or of_modules):
+    if onnx is not None and (checkpoint is not None or has_module_options):
         raise typer.BadParameter("--checkpoint, --arg and --output-name need a factory")
-
-
-def add_to(app: typer.Typer) -> None:
-    """Register the command."""
-    app.command(help=HELP)(export)
-
-
-def fail(message: str) -> NoReturn:
-    """End the command with `message` on standard error and exit status 1."""
-    typer.echo(f"error: {message}", err=True)
-    raise typer.Exit(1)
-
-
-def progress(console: Console) -> Progress:
-    return Progress(
-        BarColumn(),
-        TextColumn("{task.description}"),
-        TimeElapsedColumn(),
-        console=console,
-        transient=True,
-    )
-
-
-def _show_summary(console: Console, contract: "ModelContract", output: Path) -> None:
-    """What was proven, and what to do next."""
-    show_proofs(console, f"{contract.name}: proven, written to {output}", contract.proofs)
-    console.print(
-        f"See it:   sluice inspect {output}\nServe it: sluice serve --model "
-        f"{contract.name}={output}",
-        soft_wrap=True,
-    )
-
-
-def show_proofs(console: Console, title: str, proofs: "Iterable[Proof]") -> None:
-    """A table of proofs and their figures."""
-    table = Table(title=title, title_justify="left")
-    table.add_column("proof")
-    table.add_column("figure", justify="right")
-    table.add_column("ulps", justify="right")
-    table.add_column("what was compared", overflow="fold")
-    for proof in proofs:
-        mark = "" if proof.passed else " (does not hold)"
-        table.add_row(proof.name, f"{proof.figure:.2g}{mark}", f"{proof.ulps:.0f}", proof.detail)
-    console.print(table)
-
-
-def parse_argument(text: str) -> tuple[str, Any]:
-    """NAME=VALUE; the value as Python would read it, or else as text."""
-    name, equals, value = text.partition("=")
-    if not name or not equals:
-        raise typer.BadParameter(f"{text!r} is not NAME=VALUE, such as hidden=256")
-    try:
-        return name, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return name, value
-
-
-def parse_valid(text: str) -> tuple[str, tuple[int, int]]:
-    """NAME:FIRST:LAST, such as tokens:0:31."""
-    name, *limits = text.split(":")
-    try:
-        first, last = map(int, limits)
-    except ValueError:
-        first, last = 1, 0
-    if not name or first > last:
-        raise typer.BadParameter(f"{text!r} is not NAME:FIRST:LAST, such as tokens:0:31")
-    return name, (first, last)
-
-
-def _parse_pair(text: str, option: str) -> tuple[str, str]:
-    """INPUT=OUTPUT."""
-    name, _, value = text.partition("=")
-    if not name or not value:
-        raise typer.BadParameter(f"{option} {text!r} is not NAME=VALUE, such as h=h_out")
-    return name, value
-
-
-def _parse_number(text: str) -> tuple[str, float]:
-    """INPUT=VALUE, such as sr=16000."""
-    name, value = _parse_pair(text, "--set")
-    try:
-        return name, ast.literal_eval(value) * 1
-    except (ValueError, SyntaxError, TypeError) as error:
-        raise typer.BadParameter(f"--set {text!r} is not NAME=NUMBER, such as sr=16000") from error
-
-
-def _parse_axes(text: str) -> tuple[str, tuple[str | int, ...]]:
-    """NAME:AXIS,AXIS…, each batch, time or a size."""
-    name, _, listed = text.rpartition(":")
-    words = {"batch": "batch", "time": "steps", "steps": "steps"}
-    axes = [int(axis) if axis.isdecimal() else words.get(axis) for axis in listed.split(",")]
-    known = tuple(axis for axis in axes if axis)
-    if not name or len(known) < len(axes):
-        raise typer.BadParameter(
-            f"--input {text!r} is not NAME:AXES, such as x:batch,time,80 or x:batch,512"
-        )
-    return name, known

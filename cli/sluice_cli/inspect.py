@@ -1,4 +1,4 @@
-"""`sluice inspect`: what an exported model says of itself."""
+"""`sluice inspect`: the contract of an exported model."""
 
 import math
 from pathlib import Path
@@ -9,12 +9,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sluice_cli.export import fail
+from sluice_cli.failure import fail, require_export_extra
 
 if TYPE_CHECKING:
     from sluice_protos.contract_pb2 import ModelContract, TensorSpec
 
-HELP: Final = """Show what an exported model says of itself: its inputs, outputs, state and proofs.
+HELP: Final = """Show the contract of an exported model: inputs, outputs, state and proofs.
 
 Examples:
 
@@ -35,12 +35,10 @@ def inspect(
         bool, typer.Option("--json", help="Print the contract as JSON, for programs.")
     ] = False,
 ) -> None:
-    """Show what an exported model says of itself."""
-    try:
+    """Show the contract of an exported model."""
+    with require_export_extra("inspect"):
         from sluice_model.contract import count_parameters, load_proto, parse_contract
         from sluice_model.errors import ModelError
-    except ModuleNotFoundError as error:
-        fail(f"inspect needs {error.name}: pip install 'sluice-serving[export]'")
     try:
         proto = load_proto(model)
         contract = parse_contract(proto, name=str(model))
@@ -71,7 +69,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 def show(console: Console, contract: "ModelContract", *, parameters: int, size: int) -> None:
-    """Print a contract as a person would want to read it; `size` in bytes."""
+    """Print a contract for people; `size` in bytes."""
     facts = Table.grid(padding=(0, 2))
     facts.add_row("name", Text(contract.name, style="bold"))
     facts.add_row("digest", contract.digest)
@@ -153,9 +151,9 @@ def _proofs(contract: "ModelContract") -> Table:
     table = _table("Proofs", "proof", "", *numbers, "what was compared", numbers=numbers)
     table.caption_justify = "left"
     table.caption = (
-        "Figures: parity and drift are the largest difference relative to the largest value, "
-        "ulps the same in units in the last place of values that are not tiny; "
-        "leak and bits count values that differ at all."
+        "Figures: for parity and drift the largest difference relative to the largest value, "
+        "and in units in the last place (ulps) among values that are not tiny; for leak and "
+        "bits the number of values that differ at all."
     )
     for proof in contract.proofs:
         table.add_row(

@@ -1,6 +1,6 @@
-"""Runs whole sequences, each alone, with plain ONNX Runtime: the reference for what was streamed.
+"""Runs whole sequences, each alone, with plain ONNX Runtime: the reference for streamed outputs.
 
-Imports nothing of ours, on purpose. `python offline.py MODEL INPUTS OUTPUTS`.
+Imports nothing of Sluice, so that it is independent. `python offline.py MODEL INPUTS OUTPUTS`.
 """
 
 import json
@@ -31,7 +31,7 @@ def run_offline(model: Path, inputs: Path, outputs: Path) -> None:
     found: dict[str, Any] = {}
     for sequence, arrays in sequences.items():
         if arrays.keys() != names:
-            sys.exit(f"it takes {sorted(names)}, not {sorted(arrays)}")
+            sys.exit(f"the model takes {sorted(names)}, not {sorted(arrays)}")
         for name, array in run_sequence(session, contract, arrays).items():
             found[f"{sequence}/{name}"] = array
     np.savez(outputs, **found)
@@ -40,16 +40,16 @@ def run_offline(model: Path, inputs: Path, outputs: Path) -> None:
 def run_sequence(
     session: onnxruntime.InferenceSession, contract: Contract, arrays: Arrays
 ) -> Arrays:
-    """The outputs of one sequence from its begin, [steps, …] by name, for inputs likewise.
+    """The outputs of one sequence from the initial state: arrays [steps, …] by name, as the inputs.
 
-    The run is as large as the contract says that it must be for exact bits: the sequence
-    several times, and steps of zeros behind it.
+    Where exact bits need a larger batch or length, the sequence is repeated and padded with
+    zeros.
     """
     steps = len(next(iter(arrays.values())))
     width = 1 if contract.get("is_one_step") else steps
     names = [spec["name"] for spec in contract["outputs"]]
     state_output = contract.get("state_output")
-    state = begin(contract)
+    state = initial_state(contract)
     pieces: dict[str, list[np.ndarray]] = {name: [] for name in names}
     for start in range(0, steps, width):
         feed = {
@@ -67,7 +67,7 @@ def run_sequence(
     return {name: np.concatenate(rows) for name, rows in pieces.items()}
 
 
-def begin(contract: Contract) -> np.ndarray:
+def initial_state(contract: Contract) -> np.ndarray:
     """The state before the first step: [batch, state_size] float32, each row the same."""
     row = np.zeros(contract.get("state_size", 0), np.float32)
     for part in contract.get("state", []):
@@ -77,7 +77,7 @@ def begin(contract: Contract) -> np.ndarray:
 
 
 def place(array: np.ndarray, spec: dict[str, Any], contract: Contract) -> np.ndarray:
-    """An input of one sequence, [steps, …], as the graph takes it."""
+    """An input of one sequence, [steps, …], in the shape that the graph takes."""
     batch, time = spec.get("batch_axis", 0), spec.get("time_axis", 0)
     beyond = max(0, contract["length_min"] - len(array))
     array = np.pad(array, [(0, beyond)] + [(0, 0)] * (array.ndim - 1))
@@ -87,7 +87,7 @@ def place(array: np.ndarray, spec: dict[str, Any], contract: Contract) -> np.nda
 
 
 def take(array: np.ndarray, spec: dict[str, Any], contract: Contract) -> np.ndarray:
-    """What `place` is the inverse of: [steps, …] of the first row of an output."""
+    """The inverse of `place`: [steps, …] of the first row of an output."""
     batch, time = spec.get("batch_axis", 0), spec.get("time_axis", 0)
     if contract.get("is_one_step"):
         return np.moveaxis(array, batch, 0)[:1]

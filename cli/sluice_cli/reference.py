@@ -1,4 +1,4 @@
-"""Has whole sequences run offline, in a process that imports nothing of ours."""
+"""Runs whole sequences offline, in a process that imports nothing of Sluice."""
 
 import subprocess
 import sys
@@ -15,13 +15,13 @@ _PROGRAM = Path(__file__).with_name("offline.py")
 
 
 class OfflineError(Exception):
-    """The offline run has failed; the message is what it said last."""
+    """The offline run failed; the message is its last line."""
 
 
 def run_offline(model: Path, sequences: Sequence[Arrays]) -> list[dict[str, NDArray[Any]]]:
-    """The outputs of each sequence, alone in plain ONNX Runtime: [steps, …] by name.
+    """The outputs of each sequence, alone in plain ONNX Runtime: arrays [steps, …] by name.
 
-    Of each sequence: [steps, …] for each input by name. Raises OfflineError.
+    `sequences` has the inputs of each: arrays [steps, …] by name. Raises OfflineError.
     """
     with tempfile.TemporaryDirectory() as folder:
         inputs, outputs = Path(folder, "inputs.npz"), Path(folder, "outputs.npz")
@@ -32,7 +32,7 @@ def run_offline(model: Path, sequences: Sequence[Arrays]) -> list[dict[str, NDAr
         }
         np.savez(inputs, **arrays)
         done = subprocess.run(
-            # -P: the modules beside the program are not what it means by their names.
+            # -P: modules in the folder of the program must not shadow libraries.
             [sys.executable, "-P", _PROGRAM, model, inputs, outputs],
             capture_output=True,
             text=True,

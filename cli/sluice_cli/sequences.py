@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from sluice_cli.export import fail
+from sluice_cli.failure import fail
 
 if TYPE_CHECKING:
     from sluice_client import Client

@@ -1,19 +1,20 @@
 """`sluice verify`: the proofs of a file, made again where it will be served."""
 
-import sys
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Final
 
 import typer
-from rich.console import Console
 
-from sluice_cli.export import fail, parse_argument, progress, show_proofs
+from sluice_cli.failure import fail, require_export_extra
+from sluice_cli.options import Checkpoint, FactoryArguments, module_loader
+from sluice_cli.proofs import progress_bar, show_proofs
 
-HELP: Final = """Repeat the proofs of an exported model, on this machine.
+HELP: Final = """Repeat the proofs of an exported model on this machine.
 
-Compared with the PyTorch module it was made from (--against), or, without it, with
-itself: rows alone, in batches, in chunks, ragged, padded and over 10,000 steps. The
-exit status is 1 where a proof does not hold that held when the file was written.
+The file is compared with the PyTorch module that it was made from (--against) or,
+without it, with itself: rows alone, in batches, in chunks, ragged, padded and over
+10,000 steps. The exit status is 1 where a proof fails that held when the file was
+written.
 
 Examples:
 
@@ -34,18 +35,12 @@ def verify(
         str | None,
         typer.Option(
             metavar="PACKAGE.MODULE:FACTORY",
-            help="What makes the module that the file came from.",
+            help="The factory of the module that the file was exported from.",
             show_default=False,
         ),
     ] = None,
-    checkpoint: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="The module's weights.", show_default=False),
-    ] = None,
-    argument: Annotated[
-        list[str] | None,
-        typer.Option("--arg", metavar="NAME=VALUE", help="An argument of the factory; repeatable."),
-    ] = None,
+    checkpoint: Checkpoint = None,
+    argument: FactoryArguments = None,
     described: Annotated[
         list[str] | None,
         typer.Option(
@@ -56,36 +51,17 @@ def verify(
     ] = None,
 ) -> None:
     """Repeat the proofs of an exported model."""
-    try:
-        import sluice_export
-        from sluice_export.factory import guess_inputs, load_checkpoint, make_input, make_module
-        from sluice_model import read_contract
-    except ModuleNotFoundError as error:
-        fail(f"verify needs {error.name}: pip install 'sluice-serving[export]'")
     if against is None and (checkpoint or argument or described):
         raise typer.BadParameter("--checkpoint, --arg and --input need --against")
-    module: Any = None
-    examples: Any = None
-    with progress(Console(file=sys.stderr, markup=False, highlight=False)) as bar:
-        task = bar.add_task("reading", total=1.0)
-        try:
-            if against is not None:
-                module = make_module(against, dict(parse_argument(t) for t in argument or []))
-                if checkpoint is not None:
-                    load_checkpoint(module.eval(), checkpoint)
-                module = module.eval()
-                examples = dict(make_input(t) for t in described or []) or guess_inputs(module)
-            proofs = sluice_export.verify(
-                model,
-                module,
-                examples,
-                on_progress=lambda what, share: bar.update(task, description=what, completed=share),
-            )
-        except sluice_export.ExportError as error:
-            bar.stop()
-            fail(str(error))
+    with require_export_extra("verify"):
+        import sluice_export
+        from sluice_model import read_contract
+
+        load = module_loader(against, argument, checkpoint, described) if against else tuple
+    with progress_bar() as tell:
+        proofs = sluice_export.verify(model, *load(), on_progress=tell)
     contract = read_contract(model)
-    show_proofs(Console(markup=False, highlight=False), f"{contract.name}: proven again", proofs)
+    show_proofs(f"{contract.name}: proven again", proofs)
     held_before = {proof.name: proof.passed for proof in contract.proofs}
     lost = [p.name for p in proofs if not p.passed and held_before.get(p.name, True)]
     if lost:

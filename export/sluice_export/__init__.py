@@ -1,14 +1,9 @@
-"""From a trained model to an ONNX file that says, and proves, what it is."""
+"""Exports trained models to ONNX files that carry their own contract and proofs.
 
-try:
-    import onnx
-    import torch
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-        f"exporting needs {error.name}: pip install 'sluice-serving[export]'", name=error.name
-    ) from error
+Each package imports from those to its right only, `torch` and `onnx` never from each other:
+`exporter` and `verification` → `torch`, `onnx` → `proof` → the other files at the root.
+"""
 
-from sluice_export.delivery import TOLERANCE, Progress
 from sluice_export.errors import (
     BidirectionalError,
     CheckpointError,
@@ -25,9 +20,16 @@ from sluice_export.errors import (
     TraceError,
     UnsupportedModuleError,
 )
-from sluice_export.exporter import export
-from sluice_export.foreign import export_onnx
-from sluice_export.verification import verify
+
+try:
+    from sluice_export.exporter import export, export_onnx
+    from sluice_export.proof.evidence import TOLERANCE
+    from sluice_export.proof.proofs import Progress
+    from sluice_export.verification import verify
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"exporting needs {error.name}: pip install 'sluice-serving[export]'", name=error.name
+    ) from error
 
 __all__ = [
     "TOLERANCE",

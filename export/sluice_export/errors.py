@@ -1,4 +1,4 @@
-"""What can stop an export; every message names the layer or input and the fix.
+"""Errors that stop an export, and notices that do not; each message names the fix.
 
 ExportError
 ├── UnsupportedModuleError       the module does something that cannot be streamed
@@ -10,10 +10,17 @@ ExportError
 ├── InputError                   the example inputs do not fit the module, or say too little
 ├── TraceError                   PyTorch's exporter failed
 ├── ParityError                  a proof failed: the graph is not the module
-├── PairingError                 which output is which input's state cannot be told
+├── PairingError                 which output holds which state is unclear
 ├── FactoryError                 `package.module:factory` cannot be called
 └── CheckpointError              a checkpoint cannot be read or does not fit
 """
+
+import inspect
+import warnings
+from pathlib import Path
+from typing import Final
+
+_FOLDER: Final = Path(__file__).parent
 
 
 class ExportError(Exception):
@@ -57,7 +64,7 @@ class ParityError(ExportError):
 
 
 class PairingError(ExportError):
-    """Which inputs of an ONNX file are its state, and where it comes out, cannot be told."""
+    """Which inputs of an ONNX file are its state, or which outputs return it, is unclear."""
 
 
 class FactoryError(ExportError):
@@ -69,10 +76,18 @@ class CheckpointError(ExportError):
 
 
 class ExportNotice(UserWarning):
-    """Something about an export that its author should know, though nothing is wrong."""
+    """Something about an export that its author should know although nothing is wrong."""
 
 
 def first_line(error: BaseException | None) -> str:
-    """The first line of what an error says."""
+    """The first line of an error's message, or the name of its type."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def notify(message: str) -> None:
+    """Warn the caller of an export, at the line of the call, about something that is not wrong."""
+    level, frame = 1, inspect.currentframe()
+    while frame and Path(frame.f_code.co_filename).is_relative_to(_FOLDER):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, ExportNotice, stacklevel=level)

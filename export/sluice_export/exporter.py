@@ -1,30 +1,29 @@
-"""Exports a module: survey, graph, proofs, and only then the file."""
+"""Exports a module, or an ONNX file of others: converts it, proves it, and only then writes it."""
 
-import copy
-import math
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
-from functools import partial
-from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
+import onnx
+from onnx.shape_inference import InferenceError
 
-from sluice_export.culprit import explain_failure
-from sluice_export.delivery import TOLERANCE, Progress, deliver, notify
-from sluice_export.errors import UnsupportedModuleError
-from sluice_export.graph import make_graph, without_traces
-from sluice_export.reference import Reference
-from sluice_export.signature import LENGTHS, STATE, STATE_OUT
-from sluice_export.stepping import explain_step
-from sluice_export.survey import Survey, take_survey
-from sluice_protos.contract_pb2 import Cell, ModelContract, StatePart, TensorSpec, ValueRange
-from sluice_protos.datatypes import DATATYPES
+from sluice_export.errors import InputError
+from sluice_export.onnx.conversion import convert_file
+from sluice_export.proof.evidence import TOLERANCE
+from sluice_export.proof.proofs import Progress, prove
+from sluice_model.errors import ModelError
+from sluice_protos.contract_pb2 import ModelContract
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from sluice_export.onnx.axes import Axes
 
 
 def export(
-    module: nn.Module,
+    module: "nn.Module",
     example_inputs: object,
     path: str | os.PathLike[str],
     *,
@@ -36,119 +35,95 @@ def export(
 ) -> ModelContract:
     """Write `module` to `path` as one ONNX file that Sluice serves, once it is proven equal.
 
-    example_inputs  what forward takes: a tensor, a tuple of arguments or a dict of
-                    named ones, [batch, steps, …] or [steps, batch, …] as the module
-                    wants it; sizes of batch and time do not matter, nor do float
-                    values. Arguments that are no tensors are fixed at export
-    name            of the model, for people; the file's name where left out
-    output_names    of the outputs, in order; "y" where left out
-    valid           the first and last valid value of integer inputs, by name; found
-                    out for those that all go, as they are, into nn.Embedding tables of one size
+    example_inputs  the arguments of forward: a tensor, a tuple of arguments or a dict of named
+                    ones, [batch, steps, …] or [steps, batch, …] as the module takes them; the
+                    sizes of batch and time do not matter, nor do float values. Arguments that
+                    are no tensors are fixed at export
+    name            of the model, for people; by default the file's name
+    output_names    of the outputs, in order; by default "y"
+    valid           (first, last) valid value of integer inputs, by name; by default found for
+                    those that all go, unchanged, into nn.Embedding tables of one size
     tolerance       the largest difference to PyTorch, relative to the largest value
 
-    The module is exported as it is in eval mode (dropout off) and left unchanged.
-    Returns the contract that the file carries. Raises ExportError, and writes
-    nothing then.
+    The module is exported in eval mode (dropout off) and not changed. Returns the contract in
+    the file. Raises ExportError, and then writes nothing.
+    """
+    # PyTorch is imported only where a module is exported: it takes seconds.
+    from sluice_export.torch.conversion import convert_module
+
+    path = Path(path)
+    tell = on_progress or (lambda what, share: None)
+    candidate = convert_module(
+        module,
+        example_inputs,
+        name or path.stem,
+        valid=valid or {},
+        output_names=output_names,
+        tell=tell,
+    )
+    prove(candidate, tolerance=tolerance, tell=tell)
+    _write(candidate.proto, path)
+    tell("done", 1.0)
+    return candidate.contract
+
+
+def export_onnx(
+    source: str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    *,
+    name: str | None = None,
+    states: Mapping[str, str] | None = None,
+    fixed: Mapping[str, float] | None = None,
+    axes: "Mapping[str, Axes] | None" = None,
+    valid: Mapping[str, tuple[int, int]] | None = None,
+    tolerance: float = TOLERANCE,
+    on_progress: Progress | None = None,
+) -> ModelContract:
+    """Write the ONNX file `source` to `path` in the form that Sluice serves, once proven equal.
+
+    name        of the model, for people; by default the file's name
+    states      the output that each state input comes back as, where the file does not say:
+                {"h": "h_out"}, or "stack[0]" for a part of an output
+    fixed       the values of inputs of a single value: {"sr": 16000}
+    axes        of inputs whose shape does not say them: {"x": ("batch", "steps", 80)}
+    valid       (first, last) valid value of integer inputs, by name
+    tolerance   the largest difference to the original file, relative to the largest value
+
+    Returns the contract in the new file. Raises ExportError, and then writes nothing.
     """
     path = Path(path)
     tell = on_progress or (lambda what, share: None)
-    tell("looking at the module", 0.0)
-    original = prepare(module)
-    survey = take_survey(original, example_inputs, valid=valid or {}, output_names=output_names)
-    contract = _describe(survey, name or path.stem)
-    tell("making the graph", 0.1)
-    proto = make_graph(original, survey)
-    bare = without_traces(proto)
-    explain = (
-        partial(explain_step, original, survey)
-        if survey.is_folded
-        else partial(explain_failure, proto)
-    )
-    reference = Reference(original, survey)
-    deliver(bare, contract, reference, path, explain=explain, tolerance=tolerance, tell=tell)
-    return contract
-
-
-def prepare(module: nn.Module) -> nn.Module:
-    """A copy of `module` on the CPU in eval mode, in float32 or, where it has any, float64."""
-    module = getattr(module, "_orig_mod", module)  # what torch.compile wraps
-    if module.training and any(map(_differs_in_training, module.modules())):
-        notify(
-            "the module is in training mode; it is exported as in eval mode: dropout off, also "
-            "between recurrent layers, and batch normalisation by its running statistics"
-        )
-    # What weight_norm and the like compute into an attribute keeps its way back to the weights,
-    # and is not copied with it; forward computes it anew.
-    computed = {
-        id(value): value.detach().clone()
-        for child in module.modules()
-        for value in vars(child).values()
-        if isinstance(value, Tensor) and not value.is_leaf
-    }
     try:
-        original = copy.deepcopy(module, computed).cpu().eval()
-    except (RuntimeError, TypeError) as error:
-        raise UnsupportedModuleError(
-            f"the module cannot be copied ({error}); build it afresh, load its state_dict and "
-            "export that"
-        ) from error
-    tensors = (*original.parameters(), *original.buffers())
-    if any(tensor.dtype == torch.float64 for tensor in tensors):
-        notify("the module computes in float64; it is exported, and proven, in float32")
-        return original.double()
-    return original.float()
-
-
-def _differs_in_training(module: nn.Module) -> bool:
-    """Whether a module does something else in training than in eval mode."""
-    dropout = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout, nn.RNNBase)
-    if isinstance(module, dropout):
-        return bool(getattr(module, "p", 0) or getattr(module, "dropout", 0))
-    return isinstance(module, nn.modules.batchnorm._BatchNorm)
-
-
-def _describe(survey: Survey, name: str) -> ModelContract:
-    """The contract of the graph to be made, without proofs."""
-    contract = ModelContract(name=name, lengths_input=LENGTHS, batch_min=1, length_min=1)
-    signature = survey.signature.as_float()
-    for leaf in signature.inputs:
-        valid = ValueRange(min=leaf.valid[0], max=leaf.valid[1]) if leaf.valid else None
-        contract.inputs.append(_tensor_spec(leaf.name, leaf.dtype, leaf.shape, valid))
-    for output in signature.outputs:
-        contract.outputs.append(_tensor_spec(output.name, output.dtype, output.shape, None))
-    contract.state_input, contract.state_output = STATE, STATE_OUT
-    for layer in survey.layers:
-        contract.cells.append(
-            Cell(
-                name=layer.name,
-                kind=layer.kind.name,
-                layers=layer.depth,
-                input_size=layer.module.input_size,
-                hidden_size=layer.module.hidden_size,
-                gates=layer.kind.gates,
-            )
+        candidate = convert_file(
+            Path(source),
+            name or path.stem,
+            states=states or {},
+            fixed=fixed or {},
+            axes=axes or {},
+            valid=valid or {},
+            tolerance=tolerance,
+            tell=tell,
         )
-    for carrier in survey.carriers:
-        for part, shape in carrier.parts.items():
-            initial = survey.initial.get(part, torch.empty(0))
-            contract.state.append(
-                StatePart(
-                    name=part,
-                    offset=contract.state_size,
-                    shape=shape,
-                    initial=initial.flatten().float().tolist(),
-                )
-            )
-            contract.state_size += math.prod(shape)
-    for package in ("sluice-serving", "torch", "onnx", "onnxscript", "onnxruntime"):
-        contract.made_with[package] = metadata.version(package)
-    return contract
+        prove(candidate, tolerance=tolerance, tell=tell)
+    except (ModelError, InferenceError) as error:
+        raise InputError(
+            f"{source}: does not run in ONNX Runtime, which serves it ({error}); export it again "
+            "with standard operators and opset 17, and see what onnx.checker says of it"
+        ) from error
+    _write(candidate.proto, path)
+    tell("done", 1.0)
+    return candidate.contract
 
 
-def _tensor_spec(
-    name: str, dtype: torch.dtype, shape: Sequence[int], valid: ValueRange | None
-) -> TensorSpec:
-    datatype = DATATYPES[torch.empty(0, dtype=dtype).numpy().dtype]
-    return TensorSpec(
-        name=name, datatype=datatype, shape=shape, batch_axis=0, time_axis=1, valid=valid
-    )
+def _write(proto: onnx.ModelProto, path: Path) -> None:
+    """Write the whole file, or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(proto.SerializeToString())
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

@@ -1,31 +1,28 @@
 """Repeats the proofs of a file that was written earlier, on the machine that will serve it."""
 
+import copy
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import nn
 
-from sluice_export.comparison import Expected, Source
-from sluice_export.delivery import TOLERANCE, Progress
 from sluice_export.errors import InputError
-from sluice_export.exporter import prepare
-from sluice_export.minimums import measure_minimums
-from sluice_export.proofs import PROOFS, Evidence
-from sluice_export.reference import Reference
-from sluice_export.signature import Signature
-from sluice_export.survey import take_survey
-from sluice_export.tails import find_uneven
+from sluice_export.proof.comparison import Array
+from sluice_export.proof.evidence import TOLERANCE, Evidence, Expected, Reference
+from sluice_export.proof.proofs import Progress, make_proofs
+from sluice_export.proof.sizes import set_minimums
 from sluice_model.contract import load_proto, part_size
 from sluice_model.errors import ModelError
-from sluice_model.model import Array, Model
+from sluice_model.model import Model
 from sluice_protos.contract_pb2 import ModelContract, Proof
-from sluice_protos.datatypes import DATATYPES
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
-class Alone:
+class SelfReference:
     """A file as its own reference: each row alone, in one run."""
 
     name = "each row alone in one run"
@@ -35,7 +32,7 @@ class Alone:
         self._model = model
 
     def run(self, inputs: Sequence[Array]) -> Expected:
-        """As Source.run."""
+        """As Reference.run."""
         initial = self._model.initial_state[np.newaxis]
         rows = [
             self._model.run([array[row : row + 1] for array in inputs], None, initial)
@@ -51,102 +48,59 @@ class Alone:
 
 def verify(
     path: str | os.PathLike[str],
-    module: nn.Module | None = None,
+    module: "nn.Module | None" = None,
     example_inputs: object = None,
     *,
     valid: Mapping[str, tuple[int, int]] | None = None,
     tolerance: float | None = None,
     on_progress: Progress | None = None,
 ) -> list[Proof]:
-    """Every proof of the file at `path`, made anew; none is left out where one fails.
+    """Every proof of the file at `path`, made again; a proof that fails stops no other.
 
-    Compared with `module` on `example_inputs`, as export() takes them, or, where it
-    is None, with the file itself. `tolerance` is, left out, that of the export. Raises
-    InputError where the file cannot be read or is not of that module.
+    The file is compared with `module` on `example_inputs`, as export() takes them, or, without
+    a module, with itself. `tolerance` is by default that of the export. Raises InputError where
+    the file cannot be read or is not of that module.
     """
     tell = on_progress or (lambda what, share: None)
+    path = Path(path)
     try:
-        model = Model.load(Path(path))
+        model = Model.load(path)
     except ModelError as error:
         raise InputError(str(error)) from error
-    source: Source = Alone(model)
+    reference: Reference = SelfReference(model)
     if module is not None:
-        source = _reference(module, example_inputs, valid or {}, model.contract)
+        # PyTorch is imported only where a module is given: it takes seconds.
+        from sluice_export.torch.reference import make_reference
+
+        reference = make_reference(module, example_inputs, model.contract, valid or {})
     if tolerance is None:
         tolerance = _tolerance_of(model.contract)
-    proofs = []
     try:
-        evidence = Evidence(model, source, tolerance=tolerance)
-        for place, (what, prove) in enumerate(PROOFS.items()):
-            tell(what, place / len(PROOFS))
-            proofs.append(prove(evidence))
+        evidence = Evidence(model, reference, tolerance=tolerance)
+        proofs = list(make_proofs(evidence, tell))
     except ModelError as error:
         raise InputError(
             f"{path}: does not run on inputs that its contract allows ({error}); export it again"
         ) from error
-    proofs.append(_measure_again(Path(path), model.contract))
+    proofs.append(_measure_again(path, model.contract))
     tell("done", 1.0)
     return proofs
 
 
 def _tolerance_of(contract: ModelContract) -> float:
-    """What the export allowed as a difference to its module or file."""
+    """The difference that the export allowed."""
     parities = [proof for proof in contract.proofs if proof.name.startswith("parity.")]
     return max((proof.tolerance for proof in parities), default=TOLERANCE)
 
 
 def _measure_again(path: Path, contract: ModelContract) -> Proof:
-    """Whether bits depend on no batch or length beyond those that the contract knows of."""
-    bare = ModelContract()
-    bare.CopyFrom(contract)
-    bare.batch_min = bare.length_min = 1
-    uneven = find_uneven(load_proto(path))
-    batch_min, length_min, proof = measure_minimums(Model(path.read_bytes(), bare), uneven)
-    if batch_min > contract.batch_min or length_min > contract.length_min:
+    """Whether bits are exact from the batch and length on that the contract names."""
+    measured = copy.deepcopy(contract)
+    proof = set_minimums(load_proto(path), measured)
+    if measured.batch_min > contract.batch_min or measured.length_min > contract.length_min:
         proof.passed = False
         proof.detail = (
-            f"here bits are exact from batch {batch_min} and length {length_min} on, not from "
-            f"{contract.batch_min} and {contract.length_min} as the contract says"
+            f"here bits are exact from batch {measured.batch_min} and length {measured.length_min} "
+            f"on, not from {contract.batch_min} and {contract.length_min} as the contract says"
         )
     return proof
-
-
-def _reference(
-    module: nn.Module,
-    example_inputs: object,
-    valid: Mapping[str, tuple[int, int]],
-    contract: ModelContract,
-) -> Reference:
-    original = prepare(module)
-    told = {
-        spec.name: (spec.valid.min, spec.valid.max)
-        for spec in contract.inputs
-        if spec.HasField("valid")
-    }
-    survey = take_survey(original, example_inputs, valid={**told, **valid}, output_names=None)
-    found = [(leaf.name, list(leaf.shape)) for leaf in survey.signature.inputs]
-    expected = [(spec.name, list(spec.shape)) for spec in contract.inputs]
-    if found != expected:
-        raise InputError(f"the module takes {found}, the file {expected}: not the same model")
-    parts = [part for carrier in survey.carriers for part in carrier.parts]
-    if parts != [part.name for part in contract.state]:
-        raise InputError(
-            f"the module's states are {parts}, the file's {[p.name for p in contract.state]}: "
-            "not the same model"
-        )
-    _check_outputs(survey.signature.as_float(), contract)
-    return Reference(original, survey)
-
-
-def _check_outputs(signature: Signature, contract: ModelContract) -> None:
-    """Raise InputError unless the module's outputs are the file's, whatever they are called."""
-    found = [
-        (DATATYPES[torch.empty(0, dtype=leaf.dtype).numpy().dtype], list(leaf.shape))
-        for leaf in signature.outputs
-    ]
-    expected = [(spec.datatype, list(spec.shape)) for spec in contract.outputs]
-    if found != expected:
-        raise InputError(
-            f"the module gives {found}, the file {expected}: not the same model; give the module "
-            "that the file was exported from, or export this one again"
-        )

@@ -120,7 +120,7 @@ def test_a_file_that_the_factory_misses_is_named(run):
     for target in ("reads_for_export:make", "reads_at_once_for_export:make"):
         result = run(target, "-o", "model.onnx")
         assert result.exit_code == 1
-        assert f"error: {target} asks for what it does not get" in result.stderr
+        assert f"error: {target} cannot read what it needs" in result.stderr
         assert "'vocabulary.txt'" in result.stderr
         assert "written" not in result.stderr
 

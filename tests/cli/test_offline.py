@@ -52,7 +52,7 @@ def test_a_file_of_others_is_run_as_it_would_be_by_hand(name, tmp_path):
 
 
 def test_inputs_that_are_not_the_files_are_named(stateless_file):
-    with pytest.raises(OfflineError, match=r"it takes \['x'\], not \['z'\]"):
+    with pytest.raises(OfflineError, match=r"the model takes \['x'\], not \['z'\]"):
         run_offline(stateless_file, [{"z": np.zeros((1, 2), np.float32)}])
 
 

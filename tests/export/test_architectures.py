@@ -16,7 +16,7 @@ from torch.nn import functional
 from sluice_export import export, export_onnx
 from sluice_model import Model, example_inputs
 from tests.export.foreign_models import Builder
-from tests.export.plain import run_alone
+from tests.export.plain_onnxruntime import run_alone
 
 draw_few = settings(
     deadline=None,

@@ -132,5 +132,6 @@ class WithDropout(nn.Module):
 
 
 def test_a_module_in_training_mode_is_exported_without_dropout_and_told_so(tmp_path):
-    with pytest.warns(ExportNotice, match="dropout off, also between recurrent layers"):
+    with pytest.warns(ExportNotice, match="dropout off, also between recurrent layers") as notices:
         export(WithDropout().train(), torch.zeros(1, 5, 4), tmp_path / "model.onnx")
+    assert {notice.filename for notice in notices} == {__file__}

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from sluice_export import CheckpointError, FactoryError, InputError
-from sluice_export.factory import guess_inputs, load_checkpoint, make_module
+from sluice_export.torch.checkpoint import load_checkpoint
+from sluice_export.torch.example_inputs import guess_inputs
+from sluice_export.torch.factory import make_module
 from tests.models import embedding_module, lstm_module, multi_module
 
 SOURCE = """

@@ -1,5 +1,7 @@
 """ONNX files made by others give, served, the bits they give when they are run by hand."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -134,3 +136,16 @@ def test_a_state_of_half_floats_and_one_of_truths_are_carried_exactly(tmp_path):
         )
         assert np.array_equal(outputs[0][:, step], y)
     assert y.any()
+
+
+def test_a_file_is_exported_and_verified_without_pytorch(tmp_path):
+    made.write_predictor(tmp_path / "model.onnx")
+    program = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from sluice_export import export_onnx, verify\n"
+        "export_onnx('model.onnx', 'served.onnx')\n"
+        "print(all(proof.passed for proof in verify('served.onnx')))\n"
+    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout == "True\n"

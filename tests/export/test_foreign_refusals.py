@@ -191,8 +191,8 @@ REFUSED = [
     (computed_weights, "GRU '/GRU_.* has computed weights; save the file with constant ones"),
     (nothing_but_states, "each input would be a state .h_in.*--state h_in=h_out"),
     (no_state, "no state was found in the file.*--state input=output"),
-    (two_alike, "which of the inputs a, b is the state cannot be told.*--state"),
-    (two_named_alike, "may come out of h_out: each fits by name; say which: --state"),
+    (two_alike, "which of the inputs a, b is the state is unclear.*--state"),
+    (two_named_alike, "may come back as h_out: each fits by name; name the pair: --state"),
     (backwards, "GRU '/GRU_.* has direction reverse.*future"),
     (computed_start, "GRU '/GRU_.* starts from a state that is computed from input 'x'"),
     (start_by_row, "GRU '/GRU_.* starts from a state that is not the same for every sequence"),
@@ -203,7 +203,7 @@ REFUSED = [
     (doubles, "'count' is TensorProto.DOUBLE"),
     (no_output_over_time, "'y' has shape .*without a steps axis"),
     (input_for_all, "'gain' has no batch axis.*--set gain="),
-    (nameless_axes, r"input 'x' \(\?,\?,4\) are batch and time cannot be told.*--input x:batch"),
+    (nameless_axes, r"input 'x' \(\?,\?,4\) are batch and time is unclear.*--input x:batch"),
     (loose_integers, "'codes' has integers .*--valid codes:0:9"),
 ]
 
@@ -254,7 +254,7 @@ def test_a_stack_whose_order_cannot_be_told_is_asked_for(tmp_path):
     for name, value in (("at", 0), ("to", 4)):
         proto.graph.initializer.append(onnx.numpy_helper.from_array(np.array([value]), name))
     onnx.save(proto, tmp_path / "sliced.onnx")
-    with pytest.raises(PairingError, match=r"in which order cannot be told.*'h1=states\[0\]'"):
+    with pytest.raises(PairingError, match=r"in an unknown order; name it.*'h1=states\[0\]'"):
         export_onnx(tmp_path / "sliced.onnx", tmp_path / "served.onnx")
     states = {name: f"states[{place}]" for place, name in enumerate(("h1", "c1", "h2", "c2"))}
     contract = export_onnx(tmp_path / "sliced.onnx", tmp_path / "served.onnx", states=states)

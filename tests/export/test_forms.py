@@ -14,7 +14,7 @@ from sluice_export import InputError, verify
 from sluice_model import example_inputs, read_contract
 from tests.client.server_process import ServerProcess
 from tests.export.forms import FORMS, TorchForm
-from tests.export.plain import run_alone
+from tests.export.plain_onnxruntime import run_alone
 
 # The first of them waits for the export of all.
 pytestmark = pytest.mark.timeout(600)

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from sluice_export.proofs import PROOFS
+from sluice_export.proof.proofs import PROOFS
 from sluice_model import read_contract
 from tests.export.forms import BEGIN, END, FORMS
 

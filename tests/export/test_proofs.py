@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sluice_export import ExportNotice, ParityError, TraceError, export, layers, natives
-from sluice_export.minimums import measure_minimums
+from sluice_export import ExportNotice, ParityError, TraceError, export
+from sluice_export.proof.sizes import measure_minimums
+from sluice_export.torch import layers, native_layers
 from sluice_model import Model
 from tests.export.torch_models import ConvolutionsOnly, LastStep, Projected
 from tests.models import gru_module, lstm_module, rnn_module
@@ -15,7 +16,7 @@ X = torch.zeros(1, 5, 8)
 
 
 def test_gates_in_the_wrong_order_are_refused_and_the_layer_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(natives, "reorder_gates", lambda weight, kind: weight)
+    monkeypatch.setattr(native_layers, "reorder_gates", lambda weight, kind: weight)
     for module in (lstm_module(), gru_module()):
         with pytest.raises(ParityError, match=r"parity.whole failed.*largest in cell.[hc].[01]"):
             export(module, X, tmp_path / "model.onnx")
@@ -36,35 +37,35 @@ def test_a_lost_bias_is_refused(tmp_path, monkeypatch, make):
     def lose_bias(weight: Tensor, kind: layers.CellKind) -> Tensor:
         return reorder(weight, kind) * (weight.dim() > 1)
 
-    monkeypatch.setattr(natives, "reorder_gates", lose_bias)
+    monkeypatch.setattr(native_layers, "reorder_gates", lose_bias)
     with pytest.raises(ParityError, match=r"parity.whole failed"):
         export(make(), X, tmp_path / "model.onnx")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_state_that_is_lost_between_chunks_is_refused(tmp_path, monkeypatch):
-    def forget(self: natives.NativeLayer, *arguments: object) -> object:
-        carry = self._carry[0]
-        carry.before = {name: part * 0 for name, part in carry.before.items()}
+    def forget(self: native_layers.NativeLayer, *arguments: object) -> object:
+        exchange = self._exchange[0]
+        exchange.before = {name: part * 0 for name, part in exchange.before.items()}
         return forward(self, *arguments)
 
-    forward = natives.NativeLayer.forward
-    monkeypatch.setattr(natives.NativeLayer, "forward", forget)
+    forward = native_layers.NativeLayer.forward
+    monkeypatch.setattr(native_layers.NativeLayer, "forward", forget)
     with pytest.raises(ParityError, match=r"parity.stepwise failed"):
         export(gru_module(), X, tmp_path / "model.onnx")
 
 
 def test_swapped_h_and_c_are_refused(tmp_path, monkeypatch):
-    def swap(self: natives.NativeLayer, *arguments: object) -> object:
-        before = self._carry[0].before
-        self._carry[0].before = {
+    def swap(self: native_layers.NativeLayer, *arguments: object) -> object:
+        before = self._exchange[0].before
+        self._exchange[0].before = {
             name: before[name.replace(".h.", ".?.").replace(".c.", ".h.").replace(".?.", ".c.")]
             for name in before
         }
         return forward(self, *arguments)
 
-    forward = natives.NativeLayer.forward
-    monkeypatch.setattr(natives.NativeLayer, "forward", swap)
+    forward = native_layers.NativeLayer.forward
+    monkeypatch.setattr(native_layers.NativeLayer, "forward", swap)
     with pytest.raises(ParityError, match=r"parity.stepwise failed"):
         export(lstm_module(), X, tmp_path / "model.onnx")
     assert list(tmp_path.iterdir()) == []
@@ -83,48 +84,50 @@ def test_a_time_axis_that_is_frozen_is_refused(tmp_path, monkeypatch):
 
 
 def test_lengths_that_are_ignored_are_refused(tmp_path, monkeypatch):
-    def ignore(self: natives.NativeLayer, sequence: Tensor, *rest: object) -> object:
-        carry = self._carry[0]
+    def ignore(self: native_layers.NativeLayer, sequence: Tensor, *rest: object) -> object:
+        exchange = self._exchange[0]
         steps = sequence.shape[1]
-        carry.lengths = (carry.lengths * 0 + steps).to(torch.int32)
+        exchange.lengths = (exchange.lengths * 0 + steps).to(torch.int32)
         return forward(self, sequence, *rest)
 
-    forward = natives.NativeLayer.forward
-    monkeypatch.setattr(natives.NativeLayer, "forward", ignore)
+    forward = native_layers.NativeLayer.forward
+    monkeypatch.setattr(native_layers.NativeLayer, "forward", ignore)
     with pytest.raises(ParityError, match=r"parity.ragged failed.*largest in cell.h.0"):
         export(gru_module(), X, tmp_path / "model.onnx")
 
 
 def test_a_head_that_reads_the_last_step_of_the_batch_is_refused(tmp_path, monkeypatch):
     """As y[:, -1] reads the padding of shorter rows."""
-    fold = natives._fold
-    monkeypatch.setattr(natives, "_fold", lambda steps: fold(steps[-1:].expand_as(steps)))
+    fold = native_layers._merge_axes
+    monkeypatch.setattr(
+        native_layers, "_merge_axes", lambda steps: fold(steps[-1:].expand_as(steps))
+    )
     with pytest.raises(ParityError, match=r"parity.whole failed.*largest in y"):
         export(LastStep(), X, tmp_path / "model.onnx")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_context_that_is_taken_from_the_padding_is_refused(tmp_path, monkeypatch):
-    def ignore(self: natives.NativeConvolution, steps: Tensor) -> Tensor:
-        carry = self._carry[0]
-        assert carry.folded is not None
-        carry.lengths = (carry.lengths * 0 + carry.folded[1]).to(torch.int32)
+    def ignore(self: native_layers.NativeConvolution, steps: Tensor) -> Tensor:
+        exchange = self._exchange[0]
+        assert exchange.merged is not None
+        exchange.lengths = (exchange.lengths * 0 + exchange.merged[1]).to(torch.int32)
         return forward(self, steps)
 
-    forward = natives.NativeConvolution.forward
-    monkeypatch.setattr(natives.NativeConvolution, "forward", ignore)
+    forward = native_layers.NativeConvolution.forward
+    monkeypatch.setattr(native_layers.NativeConvolution, "forward", ignore)
     with pytest.raises(ParityError, match=r"parity\.\w+ failed.*largest in \w+.context"):
         export(ConvolutionsOnly(), X, tmp_path / "model.onnx")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_projection_that_is_lost_is_refused(tmp_path, monkeypatch):
-    def lose(self: natives.NativeLayer, *arguments: object) -> None:
+    def lose(self: native_layers.NativeLayer, *arguments: object) -> None:
         take(self, *arguments)
         self.r0 = nn.Parameter(self.r0 * 0)
 
-    take = natives.NativeLayer._take_weights
-    monkeypatch.setattr(natives.NativeLayer, "_take_weights", lose)
+    take = native_layers.NativeLayer._take_weights
+    monkeypatch.setattr(native_layers.NativeLayer, "_take_weights", lose)
     with pytest.raises(ParityError, match=r"parity.whole failed"):
         export(Projected(), X, tmp_path / "model.onnx")
 
@@ -155,7 +158,7 @@ def test_nan_that_comes_out_of_the_padding_is_refused(tmp_path):
 def test_a_refused_export_leaves_the_file_that_was_there(tmp_path, monkeypatch):
     path = tmp_path / "model.onnx"
     path.write_bytes(b"what was there")
-    monkeypatch.setattr(natives, "reorder_gates", lambda weight, kind: weight)
+    monkeypatch.setattr(native_layers, "reorder_gates", lambda weight, kind: weight)
     with pytest.raises(ParityError):
         export(gru_module(), X, path)
     assert path.read_bytes() == b"what was there"

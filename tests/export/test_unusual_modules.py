@@ -20,7 +20,7 @@ from sluice_export import (
     export_onnx,
     verify,
 )
-from sluice_export.surgery import constants_of
+from sluice_export.graphs import constants_of
 from sluice_model import Model
 from tests.export.foreign_models import Builder
 from tests.export.test_foreign_refusals import RESULT, SEQUENCE, gru_over_time
@@ -72,7 +72,7 @@ def test_a_search_for_the_cause_that_fails_does_not_hide_the_failure(tmp_path, m
     def fail(*_: object) -> str:
         raise ValueError("no such axis")
 
-    monkeypatch.setattr("sluice_export.exporter.explain_failure", fail)
+    monkeypatch.setattr("sluice_export.torch.conversion.explain_failure", fail)
     with pytest.raises(ParityError, match=r"parity.*failed.*not found out \(no such axis\)"):
         export(Makes(lambda y: y - y.mean(1, keepdim=True)), X, tmp_path / "model.onnx")
 
@@ -156,7 +156,7 @@ def test_an_output_of_a_type_that_no_client_reads_is_refused(tmp_path, make):
 
 def test_a_module_with_other_outputs_is_not_verified(tmp_path):
     export(Makes(lambda y: y), X, tmp_path / "model.onnx")
-    with pytest.raises(InputError, match=r"the module gives .* not the same model"):
+    with pytest.raises(InputError, match=r"the module returns .* not the same model"):
         verify(tmp_path / "model.onnx", Makes(lambda y: (y, y * 2)), X)
 
 

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from sluice_cli.main import make_app
 from sluice_export import BidirectionalError, CheckpointError
-from sluice_export.factory import read_weights
-from sluice_export.weights import make_layer
+from sluice_export.torch.checkpoint import read_weights
+from sluice_export.torch.layer_from_weights import make_layer
 from sluice_model import read_contract
 
 
@@ -87,7 +87,7 @@ def test_shapes_of_no_cell_are_refused(tmp_path):
         make_layer(weights, tmp_path / "weights.pt", {})
     weights = dict(nn.LSTM(2, 3, num_layers=2).state_dict())
     del weights["weight_hh_l1"]
-    with pytest.raises(CheckpointError, match=r"of no whole layer .*weight_hh_l1"):
+    with pytest.raises(CheckpointError, match=r"not of one whole layer .*weight_hh_l1"):
         make_layer(weights, tmp_path / "weights.pt", {})
 
 

@@ -38,13 +38,29 @@ SERVICE_LAYERS = (
     ("workers",),
 )
 
+# Inside a package a file imports only from the lines above its own.
+LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "sluice_export": (
+        ("errors", "graphs", "source_lines"),
+        ("contract",),
+        ("proof",),
+        ("onnx", "torch"),
+        ("exporter", "verification"),
+    ),
+}
+
 # The reference of demo and bench: it may call ONNX Runtime because it imports nothing of ours.
 REFERENCE = "sluice_cli.offline"
 
 ONLY_HERE = {
     "onnxruntime": ("sluice_model", REFERENCE),
     "prometheus_client": ("sluice_service.metrics",),
-    "torch": ("sluice_export", "sluice_cli.export"),
+    "torch": (
+        "sluice_export.torch",
+        "sluice_export.exporter",
+        "sluice_export.verification",
+        "sluice_cli.demo.training",
+    ),
     "onnxscript": ("sluice_export",),
     "aiohttp": ("sluice_service",),
 }
@@ -99,6 +115,24 @@ def test_imports_inside_the_service_point_one_way(modules: dict[str, Path]) -> N
     assert wrong == []
 
 
+@pytest.mark.parametrize("package", LAYERS)
+def test_imports_inside_a_package_point_one_way(package: str, modules: dict[str, Path]) -> None:
+    layer_of = {name: depth for depth, layer in enumerate(LAYERS[package]) for name in layer}
+    wrong = []
+    for module, path in modules.items():
+        if not module.startswith(f"{package}."):
+            continue
+        own = module.split(".")[1]
+        assert own in layer_of, f"{module} has no place in LAYERS"
+        for name in imports(path):
+            other = name.removeprefix(f"{package}.").split(".")[0]
+            if name.startswith(f"{package}.") and other != own:
+                assert other in layer_of, f"{name} has no place in LAYERS"
+                if layer_of[other] >= layer_of[own]:
+                    wrong.append(f"{module} imports {name}")
+    assert wrong == []
+
+
 @pytest.mark.parametrize("library", ONLY_HERE)
 def test_a_library_is_imported_only_where_it_belongs(
     library: str, modules: dict[str, Path]
@@ -126,6 +160,10 @@ def test_the_reference_of_demo_and_bench_imports_nothing_of_ours(modules: dict[s
         (
             "from sluice_cli.main import make_app; make_app()",
             {"torch", "onnx", "onnxruntime", "aiohttp", "sluice_export"},
+        ),
+        (
+            "import sluice_export",
+            {"torch", "onnxscript", "sluice_service", "sluice_client"},
         ),
         ("import sluice_client", {"torch", "onnx", "onnxruntime", "pydantic", "sluice_model"}),
         (

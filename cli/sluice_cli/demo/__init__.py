@@ -19,7 +19,7 @@ def demo(
 
     console = Console(highlight=False)
     try:
-        import sluice_export
+        import sluice_cli.demo.training
         import sluice_service.settings
     except ModuleNotFoundError:
         console.print("The demo needs all of Sluice: pip install 'sluice-serving[service,export]'")

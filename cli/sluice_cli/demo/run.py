@@ -31,7 +31,7 @@ Logits = NDArray[np.float32]
 
 
 class DemoError(Exception):
-    """The demo cannot go on; the message says where to look."""
+    """The demo failed; the message names the log to read."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def run_demo(
     console: Console, output: Path, *, train_seconds: float, sequences: int, characters: int
 ) -> None:
     """Go through the whole demo, leaving models and logs in `output`. Raises DemoError."""
-    from sluice_export.training import encode, read_corpus
+    from sluice_cli.demo.training import encode, read_corpus
 
     output.mkdir(parents=True, exist_ok=True)
     _, held_out = read_corpus()
@@ -109,7 +109,7 @@ async def _train(kind: str, output: Path, seconds: float, bars: Progress) -> Non
     """Train and export one model in a process of its own."""
     task = bars.add_task("starting", total=1.0, name=kind)
     model, log = output / f"{kind}.onnx", output / f"train-{kind}.log"
-    command = [sys.executable, "-m", "sluice_export.training", kind, "--json"]
+    command = [sys.executable, "-m", "sluice_cli.demo.training", kind, "--json"]
     command += ["--output", str(model), "--seconds", str(seconds)]
     with log.open("wb") as errors:
         async with _process(command, stdout=asyncio.subprocess.PIPE, stderr=errors) as process:
@@ -125,7 +125,7 @@ async def _train(kind: str, output: Path, seconds: float, bars: Progress) -> Non
 
 @asynccontextmanager
 async def _process(command: list[str], **pipes: Any) -> AsyncIterator[asyncio.subprocess.Process]:
-    """A process that ends with the block."""
+    """A process that is terminated at the end of the block."""
     process = await asyncio.create_subprocess_exec(*command, **pipes)
     try:
         yield process
@@ -137,7 +137,7 @@ async def _process(command: list[str], **pipes: Any) -> AsyncIterator[asyncio.su
 
 @asynccontextmanager
 async def _server(console: Console, output: Path) -> AsyncIterator[Server]:
-    """`sluice serve` with both models, in a process of its own, stopped with the block."""
+    """`sluice serve` with both models, in its own process, stopped at the end of the block."""
     server = Server(grpc=f"127.0.0.1:{_free_port()}", http=f"127.0.0.1:{_free_port()}")
     command = [sys.executable, "-m", "sluice_cli", "serve"]
     command += ["--listen", server.grpc, "--http", server.http]
@@ -236,7 +236,7 @@ def _read_metrics(server: Server) -> str:
 
 
 async def _run_offline(kind: str, output: Path, codes: Codes) -> Logits:
-    """The reference: a process that imports nothing of ours."""
+    """Run the reference, in a process that imports nothing of Sluice."""
     sequences = [{"x": row} for row in codes]
     try:
         found = await asyncio.to_thread(run_offline, output / f"{kind}.onnx", sequences)

@@ -13,8 +13,9 @@ import grpc
 import grpc.aio
 
 from sluice_client.arguments import check_count
-from sluice_client.async_stream import AsyncRoute, AsyncStream
-from sluice_client.calls import (
+from sluice_client.errors import ClientClosed, SequenceNotFound
+from sluice_client.handles import GroupHandle, GroupResult, Handle, SequenceHandle, Step
+from sluice_client.protocol.calls import (
     Mode,
     Opening,
     Request,
@@ -24,12 +25,11 @@ from sluice_client.calls import (
     read_state,
     ticket_opening,
 )
-from sluice_client.errors import ClientClosed, SequenceNotFound
-from sluice_client.handles import GroupHandle, GroupResult, Handle, SequenceHandle, Step
-from sluice_client.kept import KEPT_BYTES_MAX, KEPT_STEPS_MAX, Bounds
-from sluice_client.reach import CHANNEL_OPTIONS, QUESTION_SECONDS_MAX, read_addresses
-from sluice_client.signature import Input, Output
-from sluice_client.tickets import Durability, Ticket
+from sluice_client.protocol.replay_buffer import KEPT_BYTES_MAX, KEPT_STEPS_MAX, Bounds
+from sluice_client.protocol.signature import Input, Output
+from sluice_client.protocol.tickets import Durability, Ticket
+from sluice_client.transport.async_stream import AsyncRoute, AsyncStream
+from sluice_client.transport.retry import CHANNEL_OPTIONS, QUESTION_SECONDS_MAX, read_addresses
 from sluice_protos.contract_pb2 import ModelContract
 from sluice_protos.sequences_pb2 import (
     CloseSequenceRequest,

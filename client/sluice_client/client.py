@@ -12,7 +12,9 @@ from uuid import uuid4
 import grpc
 
 from sluice_client.arguments import check_count
-from sluice_client.calls import (
+from sluice_client.errors import ClientClosed, SequenceNotFound
+from sluice_client.handles import GroupHandle, GroupResult, Handle, SequenceHandle, Step
+from sluice_client.protocol.calls import (
     Mode,
     Opening,
     Request,
@@ -22,13 +24,11 @@ from sluice_client.calls import (
     read_state,
     ticket_opening,
 )
-from sluice_client.errors import ClientClosed, SequenceNotFound
-from sluice_client.handles import GroupHandle, GroupResult, Handle, SequenceHandle, Step
-from sluice_client.kept import KEPT_BYTES_MAX, KEPT_STEPS_MAX, Bounds
-from sluice_client.reach import CHANNEL_OPTIONS, QUESTION_SECONDS_MAX, read_addresses
-from sluice_client.signature import Input, Output
-from sluice_client.thread_stream import Route, ThreadStream
-from sluice_client.tickets import Durability, Ticket
+from sluice_client.protocol.replay_buffer import KEPT_BYTES_MAX, KEPT_STEPS_MAX, Bounds
+from sluice_client.protocol.signature import Input, Output
+from sluice_client.protocol.tickets import Durability, Ticket
+from sluice_client.transport.retry import CHANNEL_OPTIONS, QUESTION_SECONDS_MAX, read_addresses
+from sluice_client.transport.thread_stream import Route, ThreadStream
 from sluice_protos.contract_pb2 import ModelContract
 from sluice_protos.sequences_pb2 import (
     CloseSequenceRequest,

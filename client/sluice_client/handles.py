@@ -8,8 +8,6 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from sluice_client.calls import Call, Mode, Opening, Request
-from sluice_client.connection import Connection
 from sluice_client.errors import (
     ReplayNeeded,
     SequenceClosed,
@@ -19,11 +17,13 @@ from sluice_client.errors import (
     StepUnsettled,
     Unavailable,
 )
-from sluice_client.lanes import Lane
-from sluice_client.signature import Input, Output
-from sluice_client.standing import told
-from sluice_client.tables import Numbers
-from sluice_client.tickets import Durability, Ticket
+from sluice_client.protocol.calls import Call, Mode, Opening, Request
+from sluice_client.protocol.connection import Connection
+from sluice_client.protocol.lane import Lane
+from sluice_client.protocol.resume import told
+from sluice_client.protocol.signature import Input, Output
+from sluice_client.protocol.tables import Numbers
+from sluice_client.protocol.tickets import Durability, Ticket
 
 
 class Link(Protocol):

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from sluice_client import errors
-from sluice_client.calls import Call, Mode, Opening, Request, SequenceState
-from sluice_client.connection import Connection
-from sluice_client.signature import Signature
+from sluice_client.protocol.calls import Call, Mode, Opening, Request, SequenceState
+from sluice_client.protocol.connection import Connection
+from sluice_client.protocol.signature import Signature
 from sluice_protos.sequences_pb2 import (
     RESUME,
     START,

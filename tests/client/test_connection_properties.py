@@ -12,9 +12,9 @@ from hypothesis.stateful import (
 )
 
 from sluice_client import errors
-from sluice_client.calls import Opening
-from sluice_client.connection import Connection
-from sluice_client.signature import Signature
+from sluice_client.protocol.calls import Opening
+from sluice_client.protocol.connection import Connection
+from sluice_client.protocol.signature import Signature
 from sluice_protos.sequences_pb2 import InferRequest, InferResponse, Limits
 from tests.client.model_server import POISON, ModelServer, Stream, make_contract
 

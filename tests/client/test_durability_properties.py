@@ -4,9 +4,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, precondition, rule
 
-from sluice_client.calls import Opening
-from sluice_client.connection import Connection
-from sluice_client.kept import Bounds
+from sluice_client.protocol.calls import Opening
+from sluice_client.protocol.connection import Connection
+from sluice_client.protocol.replay_buffer import Bounds
 from tests.client.durable_server import DurableServer, DurableStream, Store
 from tests.client.test_connection_properties import ClientUnderLoss, Expected
 

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from sluice_client import errors
-from sluice_client.calls import Call, Mode, Opening, Request, SequenceState, ticket_opening
-from sluice_client.connection import Connection
-from sluice_client.kept import Bounds
-from sluice_client.signature import Signature
-from sluice_client.tickets import Ticket
+from sluice_client.protocol.calls import Call, Mode, Opening, Request, SequenceState, ticket_opening
+from sluice_client.protocol.connection import Connection
+from sluice_client.protocol.replay_buffer import Bounds
+from sluice_client.protocol.signature import Signature
+from sluice_client.protocol.tickets import Ticket
 from sluice_protos.sequences_pb2 import (
     OFF,
     PERIODIC,

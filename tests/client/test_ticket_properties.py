@@ -6,12 +6,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from sluice_client import errors
-from sluice_client.calls import Opening, ticket_opening
-from sluice_client.connection import Connection
-from sluice_client.kept import Bounds
-from sluice_client.lanes import Status
-from sluice_client.signature import Signature
-from sluice_client.tickets import Ticket
+from sluice_client.protocol.calls import Opening, ticket_opening
+from sluice_client.protocol.connection import Connection
+from sluice_client.protocol.lane import Status
+from sluice_client.protocol.replay_buffer import Bounds
+from sluice_client.protocol.signature import Signature
+from sluice_client.protocol.tickets import Ticket
 from sluice_protos.sequences_pb2 import InferRequest, InferResponse, Limits
 from tests.client.durable_server import DurableServer, DurableStream, Store
 from tests.client.model_server import make_contract

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from sluice_cli.bench.inputs import Inputs, Integers
 from sluice_cli.bench.plan import Plan
 from sluice_cli.bench.tally import Tally
-from sluice_client.async_stream import AsyncStream
-from sluice_client.calls import Call, Opening
 from sluice_client.errors import SluiceError
+from sluice_client.protocol.calls import Call, Opening
+from sluice_client.transport.async_stream import AsyncStream
 
 # How long after the end an answer may still come.
 _PATIENCE_SECONDS = 10.0

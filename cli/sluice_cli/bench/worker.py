@@ -14,9 +14,9 @@ from sluice_cli.bench.inputs import Inputs, Integers
 from sluice_cli.bench.plan import Plan
 from sluice_cli.bench.tally import Tally
 from sluice_cli.bench.traffic import Traffic
-from sluice_client.async_stream import AsyncRoute, AsyncStream
 from sluice_client.errors import ClientClosed, SluiceError
-from sluice_client.reach import CHANNEL_OPTIONS
+from sluice_client.transport.async_stream import AsyncRoute, AsyncStream
+from sluice_client.transport.retry import CHANNEL_OPTIONS
 
 _RECONNECT_SECONDS_MAX = 5.0
 _PROGRESS_SECONDS = 0.2

@@ -13,12 +13,10 @@ from typing import Final
 import numpy as np
 
 from sluice_client import errors
-from sluice_client.calls import Call, Opening, Request
 from sluice_client.errors import ProtocolViolation, SluiceError
-from sluice_client.kept import Bounds
-from sluice_client.lanes import Lane, Status
-from sluice_client.ledger import Ledger
-from sluice_client.messages import (
+from sluice_client.protocol.calls import Call, Opening, Request
+from sluice_client.protocol.lane import Lane, Status
+from sluice_client.protocol.messages import (
     LANE_BYTES,
     UNLIMITED,
     lanes_that_fit,
@@ -29,9 +27,11 @@ from sluice_client.messages import (
     request_bytes_max,
     rows_that_fit,
 )
-from sluice_client.signature import Array, Signature
-from sluice_client.standing import begin, go_on, judge, told
-from sluice_client.tables import Numbers
+from sluice_client.protocol.replay_buffer import Bounds
+from sluice_client.protocol.resume import begin, go_on, judge, told
+from sluice_client.protocol.signature import Array, Signature
+from sluice_client.protocol.steps import Ledger
+from sluice_client.protocol.tables import Numbers
 from sluice_protos.sequences_pb2 import (
     Closed,
     Durable,

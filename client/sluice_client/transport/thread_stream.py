@@ -12,12 +12,12 @@ from typing import Protocol, TypeVar, cast
 
 import grpc
 
-from sluice_client.calls import Pending
-from sluice_client.connection import Connection
 from sluice_client.errors import ModelNotFound, ProtocolViolation, SluiceError, from_status
-from sluice_client.kept import Bounds
-from sluice_client.reach import QUESTION_SECONDS_MAX, RESPONSE_BYTES_MAX, Loss, Patience
-from sluice_client.signature import Signature
+from sluice_client.protocol.calls import Pending
+from sluice_client.protocol.connection import Connection
+from sluice_client.protocol.replay_buffer import Bounds
+from sluice_client.protocol.signature import Signature
+from sluice_client.transport.retry import QUESTION_SECONDS_MAX, RESPONSE_BYTES_MAX, Loss, Patience
 from sluice_protos.contract_pb2 import ModelContract
 from sluice_protos.sequences_pb2 import GetModelRequest, InferRequest
 from sluice_protos.sequences_pb2_grpc import ModelsStub, SequencesStub

@@ -20,13 +20,13 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from sluice_client.acknowledgements import Acknowledgements
-from sluice_client.calls import Call
 from sluice_client.errors import SluiceError, StepDiscarded
-from sluice_client.frames import Frame, gather, join
-from sluice_client.kept import Bounds, Kept
-from sluice_client.signature import Array
-from sluice_client.tables import NONE, Numbers, Table, expand, first_occurrences, groups
+from sluice_client.protocol.acknowledgements import Acknowledgements
+from sluice_client.protocol.calls import Call
+from sluice_client.protocol.frames import Frame, gather, join
+from sluice_client.protocol.replay_buffer import Bounds, Kept
+from sluice_client.protocol.signature import Array
+from sluice_client.protocol.tables import NONE, Numbers, Table, expand, first_occurrences, groups
 
 _ENDLESS: Final = 2**62
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from sluice_client.tables import Numbers, Table
+from sluice_client.protocol.tables import Numbers, Table
 
 
 class Acknowledgements:

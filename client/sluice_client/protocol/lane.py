@@ -12,9 +12,9 @@ A lane goes through these, keeping its number over all streams:
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from sluice_client.calls import Call, Opening, Request
 from sluice_client.errors import SluiceError
-from sluice_client.tickets import Durability
+from sluice_client.protocol.calls import Call, Opening, Request
+from sluice_client.protocol.tickets import Durability
 
 
 class Status(Enum):

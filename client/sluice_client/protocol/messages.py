@@ -2,9 +2,9 @@
 
 from typing import Final
 
-from sluice_client.frames import Frame
-from sluice_client.lanes import Lane
-from sluice_client.tickets import WIRE_DURABILITY
+from sluice_client.protocol.frames import Frame
+from sluice_client.protocol.lane import Lane
+from sluice_client.protocol.tickets import WIRE_DURABILITY
 from sluice_protos.sequences_pb2 import RESUME, InferRequest, Limits, OpenSequence, SequenceState
 
 UNLIMITED: Final = 2**31 - 1

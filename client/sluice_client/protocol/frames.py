@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from sluice_client.calls import Call
-from sluice_client.kept import KeptInputs
-from sluice_client.signature import Array
-from sluice_client.tables import Numbers, expand, groups
+from sluice_client.protocol.calls import Call
+from sluice_client.protocol.replay_buffer import KeptInputs
+from sluice_client.protocol.signature import Array
+from sluice_client.protocol.tables import Numbers, expand, groups
 
 
 @dataclass(frozen=True, slots=True)

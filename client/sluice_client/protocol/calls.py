@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from sluice_client.arguments import check_count, check_kind, check_row, check_text
 from sluice_client.errors import SluiceError
-from sluice_client.signature import Array
-from sluice_client.tables import Numbers
-from sluice_client.tickets import WIRE_DURABILITY, Durability, Ticket, check_durability
+from sluice_client.protocol.signature import Array
+from sluice_client.protocol.tables import Numbers
+from sluice_client.protocol.tickets import WIRE_DURABILITY, Durability, Ticket, check_durability
 from sluice_protos import sequences_pb2 as wire
 
 

@@ -3,7 +3,7 @@
 import grpc
 import pytest
 
-from sluice_client.reach import Loss, Patience
+from sluice_client.transport.retry import Loss, Patience
 
 LOSS = Loss(grpc.StatusCode.UNAVAILABLE, "gone")
 

@@ -4,12 +4,12 @@ from typing import Final
 
 import numpy as np
 
-from sluice_client.calls import Call
 from sluice_client.errors import DataLoss, ProtocolViolation, ReplayNeeded, SluiceError
-from sluice_client.lanes import Lane, Status
-from sluice_client.ledger import Ledger
-from sluice_client.signature import Signature
-from sluice_client.tickets import Durability
+from sluice_client.protocol.calls import Call
+from sluice_client.protocol.lane import Lane, Status
+from sluice_client.protocol.signature import Signature
+from sluice_client.protocol.steps import Ledger
+from sluice_client.protocol.tickets import Durability
 from sluice_protos import sequences_pb2 as wire
 from sluice_protos.sequences_pb2 import Opened
 

@@ -7,9 +7,9 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from sluice_client.calls import Call
-from sluice_client.signature import Array
-from sluice_client.tables import NONE, Numbers, Table
+from sluice_client.protocol.calls import Call
+from sluice_client.protocol.signature import Array
+from sluice_client.protocol.tables import NONE, Numbers, Table
 
 KEPT_STEPS_MAX: Final = 65_536
 KEPT_BYTES_MAX: Final = 256 * 2**20

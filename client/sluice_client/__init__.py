@@ -30,7 +30,7 @@ from sluice_client.errors import (
     WrongModel,
 )
 from sluice_client.handles import GroupResult
-from sluice_client.protocol.calls import Mode, SequenceState
+from sluice_client.protocol.openings import Mode, SequenceState
 from sluice_client.protocol.tickets import Durability, Ticket
 
 __all__ = [

@@ -4,8 +4,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, precondition, rule
 
-from sluice_client.protocol.calls import Opening
 from sluice_client.protocol.connection import Connection
+from sluice_client.protocol.openings import Opening
 from sluice_client.protocol.replay_buffer import Bounds
 from tests.client.durable_server import DurableServer, DurableStream, Store
 from tests.client.test_connection_properties import ClientUnderLoss, Expected
@@ -64,10 +64,10 @@ class ClientOfMortalServers(ClientUnderLoss):
     def turn(self) -> None:
         self.present = 1 - self.present
 
-    @precondition(lambda self: self.connection.has_postponed)
+    @precondition(lambda self: self.connection.lanes.have_postponed)
     @rule()
     def ask_again(self) -> None:
-        self.connection.retry()
+        self.connection.lanes.retry_postponed()
 
     @precondition(lambda self: self.live)
     @rule(data=st.data(), turns=st.integers(1, 4))
@@ -158,7 +158,7 @@ class ClientOfMortalServers(ClientUnderLoss):
 
     def tend(self) -> None:
         self.store.is_down = False
-        self.connection.retry()
+        self.connection.lanes.retry_postponed()
         for server in self.servers:
             for name in sorted(server.sequences):
                 server.checkpoint(name)

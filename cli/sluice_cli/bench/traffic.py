@@ -20,7 +20,8 @@ from sluice_cli.bench.inputs import Inputs, Integers
 from sluice_cli.bench.plan import Plan
 from sluice_cli.bench.tally import Tally
 from sluice_client.errors import SluiceError
-from sluice_client.protocol.calls import Call, Opening
+from sluice_client.protocol.calls import Call
+from sluice_client.protocol.openings import Opening
 from sluice_client.transport.async_stream import AsyncStream
 
 # How long after the end an answer may still come.

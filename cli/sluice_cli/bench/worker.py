@@ -15,8 +15,9 @@ from sluice_cli.bench.plan import Plan
 from sluice_cli.bench.tally import Tally
 from sluice_cli.bench.traffic import Traffic
 from sluice_client.errors import ClientClosed, SluiceError
+from sluice_client.transport import questions
 from sluice_client.transport.async_stream import AsyncRoute, AsyncStream
-from sluice_client.transport.retry import CHANNEL_OPTIONS
+from sluice_client.transport.channel import CHANNEL_OPTIONS
 
 _RECONNECT_SECONDS_MAX = 5.0
 _PROGRESS_SECONDS = 0.2
@@ -96,7 +97,7 @@ async def _work(plan: Plan, process: int, parent: Connection) -> None:
 async def _flow(
     plan: Plan, numbers: list[int], streams: list[AsyncStream], parent: Connection
 ) -> None:
-    contract = await streams[0].route.contract(plan.model)
+    contract = await streams[0].route.ask(questions.contract(plan.model))
     inputs = Inputs(contract, plan.seed)
     await asyncio.gather(*(stream.meet() for stream in streams))
     traffics = [

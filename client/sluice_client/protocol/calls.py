@@ -1,125 +1,18 @@
-"""What a caller waits for: the values that pass between the faces and the core."""
+"""What a caller waits for, and the calls whose outputs are outstanding."""
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from enum import Enum
+from collections.abc import Callable, Sequence
 from itertools import count
-from secrets import token_bytes
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sluice_client.arguments import check_count, check_kind, check_row, check_text
 from sluice_client.errors import SluiceError
 from sluice_client.protocol.signature import Array
-from sluice_client.protocol.tables import Numbers
-from sluice_client.protocol.tickets import WIRE_DURABILITY, Durability, Ticket, check_durability
-from sluice_protos import sequences_pb2 as wire
-
-
-class Mode(Enum):
-    """What opening a sequence means when its id is alive, or has been."""
-
-    # A new sequence; refused when the id is alive.
-    START = wire.START
-    # Whichever fits.
-    START_OR_RESUME = wire.START_OR_RESUME
-    # From the initial state, whatever was there.
-    RESTART = wire.RESTART
-    # Go on with a sequence that is alive, whoever began it.
-    TAKEOVER = wire.TAKEOVER
-
-
-@dataclass(frozen=True, slots=True)
-class SequenceState:
-    """The state of a sequence after `step` steps, as a value: [state_size] float32.
-
-    Portable to every server of the same model: `client.sequence(model, state=…)`
-    goes on from it.
-    """
-
-    model_digest: str
-    step: int
-    row: NDArray[np.float32]
-
-    def __post_init__(self) -> None:
-        check_text("model_digest", self.model_digest)
-        check_count("step", self.step)
-        check_row("row", self.row)
-
-
-@dataclass(frozen=True, slots=True)
-class Opening:
-    """One sequence as its handle asks for it."""
-
-    sequence_id: str
-    mode: Mode = Mode.START
-    state: SequenceState | None = None
-    durability: Durability | None = None
-    # Outputs are acknowledged when the caller confirms them, not when they have arrived.
-    holds_outputs: bool = False
-    # Names the handle: never used by another one, but by one with its ticket.
-    writer: bytes = field(default_factory=lambda: token_bytes(16))
-    # Goes on where the handle with this ticket stood; `mode` and `state` say nothing then.
-    ticket: Ticket | None = None
-
-    def __post_init__(self) -> None:
-        check_text("sequence_id", self.sequence_id)
-        check_kind("mode", self.mode, Mode, "a Mode, such as Mode.TAKEOVER")
-        if self.state is not None:
-            check_kind("state", self.state, SequenceState, "a SequenceState")
-        check_durability(self.durability)
-        check_kind("holds_outputs", self.holds_outputs, bool, "True or False")
-
-
-def read_state(answer: wire.SequenceState) -> SequenceState:
-    """A state as the server gives it."""
-    row = np.frombuffer(answer.row, "<f4").astype(np.float32)
-    return SequenceState(answer.model_digest, answer.step, row)
-
-
-def fork_request(
-    model: str,
-    sequence_id: str,
-    fork_id: str | None,
-    writer: bytes,
-    durability: Durability | None,
-) -> wire.ForkRequest:
-    """The question for a copy that `writer` will open."""
-    return wire.ForkRequest(
-        model=model,
-        sequence_id=sequence_id,
-        fork_id=fork_id or "",
-        writer=writer,
-        durability=WIRE_DURABILITY[check_durability(durability)],
-    )
-
-
-def ticket_opening(ticket: Ticket) -> Opening:
-    """What a handle asks for that goes on with the sequence of a ticket."""
-    return Opening(
-        ticket.sequence_id,
-        durability=ticket.durability,
-        holds_outputs=ticket.holds_outputs,
-        writer=ticket.writer,
-        ticket=ticket,
-    )
-
-
-def group_openings(
-    sequence_ids: Iterable[str], mode: Mode, durability: Durability | None
-) -> list[Opening]:
-    """The openings of a group. Raises ValueError when it is empty or names an id twice."""
-    openings = [Opening(sequence_id, mode, durability=durability) for sequence_id in sequence_ids]
-    if not openings:
-        raise ValueError("a group has at least one sequence")
-    if len({opening.sequence_id for opening in openings}) < len(openings):
-        raise ValueError("a group has each sequence once; an id is named twice")
-    return openings
+from sluice_client.protocol.tables import Numbers, expand, groups
 
 
 class Pending:
-    """Something asked for, for one or several lanes, that is done when all of them are.
+    """A request for one or several lanes that is done when it is done for all of them.
 
     `errors` has what went wrong, by position in `lanes`.
     """
@@ -131,16 +24,21 @@ class Pending:
         self.errors: dict[int, SluiceError] = {}
         self.is_done = False
         # Called once, when done; set by whoever waits.
-        self.wake: Callable[[], None] = _nobody_waits
+        self.wake: Callable[[], None] = _wake_nobody
+
+    def check(self) -> None:
+        """Raise the error of the first lane that failed, if any did."""
+        for position in sorted(self.errors):
+            raise self.errors[position]
 
     def finish(self) -> None:
-        """Say that it is done, to whoever waits."""
+        """Mark as done, and wake whoever waits."""
         self.is_done = True
         self.wake()
 
 
-class Request(Pending):
-    """An open, a close or a park: done when the answer for each lane has come."""
+class LaneRequest(Pending):
+    """An open, a close, a park, or the wait for lanes to be idle: done when each lane is."""
 
     __slots__ = ("_left",)
 
@@ -148,8 +46,8 @@ class Request(Pending):
         super().__init__(lanes)
         self._left = len(lanes)
 
-    def settle(self, position: int, error: SluiceError | None = None) -> None:
-        """Note the answer for one lane."""
+    def resolve(self, position: int, error: SluiceError | None = None) -> None:
+        """Finish one lane, with an error or without."""
         if error is not None:
             self.errors[position] = error
         self._left -= 1
@@ -158,7 +56,7 @@ class Request(Pending):
 
 
 class Call(Pending):
-    """The chunks that one caller gives together: one chunk for each of `lanes`.
+    """The chunks that a caller submits together: one chunk for each of `lanes`.
 
     lanes    [chunks], each lane once
     counts   [chunks], the steps of each chunk
@@ -179,9 +77,65 @@ class Call(Pending):
         self.outputs = outputs
         self.number = next(self._numbers)
         self.rows_left = len(inputs[0])
-        # Of the first lane; known once the ledger has admitted the call.
+        # Of the first lane; known once the steps of the call are numbered.
         self.first_step = -1
 
 
-def _nobody_waits() -> None:
+class OutstandingCalls(dict[int, Call]):
+    """The calls that wait for outputs, by their number; a call leaves with its last row."""
+
+    def deliver(
+        self,
+        chunks: NDArray[np.void],
+        rows: Numbers,
+        counts: Numbers,
+        source: Numbers,
+        outputs: list[Array],
+    ) -> None:
+        """Copy outputs to the calls of `chunks`: `counts` rows each, from `source` to `rows`."""
+        order, runs = groups(chunks["call"])
+        rows, counts, source = rows[order], counts[order], source[order]
+        for number, start, stop in runs:
+            call = self[number]
+            if stop - start == 1:
+                size, at, origin = int(counts[start]), int(rows[start]), int(source[start])
+                for mine, array in zip(call.outputs, outputs, strict=True):
+                    mine[at : at + size] = array[origin : origin + size]
+            else:
+                index = expand(rows[start:stop], counts[start:stop])
+                origins = expand(source[start:stop], counts[start:stop])
+                size = len(index)
+                for mine, array in zip(call.outputs, outputs, strict=True):
+                    mine[index] = array[origins]
+            self._count_down(call, size)
+
+    def fail(self, number: int, position: int, rows: int, error: SluiceError) -> None:
+        """No output will come for `rows` rows of the chunk at `position` of a call."""
+        call = self[number]
+        call.errors[position] = error
+        self._count_down(call, rows)
+
+    def _count_down(self, call: Call, rows: int) -> None:
+        call.rows_left -= rows
+        if not call.rows_left:
+            del self[call.number]
+            call.finish()
+
+
+def concatenate(calls: list[Call]) -> tuple[Numbers, Numbers, Numbers, Numbers, Numbers]:
+    """All chunks of some calls: lanes, counts, call numbers, positions in the call, first rows."""
+    lanes = np.concatenate([call.lanes for call in calls])
+    counts = np.concatenate([call.counts for call in calls])
+    sizes = np.array([len(call.lanes) for call in calls])
+    positions = expand(np.zeros(len(calls), np.int64), sizes)
+    if len(calls) == len(lanes):
+        rows = positions
+    else:
+        rows = np.cumsum(counts) - counts
+        rows -= np.repeat(rows[np.cumsum(sizes) - sizes], sizes)
+    numbers = np.repeat(np.array([call.number for call in calls]), sizes)
+    return lanes, counts, numbers, positions, rows
+
+
+def _wake_nobody() -> None:
     pass

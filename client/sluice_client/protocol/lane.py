@@ -1,10 +1,10 @@
 """What a connection knows of one sequence, beside its steps.
 
-A lane goes through these, keeping its number over all streams:
+A lane keeps its number over all streams, and goes through these:
 
-    WAITING   its open has to be sent (again)
+    WAITING   its open must be sent (again)
     ASKED     its open was sent on this stream
-    ATTACHED  Opened has arrived: chunks flow
+    ATTACHED  Opened has arrived: chunks may be sent
     ENDING    its close or park was sent
     ENDED     finished, or refused for good
 """
@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 from sluice_client.errors import SluiceError
-from sluice_client.protocol.calls import Call, Opening, Request
+from sluice_client.protocol.calls import Call, LaneRequest
+from sluice_client.protocol.openings import Opening
 from sluice_client.protocol.tickets import Durability
 
 
@@ -33,28 +34,30 @@ class Lane:
 
     number: int
     opening: Opening
-    asked_by: Request
-    asked_position: int
+    # The request that opens it, and the lane's position in it.
+    opened_by: LaneRequest
+    opened_position: int
     status: Status = Status.WAITING
-    # Of the last open that was sent; each carries a higher one.
+    # Of the last open that was sent; each open carries a higher one.
     attempt: int = 0
     expected_epoch: int = 0
-    # What the server has given; None before it has opened the sequence.
+    # What the server grants; None before it has opened the sequence.
     durability: Durability | None = None
-    # The store has not answered since it was asked about this lane.
+    # The server's store does not answer: the open must be sent again after a while.
     is_postponed: bool = False
-    # Of a lane that goes on from a ticket: outputs to steps that another handle has given.
-    restored: Call | None = None
-    # The server is at this step, and needs the inputs from it on again that another handle had.
+    # Steps that another handle submitted, and whose outputs come to this one.
+    inherited: Call | None = None
+    # The server is at this step, and lacks the inputs after it that another handle had.
     replays_from: int | None = None
-    # The first Opened has arrived: from then on only RESUME is asked.
+    # Opened has arrived once: from then on the lane only asks to RESUME.
     was_opened: bool = False
     # The server has a sequence on this lane of the present stream.
     is_occupied: bool = False
-    # The handle has let it go.
+    # The handle has closed or parked it.
     is_released: bool = False
     is_parking: bool = False
     # Why it has ended.
     error: SluiceError | None = None
-    ended_by: Request | None = None
+    # The request that closes or parks it, and the lane's position in it.
+    ended_by: LaneRequest | None = None
     ended_position: int = 0

@@ -1,4 +1,4 @@
-"""Where a sequence stands at the server that has opened it, and how its lane goes on from there."""
+"""From which step a lane continues, once the server has opened it for the first time or again."""
 
 from typing import Final
 
@@ -8,66 +8,70 @@ from sluice_client.errors import DataLoss, ProtocolViolation, ReplayNeeded, Slui
 from sluice_client.protocol.calls import Call
 from sluice_client.protocol.lane import Lane, Status
 from sluice_client.protocol.signature import Signature
-from sluice_client.protocol.steps import Ledger
+from sluice_client.protocol.steps import Steps
 from sluice_client.protocol.tickets import Durability
 from sluice_protos import sequences_pb2 as wire
 from sluice_protos.sequences_pb2 import Opened
 
-_GIVEN: Final[dict["wire.Durability.ValueType", Durability]] = {
+_DURABILITIES: Final[dict["wire.Durability.ValueType", Durability]] = {
     wire.PERIODIC: "periodic",
     wire.STRICT: "strict",
 }
 
 
-def told(lane: Lane, ledger: Ledger) -> int:
-    """What an open of this lane says of the outputs that have arrived."""
+def acknowledged(lane: Lane, steps: Steps) -> int:
+    """The outputs that an open of this lane acknowledges."""
     if not lane.was_opened and lane.opening.ticket is not None:
         return lane.opening.ticket.received
-    return ledger.acknowledgements.told(lane.number)
+    return steps.acknowledgements.acknowledged(lane.number)
 
 
-def begin(lane: Lane, opened: Opened, ledger: Ledger, signature: Signature) -> None:
-    """The first Opened of a handle: from where on its steps count."""
+def start(lane: Lane, opened: Opened, steps: Steps, signature: Signature) -> None:
+    """Set the step counts of a new lane from its first Opened."""
     number, ticket, applied = lane.number, lane.opening.ticket, opened.applied
-    ledger.acknowledgements.hold(number, is_holding=lane.opening.holds_outputs)
-    ledger.keep(number, is_keeping=opened.durability == wire.PERIODIC)
+    steps.acknowledgements.await_confirm(number, is_awaiting=lane.opening.holds_outputs)
+    steps.replay_buffer.await_durable(number, is_awaiting=opened.durability == wire.PERIODIC)
     if ticket is None:
-        # No chunk was sent before: whatever the state holds is where this handle begins.
-        ledger.begin(number, applied, min(opened.durable, applied), applied)
+        # No chunk was sent before: the state that was found is where this handle begins.
+        steps.start_at(number, applied, min(opened.durable, applied), applied)
         return
-    ledger.begin(number, ticket.received, ticket.durable, max(ticket.received, applied))
+    steps.start_at(number, ticket.received, ticket.durable, max(ticket.received, applied))
     rows = applied - ticket.received
     if rows > 0:
-        # Another handle has given these inputs; they are not known here, and never sent.
+        # Another handle sent these steps: their inputs are unknown here, and never sent.
         inputs = [np.broadcast_to(np.zeros((), np.bool_), rows)]
-        lane.restored = Call(np.array([number]), np.array([rows]), inputs, signature.allocate(rows))
-        ledger.submit(lane.restored)
+        outputs = signature.allocate(rows)
+        lane.inherited = Call(np.array([number]), np.array([rows]), inputs, outputs)
+        steps.queue.submit(lane.inherited)
 
 
-def judge(lane: Lane, opened: Opened, ledger: Ledger) -> SluiceError | None:
-    """What is wrong with where the server stands, if anything."""
+def check(lane: Lane, opened: Opened, steps: Steps) -> SluiceError | None:
+    """What is wrong with the step at which the server stands, if anything.
+
+    Sets `lane.replays_from` where the server lacks inputs that another handle had.
+    """
     number, applied = lane.number, opened.applied
-    ledger.admit()
     lane.replays_from = None
-    safe = ledger.safe(number)
-    if applied < safe:
-        message = f"the server has gone back to step {applied}, but {safe} steps were durable"
+    floor = steps.replay_buffer.replay_floor(number)
+    if applied < floor:
+        message = f"the server went back to step {applied}, but {floor} steps were durable"
         return DataLoss(message, reason="DATA_LOSS")
-    if applied > ledger.lanes["end"][number]:
-        return ProtocolViolation(f"the server claims {applied} steps, which were never given")
-    if ledger.lacks_inputs(number, applied):
-        if not ledger.is_fresh(number):
+    if applied > steps.submitted(number):
+        return ProtocolViolation(f"the server claims {applied} steps, which were never sent")
+    if steps.lacks_inputs(number, applied):
+        if not steps.is_fresh(number):
             return ReplayNeeded(
-                f"the server has gone back to step {applied}, and the inputs from there on "
-                "were given to another handle; resume again with the ticket and replay them"
+                f"the server went back to step {applied}, and another handle had the inputs "
+                "from there on; resume again with the ticket and replay them"
             )
         lane.replays_from = applied
     return None
 
 
-def go_on(lane: Lane, opened: Opened, ledger: Ledger) -> None:
+def attach(lane: Lane, opened: Opened, steps: Steps) -> None:
     """Send from where the server stands."""
-    lane.durability = _GIVEN.get(opened.durability, "off")
-    ledger.keep(lane.number, is_keeping=lane.durability == "periodic")
-    ledger.attach(lane.number, opened.applied, opened.durable)
+    lane.durability = _DURABILITIES.get(opened.durability, "off")
+    is_periodic = lane.durability == "periodic"
+    steps.replay_buffer.await_durable(lane.number, is_awaiting=is_periodic)
+    steps.attach(lane.number, opened.applied, opened.durable)
     lane.status = Status.ATTACHED

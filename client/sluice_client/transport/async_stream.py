@@ -1,91 +1,46 @@
-"""Keeps the Infer stream of one model alive in an event loop, and asks its server questions."""
+"""The Infer stream of one model, run in an event loop."""
 
 import asyncio
 import contextlib
-import logging
-from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
 
-from sluice_client.errors import (
-    ModelNotFound,
-    ProtocolViolation,
-    SluiceError,
-    from_status,
-)
+from sluice_client.errors import SluiceError
 from sluice_client.protocol.calls import Pending
-from sluice_client.protocol.connection import Connection
 from sluice_client.protocol.replay_buffer import Bounds
 from sluice_client.protocol.signature import Signature
-from sluice_client.transport.retry import QUESTION_SECONDS_MAX, RESPONSE_BYTES_MAX, Loss, Patience
-from sluice_protos.contract_pb2 import ModelContract
-from sluice_protos.sequences_pb2 import GetModelRequest, InferRequest, InferResponse
-from sluice_protos.sequences_pb2_grpc import ModelsStub, SequencesStub
+from sluice_client.transport import questions
+from sluice_client.transport.questions import Question
+from sluice_client.transport.retry import Loss
+from sluice_client.transport.route import BaseRoute
+from sluice_client.transport.stream import BaseStream, Cancellable
+from sluice_protos.sequences_pb2 import InferRequest, InferResponse
+from sluice_protos.sequences_pb2_grpc import SequencesStub
 
-log = logging.getLogger(__name__)
-
-T = TypeVar("T")
+Result = TypeVar("Result")
 Infer = grpc.aio.StreamStreamCall[InferRequest, InferResponse]
 
 
-class AsyncRoute:
-    """The channels to a client's servers; the present one is kept while it answers."""
+class AsyncRoute(BaseRoute[grpc.aio.Channel]):
+    """The servers of a client that uses asyncio."""
 
-    def __init__(self, channels: Sequence[grpc.aio.Channel]) -> None:
-        self._channels = channels
-        self._present = 0
-
-    @property
-    def servers(self) -> int:
-        """How many there are to turn to."""
-        return len(self._channels)
-
-    @property
-    def channel(self) -> grpc.aio.Channel:
-        """The channel to the present server."""
-        return self._channels[self._present]
-
-    def turn(self) -> None:
-        """Go on with the next server."""
-        self._present = (self._present + 1) % len(self._channels)
-
-    async def ask(
-        self,
-        question: Callable[[grpc.aio.Channel], Awaitable[T]],
-        *,
-        not_found: type[SluiceError] = ModelNotFound,
-        sequence_id: str | None = None,
-    ) -> T:
-        """The answer of the first server that gives one. Raises its status as SluiceError.
-
-        Each is asked twice: a question changes nothing, and a connection may have broken.
-        """
-        for attempts_left in reversed(range(2 * len(self._channels))):
+    async def ask(self, question: Question[Result]) -> Result:
+        """The answer of the first server that gives one. Raises its status as SluiceError."""
+        for attempts_left in self._attempts():
             try:
-                return await question(self.channel)
+                call = question.call(self.channel)
+                return question.read(
+                    [answer async for answer in call] if question.is_stream else await call
+                )
             except grpc.aio.AioRpcError as error:
-                if not attempts_left or error.code() is not grpc.StatusCode.UNAVAILABLE:
-                    raise from_status(
-                        error.code().name,
-                        error.details() or "",
-                        sequence_id=sequence_id,
-                        not_found=not_found,
-                    ) from None
-                self.turn()
+                self._turn_or_raise(error, question, attempts_left)
         raise AssertionError  # the last attempt has returned or raised
 
-    async def contract(self, model: str) -> ModelContract:
-        """What a model takes and gives. Raises ModelNotFound."""
-        request = GetModelRequest(name=model)
-        return await self.ask(
-            lambda channel: ModelsStub(channel).GetModel(request, timeout=QUESTION_SECONDS_MAX)
-        )
 
-
-class AsyncStream:
+class AsyncStream(BaseStream[AsyncRoute]):
     """All sequences of one model that one AsyncClient has share this."""
 
     def __init__(
@@ -95,59 +50,38 @@ class AsyncStream:
         reconnect_seconds_max: float,
         bounds: Bounds | None = None,
     ) -> None:
+        super().__init__(model, route, reconnect_seconds_max, bounds)
+        # One event loop uses the connection: there is nothing to lock.
         self.lock = contextlib.nullcontext()
-        self.route = route
-        self._model = model
-        self._bounds = bounds
-        self._patience = Patience(reconnect_seconds_max, route.servers)
-        # With a server whose store does not answer, while it serves others.
-        self._store_patience = Patience(reconnect_seconds_max)
-        self._retry: asyncio.TimerHandle | None = None
-        self._connection: Connection | None = None
         self._meeting: asyncio.Task[None] | None = None
         self._has_work = asyncio.Event()
         self._is_needed = asyncio.Event()
         self._runner: asyncio.Task[None] | None = None
-        # Why nobody is met any more.
-        self._failure: SluiceError | None = None
 
-    @property
-    def connection(self) -> Connection:
-        """The stream's logic, after `meet`."""
-        assert self._connection is not None
-        return self._connection
-
-    async def meet(self) -> Connection:
+    async def meet(self) -> None:
         """Learn the model's contract, once. Raises ModelNotFound, Unavailable, ClientClosed."""
         if self._connection is None and self._failure is None:
             if self._meeting is None or self._meeting.done():
                 self._meeting = asyncio.create_task(self._meet())
-            # All who wait go on in the same turn of the loop, so that their opens leave together.
+            # All waiters continue in the same turn of the loop, so that their opens leave together.
             await asyncio.wait({self._meeting})
             if self._failure is None:
                 self._meeting.result()
         if self._connection is None:
             assert self._failure is not None
             raise self._failure.at(None, None)
-        return self._connection
 
     async def _meet(self) -> None:
-        signature = Signature(await self.route.contract(self._model))
-        self._connection = Connection(
-            self._model,
-            signature,
-            bounds=self._bounds,
-            response_bytes_max=RESPONSE_BYTES_MAX,
-        )
+        self._make_connection(await self.route.ask(questions.contract(self._model)))
         self._runner = asyncio.create_task(self._run(), name=f"sluice {self._model}")
 
     def flush(self) -> None:
-        """Have what was asked sent, together with what else is asked in this turn of the loop."""
+        """Send what the connection has to send, with what is added in this turn of the loop."""
         self._has_work.set()
         self._is_needed.set()
 
     async def wait(self, pending: Pending, timeout: float | None = None) -> None:  # noqa: ASYNC109
-        """Wait until something asked is done. Raises TimeoutError."""
+        """Wait until a request is done. Raises TimeoutError."""
         if pending.is_done:
             return
         future = asyncio.get_running_loop().create_future()
@@ -159,7 +93,7 @@ class AsyncStream:
                 await future
 
     async def close(self, error: SluiceError) -> None:
-        """End the stream; sequences on it are parked by that. Who still waits gets `error`."""
+        """End the stream, which parks its sequences; who still waits gets `error`."""
         self._failure = error
         if self._meeting is not None:
             self._meeting.cancel()
@@ -167,64 +101,38 @@ class AsyncStream:
         if self._runner is not None:
             self._runner.cancel()
             await asyncio.gather(self._runner, return_exceptions=True)
-            self.connection.shut(error)
+            self.connection.shut_down(error)
 
     async def _run(self) -> None:
-        """One stream after another, for as long as somebody needs one."""
-        loop = asyncio.get_running_loop()
+        """Run one stream after another, as long as some sequence needs one."""
         while True:
             await self._is_needed.wait()
             self._is_needed.clear()
             while self.connection.wants_stream:
                 try:
-                    loss = await self._serve()
-                except ProtocolViolation as violation:
-                    self.connection.fail(violation)
-                    continue
+                    pause = self._pause_after(await self._serve())
                 except Exception as error:
-                    # A defect in here must not leave its callers waiting for ever.
-                    log.exception("the client has failed")
-                    self.connection.fail(SluiceError(f"the client has failed: {error!r}"))
-                    continue
-                if not self.connection.wants_stream:
-                    break
-                if loss.asks_for_another:
-                    self.route.turn()
-                verdict = self._patience.after(loss, loop.time())
-                if isinstance(verdict, SluiceError):
-                    self.connection.fail(verdict)
+                    self._fail_with(error)
                 else:
-                    await asyncio.sleep(verdict)
+                    await asyncio.sleep(pause)
 
     async def _serve(self) -> Loss:
-        """One stream from its begin to its end. Raises ProtocolViolation."""
+        """Run one stream until it ends. Raises ProtocolViolation."""
         channel, connection = self.route.channel, self.connection
-        rows = connection.ledger.rows_received
+        rows = connection.steps.rows_received
         was_answered = False
         call: Infer | None = None
         writer: asyncio.Task[None] | None = None
         try:
-            contract = await ModelsStub(channel).GetModel(
-                GetModelRequest(name=self._model), timeout=QUESTION_SECONDS_MAX
-            )
+            contract = await questions.contract(self._model).call(channel)
             call = SequencesStub(channel).Infer(None)
             connection.begin(Signature(contract))
             self._has_work.set()
             writer = asyncio.create_task(self._write(call))
             async for response in call:
                 was_answered = True
-                connection.receive(response)
-                if connection.is_spent:
-                    return Loss(
-                        grpc.StatusCode.UNAVAILABLE,
-                        connection.refusal,
-                        was_answered=connection.has_opened,
-                        is_refused=True,
-                    )
-                if connection.has_postponed:
-                    self._wait_for_store()
-                if connection.has_something_to_send:
-                    self._has_work.set()
+                if (loss := self._receive(response)) is not None:
+                    return loss
             code, details = grpc.StatusCode.OK, "the server has ended the stream"
         except grpc.aio.AioRpcError as error:
             code, details = error.code(), error.details() or ""
@@ -234,39 +142,16 @@ class AsyncStream:
                 writer.result()
             raise
         finally:
-            if self._retry is not None:
-                self._retry.cancel()
-                self._retry = None
-            connection.lose()
+            self._lose()
             if call is not None:
                 call.cancel()
             if writer is not None:
                 writer.cancel()
                 await asyncio.gather(writer, return_exceptions=True)
-        return Loss(code, details, was_answered, connection.ledger.rows_received > rows)
-
-    def _wait_for_store(self) -> None:
-        """Ask again after a pause for what waits for the store; the stream serves others."""
-        if self._retry is not None:
-            return
-        if self.connection.has_recovered:
-            self.connection.has_recovered = False
-            self._store_patience.rest()
-        loop = asyncio.get_running_loop()
-        loss = Loss(grpc.StatusCode.UNAVAILABLE, self.connection.refusal)
-        verdict = self._store_patience.after(loss, loop.time())
-        if isinstance(verdict, SluiceError):
-            self.connection.give_up(verdict)
-        else:
-            self._retry = loop.call_later(verdict, self._ask_again)
-
-    def _ask_again(self) -> None:
-        self._retry = None
-        self.connection.retry()
-        self._has_work.set()
+        return Loss(code, details, was_answered, connection.steps.rows_received > rows)
 
     async def _write(self, call: "Infer") -> None:
-        """Send what there is; while one message is being taken, the next one gathers."""
+        """Send messages; while one is being sent, the next one gathers."""
         try:
             while True:
                 await self._has_work.wait()
@@ -274,11 +159,14 @@ class AsyncStream:
                 while (request := self.connection.next_request()) is not None:
                     await call.write(request)
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
-            return  # the call has ended, and whoever reads is told why
+            return  # the call has ended, and its reader gets the reason
         except Exception:
-            # Whoever reads must not wait for answers to what will never be sent.
+            # The reader must not wait for answers to a message that will never be sent.
             call.cancel()
             raise
+
+    def _start_timer(self, seconds: float) -> Cancellable:
+        return asyncio.get_running_loop().call_later(seconds, self._retry_postponed)
 
 
 def _resolve(future: "asyncio.Future[Any]") -> None:

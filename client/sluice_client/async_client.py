@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable
 from contextlib import aclosing, suppress
-from types import TracebackType
 from typing import Self
 
 import grpc.aio
@@ -18,9 +17,8 @@ from sluice_client.handles import (
     BaseHandle,
     BaseSequence,
     GroupResult,
-    Step,
 )
-from sluice_client.protocol.calls import LaneRequest
+from sluice_client.protocol.calls import Call, LaneRequest
 from sluice_client.protocol.openings import Opening, SequenceState, ticket_opening
 from sluice_client.protocol.signature import Input, Output
 from sluice_client.protocol.tickets import Durability
@@ -114,12 +112,7 @@ class _AsyncHandle(BaseHandle):
         await self.open()
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             await self.close()
         else:
@@ -154,25 +147,25 @@ class _AsyncHandle(BaseHandle):
             await self._stream.wait(request)
             request.check()
 
-    async def _step(self, x: Input, timeout: float | None) -> Step:  # noqa: ASYNC109
-        step = self._submit(x)
-        assert step is not None  # it follows no other
+    async def _step(self, x: Input, timeout: float | None) -> Call:  # noqa: ASYNC109
+        call = self._submit(x)
+        assert call is not None  # it follows no other
         try:
-            await self._stream.wait(step.call, timeout)
+            await self._stream.wait(call, timeout)
         except TimeoutError:
-            raise self._timed_out(step, timeout) from None
+            raise self._timed_out(call, timeout) from None
         except asyncio.CancelledError:
-            self._unsettled.append(step)
+            self._unsettled.append(call)
             raise
-        return step
+        return call
 
-    async def _settle(self, timeout: float | None) -> list[Step]:  # noqa: ASYNC109
+    async def _settle(self, timeout: float | None) -> list[Call]:  # noqa: ASYNC109
         """The unsettled steps: those before the first that failed, or else that one alone."""
-        settled: list[Step] = []
+        settled: list[Call] = []
         while self._unsettled:
-            step = self._unsettled[0]
-            await self._stream.wait(step.call, timeout)
-            if settled and step.call.errors:
+            call = self._unsettled[0]
+            await self._stream.wait(call, timeout)
+            if settled and call.errors:
                 break
             settled.append(self._unsettled.pop(0))
         return settled
@@ -206,7 +199,7 @@ class AsyncSequence(_AsyncHandle, BaseSequence):
         If a step failed, the outputs before it are returned first, and the next call
         raises its error.
         """
-        return [self._result(step) for step in await self._settle(timeout)]
+        return [self._result(call) for call in await self._settle(timeout)]
 
     async def stream(
         self, inputs: Iterable[Input] | AsyncIterable[Input], *, ahead: int = 256
@@ -218,43 +211,43 @@ class AsyncSequence(_AsyncHandle, BaseSequence):
         early, `settle` returns the outputs of what was under way.
         """
         check_count("ahead", ahead, least=1)
-        steps: asyncio.Queue[Step | None] = asyncio.Queue()
+        calls: asyncio.Queue[Call | None] = asyncio.Queue()
         room = asyncio.Semaphore(ahead)
-        feeder = asyncio.create_task(self._feed(inputs, steps, room))
+        feeder = asyncio.create_task(self._feed(inputs, calls, room))
         try:
-            while (step := await steps.get()) is not None:
+            while (call := await calls.get()) is not None:
                 try:
-                    await self._stream.wait(step.call)
+                    await self._stream.wait(call)
                 except asyncio.CancelledError:
-                    self._unsettled.append(step)
+                    self._unsettled.append(call)
                     raise
                 room.release()
-                yield self._result(step)
+                yield self._result(call)
             await feeder
         finally:
             feeder.cancel()
             await asyncio.gather(feeder, return_exceptions=True)
-            while not steps.empty():
-                if (step := steps.get_nowait()) is not None and not step.call.errors:
-                    self._unsettled.append(step)
+            while not calls.empty():
+                if (call := calls.get_nowait()) is not None and not call.errors:
+                    self._unsettled.append(call)
 
     async def _feed(
         self,
         inputs: Iterable[Input] | AsyncIterable[Input],
-        steps: "asyncio.Queue[Step | None]",
+        calls: "asyncio.Queue[Call | None]",
         room: asyncio.Semaphore,
     ) -> None:
-        step: Step | None = None
+        call: Call | None = None
         try:
             async with aclosing(_each(inputs)) as source:
                 async for x in source:
                     await room.acquire()
-                    step = self._submit(x, step.call if step else None)
-                    if step is None:
+                    call = self._submit(x, call)
+                    if call is None:
                         return
-                    steps.put_nowait(step)
+                    calls.put_nowait(call)
         finally:
-            steps.put_nowait(None)
+            calls.put_nowait(None)
 
     async def state(self) -> SequenceState:
         """The state after all steps given so far, as a value that can start another sequence."""
@@ -311,7 +304,7 @@ class AsyncGroup(_AsyncHandle, BaseGroup):
 
     async def settle(self, *, timeout: float | None = None) -> list[GroupResult]:  # noqa: ASYNC109
         """Wait for the steps that were cancelled or timed out; return their results in order."""
-        return [self._result(step) for step in await self._settle(timeout)]
+        return [self._result(call) for call in await self._settle(timeout)]
 
 
 async def _each(inputs: Iterable[Input] | AsyncIterable[Input]) -> AsyncGenerator[Input, None]:

@@ -4,7 +4,6 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from types import TracebackType
 from typing import Self
 
 import grpc
@@ -19,9 +18,8 @@ from sluice_client.handles import (
     BaseHandle,
     BaseSequence,
     GroupResult,
-    Step,
 )
-from sluice_client.protocol.calls import LaneRequest
+from sluice_client.protocol.calls import Call, LaneRequest
 from sluice_client.protocol.openings import Opening, SequenceState, ticket_opening
 from sluice_client.protocol.signature import Input, Output
 from sluice_client.protocol.tickets import Durability
@@ -117,12 +115,7 @@ class _ThreadHandle(BaseHandle):
         self.open()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.close()
         else:
@@ -157,25 +150,25 @@ class _ThreadHandle(BaseHandle):
             self._stream.wait(request)
             request.check()
 
-    def _step(self, x: Input, timeout: float | None) -> Step:
-        step = self._submit(x)
-        assert step is not None  # it follows no other
+    def _step(self, x: Input, timeout: float | None) -> Call:
+        call = self._submit(x)
+        assert call is not None  # it follows no other
         try:
-            self._stream.wait(step.call, timeout)
+            self._stream.wait(call, timeout)
         except TimeoutError:
-            raise self._timed_out(step, timeout) from None
+            raise self._timed_out(call, timeout) from None
         except BaseException:
-            self._unsettled.append(step)
+            self._unsettled.append(call)
             raise
-        return step
+        return call
 
-    def _settle(self, timeout: float | None) -> list[Step]:
+    def _settle(self, timeout: float | None) -> list[Call]:
         """The unsettled steps: those before the first that failed, or else that one alone."""
-        settled: list[Step] = []
+        settled: list[Call] = []
         while self._unsettled:
-            step = self._unsettled[0]
-            self._stream.wait(step.call, timeout)
-            if settled and step.call.errors:
+            call = self._unsettled[0]
+            self._stream.wait(call, timeout)
+            if settled and call.errors:
                 break
             settled.append(self._unsettled.pop(0))
         return settled
@@ -207,7 +200,7 @@ class Sequence(_ThreadHandle, BaseSequence):
         If a step failed, the outputs before it are returned first, and the next call
         raises its error.
         """
-        return [self._result(step) for step in self._settle(timeout)]
+        return [self._result(call) for call in self._settle(timeout)]
 
     def stream(self, inputs: Iterable[Input], *, ahead: int = 256) -> Iterator[Output]:
         """The output of each input, in order, with up to `ahead` inputs under way at once.
@@ -218,24 +211,24 @@ class Sequence(_ThreadHandle, BaseSequence):
         outputs of what was under way.
         """
         check_count("ahead", ahead, least=1)
-        steps: deque[Step] = deque()
-        last: Step | None = None
+        calls: deque[Call] = deque()
+        last: Call | None = None
         try:
             for x in inputs:
-                last = self._submit(x, last.call if last else None)
+                last = self._submit(x, last)
                 if last is None:
                     break
-                steps.append(last)
-                while steps and (steps[0].call.is_done or len(steps) >= ahead):
-                    yield self._next(steps)
-            while steps:
-                yield self._next(steps)
+                calls.append(last)
+                while calls and (calls[0].is_done or len(calls) >= ahead):
+                    yield self._next(calls)
+            while calls:
+                yield self._next(calls)
         finally:
-            self._unsettled += [step for step in steps if not step.call.errors]
+            self._unsettled += [call for call in calls if not call.errors]
 
-    def _next(self, steps: deque[Step]) -> Output:
-        self._stream.wait(steps[0].call)
-        return self._result(steps.popleft())
+    def _next(self, calls: deque[Call]) -> Output:
+        self._stream.wait(calls[0])
+        return self._result(calls.popleft())
 
     def state(self) -> SequenceState:
         """The state after all steps given so far, as a value that can start another sequence."""
@@ -287,4 +280,4 @@ class Group(_ThreadHandle, BaseGroup):
 
     def settle(self, *, timeout: float | None = None) -> list[GroupResult]:
         """Wait for the steps that were interrupted or timed out; return their results in order."""
-        return [self._result(step) for step in self._settle(timeout)]
+        return [self._result(call) for call in self._settle(timeout)]

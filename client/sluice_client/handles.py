@@ -31,15 +31,6 @@ REWOUND_PAUSE_SECONDS: Final = 0.05
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """A call, and the shape in which its outputs must be returned."""
-
-    call: Call
-    # Of the chunk; None for a single step.
-    steps: int | None
-
-
-@dataclass(frozen=True, slots=True)
 class GroupResult:
     """The result of one step of a group.
 
@@ -78,7 +69,7 @@ class BaseHandle:
         # The steps received and durable for each sequence, when it was closed or parked.
         self._final: tuple[Numbers, Numbers] | None = None
         # Steps that nobody waits for any more: `settle` returns their outputs.
-        self._unsettled: list[Step] = []
+        self._unsettled: list[Call] = []
 
     # -- opening and ending -----------------------------------------------------------
 
@@ -98,7 +89,7 @@ class BaseHandle:
             self._lanes = [lanes[number] for number in request.lanes.tolist()]
         for lane in self._lanes:
             if lane.inherited is not None:
-                self._unsettled.append(Step(lane.inherited, int(lane.inherited.counts[0])))
+                self._unsettled.append(lane.inherited)
 
     def _request_undo_open(self) -> LaneRequest | None:
         """Close the sequences that this handle has started, park those that it has not."""
@@ -137,16 +128,14 @@ class BaseHandle:
 
     # -- steps ------------------------------------------------------------------------
 
-    def _submit(self, x: Input, follows: Call | None = None) -> Step | None:
+    def _submit(self, x: Input, follows: Call | None = None) -> Call | None:
         """Submit the next steps; None if `follows` has failed, since they would not follow it.
 
         Raises InvalidInput, StepUnsettled, ReplayNeeded, SequenceClosed.
         """
         numbers = self._open_numbers
-        if self._unsettled:
-            raise self._unsettled_error()
-        if self._lanes and self._lanes[0].replays_from is not None:
-            raise self._replay_error(self._lanes[0].replays_from)
+        if self._unsettled or (self._lanes and self._lanes[0].replays_from is not None):
+            self._refuse_step()
         connection = self._stream.connection
         try:
             inputs, steps = connection.signature.to_rows(x, *self._leading)
@@ -157,37 +146,39 @@ class BaseHandle:
             if follows is not None and follows.errors:
                 return None
             call = connection.submit(numbers, counts, inputs)
+            call.steps = steps
             self._stream.flush()
-        return Step(call, steps)
+        return call
 
-    def _first_step(self, step: Step) -> int:
-        with self._stream.lock:
-            return self._stream.connection.first_step(step.call)
-
-    def _timed_out(self, step: Step, timeout: float | None) -> StepTimedOut:
-        """Leave a step to `settle`; the error for its caller."""
-        self._unsettled.append(step)
-        return StepTimedOut(
-            f"no output within {timeout} s; the step may have been applied, or will be: "
-            "settle() waits for its output",
-            sequence_id=self._id,
-            step=self._first_step(step),
-        )
-
-    def _unsettled_error(self) -> StepUnsettled:
-        return StepUnsettled(
-            "it was cancelled or timed out, and may have been applied; "
-            "call settle() to wait for its output, then continue",
-            sequence_id=self._id,
-            step=self._first_step(self._unsettled[0]),
-        )
-
-    def _replay_error(self, first: int) -> ReplayNeeded:
-        return ReplayNeeded(
+    def _refuse_step(self) -> None:
+        """Raise what must be done before the next step."""
+        if self._unsettled:
+            raise StepUnsettled(
+                "it was cancelled or timed out, and may have been applied; "
+                "call settle() to wait for its output, then continue",
+                sequence_id=self._id,
+                step=self._first_step(self._unsettled[0]),
+            )
+        first = self._lanes[0].replays_from
+        raise ReplayNeeded(
             f"the server is at step {first}, and needs inputs again that another handle had; "
             "pass them to replay()",
             sequence_id=self._id,
             step=first,
+        )
+
+    def _first_step(self, call: Call) -> int:
+        with self._stream.lock:
+            return self._stream.connection.first_step(call)
+
+    def _timed_out(self, call: Call, timeout: float | None) -> StepTimedOut:
+        """Leave a step to `settle`; the error for its caller."""
+        self._unsettled.append(call)
+        return StepTimedOut(
+            f"no output within {timeout} s; the step may have been applied, or will be: "
+            "settle() waits for its output",
+            sequence_id=self._id,
+            step=self._first_step(call),
         )
 
     def _rewound_error(self) -> Unavailable:
@@ -300,15 +291,15 @@ class BaseSequence(BaseHandle):
             opening.holds_outputs,
         )
 
-    def _result(self, step: Step) -> Output:
+    def _result(self, call: Call) -> Output:
         """The output in the shape of the input. Raises the step's error."""
         from_rows = self._stream.connection.signature.from_rows
-        error = step.call.errors.get(0)
+        error = call.errors.get(0)
         if error is None:
-            return from_rows(step.call.outputs, step.steps)
-        if isinstance(error, StepFailed) and error.step is not None and step.steps is not None:
-            applied = max(0, error.step - step.call.first_step)
-            error.outputs = from_rows([array[:applied] for array in step.call.outputs], applied)
+            return from_rows(call.outputs, call.steps)
+        if isinstance(error, StepFailed) and error.step is not None and call.steps is not None:
+            applied = max(0, error.step - call.first_step)
+            error.outputs = from_rows([array[:applied] for array in call.outputs], applied)
         raise error
 
 
@@ -338,10 +329,10 @@ class BaseGroup(BaseHandle):
         """The number of steps of each that are known to survive the server's death: [sequences]."""
         return self._durable()
 
-    def _result(self, step: Step) -> GroupResult:
+    def _result(self, call: Call) -> GroupResult:
         ok = np.ones(len(self._openings), bool)
-        ok[list(step.call.errors)] = False
+        ok[list(call.errors)] = False
         outputs = self._stream.connection.signature.from_rows(
-            step.call.outputs, step.steps, len(self._openings)
+            call.outputs, call.steps, len(self._openings)
         )
-        return GroupResult(outputs, ok, step.call.errors)
+        return GroupResult(outputs, ok, call.errors)

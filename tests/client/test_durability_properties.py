@@ -64,7 +64,7 @@ class ClientOfMortalServers(ClientUnderLoss):
     def turn(self) -> None:
         self.present = 1 - self.present
 
-    @precondition(lambda self: self.connection.lanes.have_postponed)
+    @precondition(lambda self: self.connection.lanes.postponed)
     @rule()
     def ask_again(self) -> None:
         self.connection.lanes.retry_postponed()

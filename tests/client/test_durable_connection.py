@@ -398,7 +398,7 @@ def test_what_waits_for_the_store_leaves_the_rest_of_the_stream_alone(connection
     call = give(connection, strict, 1)
     send(connection)
     receive(connection, faults=[{"lane": 1, "reason": Fault.UNAVAILABLE, "message": "down"}])
-    assert connection.lanes.have_postponed
+    assert connection.lanes.postponed
     assert not connection.is_spent
     assert connection.next_request() is None
     give(connection, served, 5)

@@ -95,8 +95,8 @@ def test_what_threads_ask_while_a_message_is_being_taken_leaves_together(
             calls = [sequence._submit([1, 1]) for sequence in sequences]
         for thread in threads:
             thread.join()
-        for step in calls:
-            stream.wait(step.call)
+        for call in calls:
+            stream.wait(call)
         assert len(recorder.requests) - before < 40
 
 

@@ -64,7 +64,7 @@ class Call(Pending):
     outputs  [sum(counts), …] for each output; rows whose step failed have no meaning
     """
 
-    __slots__ = ("counts", "first_step", "inputs", "number", "outputs", "rows_left")
+    __slots__ = ("counts", "first_step", "inputs", "number", "outputs", "rows_left", "steps")
 
     _numbers = count()
 
@@ -77,6 +77,8 @@ class Call(Pending):
         self.outputs = outputs
         self.number = next(self._numbers)
         self.rows_left = len(inputs[0])
+        # The steps of each chunk; None for single steps, whose outputs have no axis of steps.
+        self.steps: int | None = None
         # Of the first lane; known once the steps of the call are numbered.
         self.first_step = -1
 

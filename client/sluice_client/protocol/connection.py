@@ -7,6 +7,7 @@ every output arrives once, however often the stream is lost.
 """
 
 from collections.abc import Sequence
+from typing import Final
 
 import numpy as np
 
@@ -33,6 +34,9 @@ from sluice_client.protocol.signature import Array, Signature
 from sluice_client.protocol.steps import Steps
 from sluice_client.protocol.tables import Numbers
 from sluice_protos.sequences_pb2 import Durable, InferRequest, InferResponse, Limits
+
+# The server has a sequence on the lane of the present stream, or soon may.
+_ON_STREAM: Final = {Status.ASKED, Status.ATTACHED, Status.ENDING}
 
 
 class Connection:
@@ -152,12 +156,14 @@ class Connection:
     @property
     def wants_stream(self) -> bool:
         """Some sequence must be opened, or is open."""
-        return self.lanes.are_wanted
+        return any(lane.status is not Status.ENDED for lane in self.lanes.values())
 
     @property
     def is_spent(self) -> bool:
         """The server has let go of all lanes and opens none: another stream is needed."""
-        return self.lanes.are_spent
+        lanes = self.lanes
+        is_refused = lanes.is_draining or (bool(lanes.postponed) and not lanes.to_open)
+        return is_refused and not any(lane.status in _ON_STREAM for lane in lanes.values())
 
     @property
     def has_something_to_send(self) -> bool:
@@ -171,7 +177,7 @@ class Connection:
         """A new stream was started, to a server whose model has this signature."""
         if not signature.is_like(self.signature):
             error = errors.WrongModel("the server now has another model of this name")
-            for lane in self.lanes.all():
+            for lane in list(self.lanes.values()):
                 if lane.was_opened:
                     self.lanes.end(lane, error)
         # It may be a new version of the model: the old one may still serve its sequences.
@@ -191,7 +197,7 @@ class Connection:
     def fail(self, error: SluiceError) -> None:
         """There is no stream: end every sequence with `error`."""
         self.lose()
-        for lane in self.lanes.all():
+        for lane in list(self.lanes.values()):
             self.lanes.end(lane, error)
 
     def shut_down(self, error: SluiceError) -> None:

@@ -1,7 +1,6 @@
 """The lanes of a connection: what each waits for, and how it passes from one status to the next."""
 
 from collections import deque
-from typing import Final
 
 from sluice_client.errors import SequenceClosed, SluiceError
 from sluice_client.protocol.calls import LaneRequest
@@ -10,23 +9,20 @@ from sluice_client.protocol.openings import Opening
 from sluice_client.protocol.steps import Steps
 from sluice_client.protocol.tables import Numbers
 
-# The server has a sequence on the lane of the present stream, or soon may.
-_ON_STREAM: Final = {Status.ASKED, Status.ATTACHED, Status.ENDING}
 
-
-class Lanes:
+class Lanes(dict[int, Lane]):
     """All lanes of one connection, by number."""
 
     def __init__(self, steps: Steps) -> None:
+        super().__init__()
         self.steps = steps
-        self._lanes: dict[int, Lane] = {}
         # Lanes whose open, and whose close or park, must be sent.
         self.to_open: deque[Lane] = deque()
         self.to_end: list[Lane] = []
         # Lanes that failed here while the server still has them: to be parked.
         self.abandoned: list[int] = []
         # Lanes that wait until the server's store answers again.
-        self._postponed: list[Lane] = []
+        self.postponed: list[Lane] = []
         # Requests that wait until their lanes are idle.
         self.waiting_for_idle: list[tuple[Lane, LaneRequest, int]] = []
         # The server opens nothing more on this stream.
@@ -38,49 +34,20 @@ class Lanes:
         # A lane that had waited for the store was opened.
         self.has_recovered = False
 
-    def __getitem__(self, number: int) -> Lane:
-        return self._lanes[number]
-
-    def get(self, number: int) -> Lane | None:
-        """The lane of this number, if there is one."""
-        return self._lanes.get(number)
-
-    def all(self) -> list[Lane]:
-        """All lanes, as they are now."""
-        return list(self._lanes.values())
-
-    @property
-    def are_wanted(self) -> bool:
-        """Some lane must be opened, or is open."""
-        return any(lane.status is not Status.ENDED for lane in self._lanes.values())
-
-    @property
-    def have_postponed(self) -> bool:
-        """Some lane waits until the server's store answers again."""
-        return bool(self._postponed)
-
-    @property
-    def are_spent(self) -> bool:
-        """The server has none of these lanes, and opens none."""
-        is_refused = bool(self._postponed) and not self.to_open
-        return (self.is_draining or is_refused) and not any(
-            lane.status in _ON_STREAM for lane in self._lanes.values()
-        )
-
     # -- what callers ask -----------------------------------------------------------
 
     def add(self, opening: Opening, request: LaneRequest, position: int) -> Lane:
         """A new lane for `opening`; not to be opened yet."""
         number = int(request.lanes[position])
         attempt = opening.ticket.attempt if opening.ticket is not None else 0
-        lane = self._lanes[number] = Lane(number, opening, request, position, attempt=attempt)
+        lane = self[number] = Lane(number, opening, request, position, attempt=attempt)
         return lane
 
     def request_end(self, numbers: Numbers, *, is_parking: bool) -> LaneRequest:
         """Have lanes closed or parked, once all their outputs have arrived."""
         request = LaneRequest(numbers)
         for position, number in enumerate(numbers.tolist()):
-            lane = self._lanes[number]
+            lane = self[number]
             lane.is_released = True
             if lane.status is Status.ENDED:
                 request.resolve(position)
@@ -95,7 +62,7 @@ class Lanes:
         """A request that is done once all submitted steps are answered and applied."""
         request = LaneRequest(numbers)
         for position, number in enumerate(numbers.tolist()):
-            self.waiting_for_idle.append((self._lanes[number], request, position))
+            self.waiting_for_idle.append((self[number], request, position))
         self.resolve_idle()
         return request
 
@@ -119,9 +86,9 @@ class Lanes:
     def lose(self) -> None:
         """The stream has ended: open all lanes again on the next one."""
         self.to_open.clear()
-        self._postponed.clear()
+        self.postponed.clear()
         self.abandoned.clear()
-        for lane in self.all():
+        for lane in list(self.values()):
             lane.is_occupied = False
             if lane.status is Status.ENDED:
                 self.free(lane)
@@ -137,13 +104,13 @@ class Lanes:
 
     def retry_postponed(self) -> None:
         """Ask again for the lanes that wait for the server's store."""
-        self.to_open += self._postponed
-        self._postponed.clear()
+        self.to_open += self.postponed
+        self.postponed.clear()
 
     def fail_postponed(self, error: SluiceError) -> None:
         """End the lanes that wait for the server's store."""
-        self._postponed.clear()
-        for lane in self.all():
+        self.postponed.clear()
+        for lane in list(self.values()):
             if lane.is_postponed:
                 self.end(lane, error)
 
@@ -157,7 +124,7 @@ class Lanes:
     def postpone(self, lane: Lane, refusal: str) -> None:
         """The server's store does not answer: the lane is not open, and nothing was changed."""
         self._suspend(lane)
-        self._postponed.append(lane)
+        self.postponed.append(lane)
         lane.is_postponed = True
         self.refusal = refusal
 
@@ -189,5 +156,5 @@ class Lanes:
     def free(self, lane: Lane) -> None:
         """Free a lane's number, once neither side uses it."""
         if lane.status is Status.ENDED and lane.is_released and not lane.is_occupied:
-            del self._lanes[lane.number]
+            del self[lane.number]
             self.steps.free(lane.number)

@@ -42,6 +42,7 @@ def start(lane: Lane, opened: Opened, steps: Steps, signature: Signature) -> Non
         inputs = [np.broadcast_to(np.zeros((), np.bool_), rows)]
         outputs = signature.allocate(rows)
         lane.inherited = Call(np.array([number]), np.array([rows]), inputs, outputs)
+        lane.inherited.steps = rows
         steps.queue.submit(lane.inherited)
 
 

@@ -7,7 +7,7 @@ from sluice_client.errors import SluiceError
 from sluice_client.protocol.calls import Call, OutstandingCalls, concatenate
 from sluice_client.protocol.frames import Frame, gather, join
 from sluice_client.protocol.replay_buffer import ReplayBuffer
-from sluice_client.protocol.tables import NONE, Numbers, Table, first_occurrences
+from sluice_client.protocol.tables import NONE, Numbers, Table, first_occurrences, passes
 
 
 class SendQueue:
@@ -54,16 +54,9 @@ class SendQueue:
         calls, self._submitted = self._submitted, []
         self._calls.update((call.number, call) for call in calls)
         lanes, counts, numbers, positions, rows = concatenate(calls)
-        while lanes.size:
-            # Each lane once in a pass, so that a chunk may follow another of the same lane.
-            turn = first_occurrences(lanes)
-            self._append(lanes[turn], counts[turn], numbers[turn], positions[turn], rows[turn])
-            if len(turn) == len(lanes):
-                return
-            later = np.ones(len(lanes), bool)
-            later[turn] = False
-            lanes, counts, numbers = lanes[later], counts[later], numbers[later]
-            positions, rows = positions[later], rows[later]
+        # Each lane once in a pass, so that a chunk may follow another of the same lane.
+        for index in passes(lanes):
+            self._append(lanes[index], counts[index], numbers[index], positions[index], rows[index])
 
     def _append(
         self, lanes: Numbers, counts: Numbers, calls: Numbers, positions: Numbers, rows: Numbers

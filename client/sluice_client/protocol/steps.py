@@ -14,7 +14,7 @@ from sluice_client.protocol.frames import Frame
 from sluice_client.protocol.replay_buffer import Bounds, ReplayBuffer
 from sluice_client.protocol.send_queue import SendQueue
 from sluice_client.protocol.signature import Array
-from sluice_client.protocol.tables import NONE, Numbers, Table, first_occurrences
+from sluice_client.protocol.tables import NONE, Numbers, Table, passes
 
 
 class Steps:
@@ -135,9 +135,8 @@ class Steps:
         if not known.all():
             lanes, first, counts, source = lanes[known], first[known], counts[known], source[known]
         wrong: list[Numbers] = []
-        while lanes.size:
-            turn = first_occurrences(lanes)
-            mine, start, number, origin = lanes[turn], first[turn], counts[turn], source[turn]
+        for index in passes(lanes):
+            mine, start, number, origin = lanes[index], first[index], counts[index], source[index]
             rows = self.lanes.rows[mine]
             skip = np.minimum(np.maximum(rows["received"] - start, 0), number)
             is_right = (start + skip <= rows["received"]) & (start + number <= rows["sent"])
@@ -146,11 +145,6 @@ class Steps:
                 self._catch_up(mine[is_right], (start + number)[is_right])
             is_new = is_right & (number > skip)
             self._deliver(mine[is_new], (number - skip)[is_new], (origin + skip)[is_new], outputs)
-            if len(turn) == len(lanes):
-                break
-            later = np.ones(len(lanes), bool)
-            later[turn] = False
-            lanes, first, counts, source = lanes[later], first[later], counts[later], source[later]
         return np.concatenate(wrong) if wrong else lanes
 
     def _deliver(

@@ -10,7 +10,8 @@ Numbers = NDArray[np.int64]
 # Stands for "no row" where a row number is stored.
 NONE: Final = -1
 
-_FIRST = np.zeros(1, np.int64)
+_FIRST: Final = np.zeros(1, np.int64)
+_ALL: Final = slice(None)
 
 
 class Table:
@@ -81,6 +82,20 @@ def first_occurrences(numbers: Numbers) -> Numbers:
     index = np.unique(numbers, return_index=True)[1]
     index.sort()
     return index
+
+
+def passes(numbers: Numbers) -> list[Any]:
+    """Indices that split an array into passes: each has every number once, in order."""
+    first = first_occurrences(numbers)
+    if len(first) == len(numbers):
+        return [_ALL] if len(numbers) else []
+    indices: list[Any] = []
+    left = np.arange(len(numbers))
+    while left.size:
+        first = first_occurrences(numbers[left])
+        indices.append(left[first])
+        left = np.delete(left, first)
+    return indices
 
 
 def groups(numbers: Numbers) -> tuple[Numbers, list[tuple[int, int, int]]]:

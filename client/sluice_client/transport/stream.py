@@ -87,7 +87,7 @@ class BaseStream(ABC, Generic[Route]):
                 was_answered=lanes.has_opened,
                 is_refused=True,
             )
-        if lanes.have_postponed:
+        if lanes.postponed:
             self._back_off_from_store()
         if connection.has_something_to_send:
             self.flush()

@@ -44,6 +44,35 @@ SERVICE_LAYERS = (
     ("workers",),
 )
 
+# Inside a package a module imports only from the lines above its own. A name is a module
+# or a package directly below; a package may have a table of its own.
+LAYERS = {
+    "sluice_client": (
+        ("errors", "arguments"),
+        ("protocol",),
+        ("transport",),
+        ("faces", "handles"),
+        ("client", "async_client"),
+    ),
+    "sluice_client.protocol": (
+        ("tables", "columns", "signature", "tickets"),
+        ("calls", "openings"),
+        ("lane", "acknowledgements", "replay_buffer"),
+        ("frames",),
+        ("send_queue", "messages"),
+        ("steps",),
+        ("resume", "lifecycle"),
+        ("notices",),
+        ("connection",),
+    ),
+    "sluice_client.transport": (
+        ("channel", "retry", "questions"),
+        ("route",),
+        ("stream",),
+        ("thread_stream", "async_stream"),
+    ),
+}
+
 # The reference of demo and bench: it may call ONNX Runtime because it imports nothing of ours.
 REFERENCE = "sluice_cli.offline"
 
@@ -101,6 +130,26 @@ def test_imports_inside_the_service_point_one_way(modules: dict[str, Path]) -> N
                 continue
             other = name.split(".")[1]
             if other != own and layer_of[other] >= layer_of[own]:
+                wrong.append(f"{module} imports {name}")
+    assert wrong == []
+
+
+@pytest.mark.parametrize("package", LAYERS)
+def test_imports_inside_a_package_point_one_way(package: str, modules: dict[str, Path]) -> None:
+    layers = LAYERS[package]
+    depth_of = {name: depth for depth, layer in enumerate(layers) for name in layer}
+    wrong = []
+    for module, path in modules.items():
+        if not module.startswith(f"{package}."):
+            continue
+        own = module.removeprefix(f"{package}.").split(".")[0]
+        assert own in depth_of, f"{module} has no place in the layers of {package}"
+        for name in imports(path):
+            other = name.removeprefix(f"{package}.").split(".")[0]
+            if not name.startswith(f"{package}.") or other == own:
+                continue
+            # What is no layer is a name of the package itself, which is above all layers.
+            if depth_of.get(other, len(layers)) >= depth_of[own]:
                 wrong.append(f"{module} imports {name}")
     assert wrong == []
 

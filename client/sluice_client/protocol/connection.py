@@ -162,8 +162,9 @@ class Connection:
     def is_spent(self) -> bool:
         """The server has let go of all lanes and opens none: another stream is needed."""
         lanes = self.lanes
-        is_refused = lanes.is_draining or (bool(lanes.postponed) and not lanes.to_open)
-        return is_refused and not any(lane.status in _ON_STREAM for lane in lanes.values())
+        if not lanes.is_draining and (lanes.to_open or not lanes.postponed):
+            return False
+        return not any(lane.status in _ON_STREAM for lane in lanes.values())
 
     @property
     def has_something_to_send(self) -> bool:
@@ -254,6 +255,8 @@ class Connection:
     def _put_ends(self, request: InferRequest, bytes_used: int) -> int:
         """Add closes and parks of idle lanes; the bytes that they take."""
         lanes = self.lanes
+        if not lanes.to_end and not lanes.abandoned:
+            return 0
         room = lanes_that_fit(self.limits, bytes_used)
         request.park.extend(lanes.abandoned[:room])
         del lanes.abandoned[:room]

@@ -11,7 +11,7 @@ Numbers = NDArray[np.int64]
 NONE: Final = -1
 
 _FIRST: Final = np.zeros(1, np.int64)
-_ALL: Final = slice(None)
+_ONE_PASS: Final[list[Any]] = [slice(None)]
 
 
 class Table:
@@ -86,9 +86,8 @@ def first_occurrences(numbers: Numbers) -> Numbers:
 
 def passes(numbers: Numbers) -> list[Any]:
     """Indices that split an array into passes: each has every number once, in order."""
-    first = first_occurrences(numbers)
-    if len(first) == len(numbers):
-        return [_ALL] if len(numbers) else []
+    if len(numbers) == 1 or 1 < len(numbers) == len(first_occurrences(numbers)):
+        return _ONE_PASS
     indices: list[Any] = []
     left = np.arange(len(numbers))
     while left.size:

@@ -121,7 +121,7 @@ class _AsyncHandle(BaseHandle):
 
     async def open(self) -> None:
         """Open it now; `async with` does."""
-        await self._stream.meet()
+        await self._stream.start()
         request = self._request_open()
         try:
             await self._stream.wait(request)

@@ -124,7 +124,7 @@ class _ThreadHandle(BaseHandle):
 
     def open(self) -> None:
         """Open it now; `with` does."""
-        self._stream.meet()
+        self._stream.start()
         request = self._request_open()
         try:
             self._stream.wait(request)

@@ -6,7 +6,7 @@ SluiceError
 │   ├── RunFailed           the model's run failed
 │   │   └── NonFinite       the run gave NaN or infinity
 │   └── StepDiscarded       an earlier step of the same sequence failed
-├── StepPending             this step may have been applied; `settle()` gives its output
+├── StepPending             this step may have been applied; `settle()` returns its output
 │   ├── StepTimedOut        no output within the timeout
 │   └── StepUnsettled       an earlier step was cancelled or timed out; settle() first
 ├── SequenceError           the sequence is not available; final for its handle
@@ -14,7 +14,7 @@ SluiceError
 │   ├── SequenceExists      START of an id that is in use
 │   ├── SequenceClosed      it has ended, or its handle has been closed
 │   │   └── SequenceExpired it was idle for too long
-│   ├── Fenced              another client has taken it over
+│   ├── Fenced              another client took it over
 │   ├── WrongModel          a state made by another model
 │   ├── ReplayNeeded        the server needs inputs again that another handle had
 │   └── DataLoss            the server or its store lost what it had confirmed

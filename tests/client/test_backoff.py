@@ -1,4 +1,4 @@
-"""How long a client waits between two attempts."""
+"""How long a client backs off between two attempts."""
 
 import grpc
 import pytest

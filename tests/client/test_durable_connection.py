@@ -97,7 +97,7 @@ def durable(connection: Connection, step: int, lane: int = 0) -> None:
     receive(connection, durable=[{"lane": lane, "step": step}])
 
 
-# -- C5, C12: inputs are kept until they are durable, and are sent again
+# -- replay: inputs are retained until they are durable, and sent again; known outputs are dropped
 
 
 def test_a_server_that_has_gone_back_is_sent_again_what_it_lacks(connection) -> None:
@@ -117,7 +117,7 @@ def test_a_server_that_has_gone_back_is_sent_again_what_it_lacks(connection) -> 
     assert connection.steps.in_flight == 0
 
 
-def test_what_is_durable_is_forgotten_and_the_rest_is_kept(connection) -> None:
+def test_what_is_durable_is_released_and_the_rest_is_retained(connection) -> None:
     request = open_one(connection)
     for value in range(10):
         give(connection, request, value)
@@ -137,7 +137,7 @@ def test_what_is_durable_is_forgotten_and_the_rest_is_kept(connection) -> None:
 
 
 @pytest.mark.parametrize("given", [OFF, STRICT])
-def test_without_checkpoints_behind_its_back_a_client_keeps_nothing(connection, given) -> None:
+def test_without_checkpoints_behind_its_back_a_client_retains_nothing(connection, given) -> None:
     request = open_one(connection, durability=given)
     give(connection, request, 1, 2, 3)
     send(connection)
@@ -204,10 +204,10 @@ def test_outputs_that_come_again_are_acknowledged_again() -> None:
     assert send(connection).received_responses == 2
 
 
-# -- C5: the bounds
+# -- the bounds of the replay buffer
 
 
-def test_a_sequence_that_keeps_too_many_steps_waits_until_they_are_durable() -> None:
+def test_a_sequence_that_retains_too_many_steps_waits_until_they_are_durable() -> None:
     connection = connect(steps_max=3)
     request, other = open_one(connection), open_one(connection, Opening("b"), lane=1)
     call = give(connection, request, 1, 2, 3, 4, 5)
@@ -225,7 +225,7 @@ def test_a_sequence_that_keeps_too_many_steps_waits_until_they_are_durable() -> 
     assert call.is_done
 
 
-def test_sequences_that_keep_too_many_bytes_wait_until_one_is_durable() -> None:
+def test_sequences_that_retain_too_many_bytes_wait_until_one_is_durable() -> None:
     connection = connect(bytes_max=600)
     one, two = open_one(connection), open_one(connection, Opening("b"), lane=1)
     three = open_one(connection, Opening("c"), lane=2, durability=STRICT)
@@ -235,12 +235,12 @@ def test_sequences_that_keep_too_many_bytes_wait_until_one_is_durable() -> None:
         answer(connection, 0, 1, lane=lane)
     for request in (one, two, three):
         give(connection, request, 1)
-    assert list(send(connection).lane) == [2]  # who keeps nothing goes on
+    assert list(send(connection).lane) == [2]  # a lane that retains nothing may send
     durable(connection, 1, lane=1)
     assert sorted(send(connection).lane) == [0, 1]
 
 
-def test_what_is_kept_is_sent_again_however_much_it_is() -> None:
+def test_what_is_retained_is_sent_again_however_much_it_is() -> None:
     connection = connect(steps_max=4, bytes_max=1)
     request = open_one(connection)
     for value in range(3):
@@ -248,10 +248,10 @@ def test_what_is_kept_is_sent_again_however_much_it_is() -> None:
         if sent(connection.next_request()):
             answer(connection, value, 0)
         durable(connection, 0)
-    kept = connection.steps.received(0)
+    retained = connection.steps.received(0)
     lose(connection)
     receive(connection, opened=[{"lane": 0, "durability": PERIODIC}])
-    assert sent(connection.next_request()) == [(step, step) for step in range(kept)]
+    assert sent(connection.next_request()) == [(step, step) for step in range(retained)]
 
 
 @pytest.mark.parametrize("bounds", [{"steps_max": 0}, {"bytes_max": 0}])
@@ -260,7 +260,7 @@ def test_a_bound_of_nothing_is_refused(bounds) -> None:
         Bounds(**bounds)
 
 
-# -- C11 and other losses
+# -- data loss: a server behind what was durable, and other losses
 
 
 def test_a_server_behind_what_was_durable_has_lost_data(connection) -> None:
@@ -352,25 +352,25 @@ def test_a_park_of_what_is_durable_needs_no_answer(connection) -> None:
     assert parked.is_done and not parked.errors
 
 
-def test_who_rests_has_its_answers_and_a_server_that_stands_there(connection) -> None:
+def test_an_idle_lane_has_its_answers_and_a_server_that_stands_there(connection) -> None:
     request = open_one(connection)
     assert connection.lanes.when_idle(request.lanes).is_done
     give(connection, request, 1)
-    rested = connection.lanes.when_idle(request.lanes)
+    idle = connection.lanes.when_idle(request.lanes)
     send(connection)
-    assert not rested.is_done
+    assert not idle.is_done
     answer(connection, 0, 1)
-    assert rested.is_done
+    assert idle.is_done
     lose(connection)
-    rested = connection.lanes.when_idle(request.lanes)
+    idle = connection.lanes.when_idle(request.lanes)
     receive(connection, opened=[{"lane": 0, "durability": PERIODIC}])
     send(connection)
-    assert not rested.is_done
+    assert not idle.is_done
     answer(connection, 0, 1)
-    assert rested.is_done
-    rested = connection.lanes.when_idle(request.lanes)
+    assert idle.is_done
+    idle = connection.lanes.when_idle(request.lanes)
     connection.fail(errors.Unavailable("gone"))
-    assert not rested.errors
+    assert not idle.errors
     lost = connection.lanes.when_idle(request.lanes)
     assert isinstance(lost.errors[0], errors.Unavailable)
 

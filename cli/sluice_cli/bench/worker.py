@@ -99,7 +99,7 @@ async def _flow(
 ) -> None:
     contract = await streams[0].route.ask(questions.contract(plan.model))
     inputs = Inputs(contract, plan.seed)
-    await asyncio.gather(*(stream.meet() for stream in streams))
+    await asyncio.gather(*(stream.start() for stream in streams))
     traffics = [
         Traffic(plan, number, stream, inputs)
         for number, stream in zip(numbers, streams, strict=True)

@@ -95,7 +95,7 @@ class SendQueue:
     def next_frame(self, rows_max: int, chunk_steps_max: int, step_bytes: int = 0) -> Frame | None:
         """The next frame of at most `rows_max` steps; its steps count as sent.
 
-        Lanes take turns: a long chunk does not hold up another lane's single step.
+        Lanes take turns: a long chunk does not delay another lane's single step.
         """
         self.number_steps()
         if not self._ready:

@@ -53,25 +53,25 @@ class AsyncStream(BaseStream[AsyncRoute]):
         super().__init__(model, route, reconnect_seconds_max, bounds)
         # One event loop uses the connection: there is nothing to lock.
         self.lock = contextlib.nullcontext()
-        self._meeting: asyncio.Task[None] | None = None
+        self._starting: asyncio.Task[None] | None = None
         self._has_work = asyncio.Event()
         self._is_needed = asyncio.Event()
         self._runner: asyncio.Task[None] | None = None
 
-    async def meet(self) -> None:
-        """Learn the model's contract, once. Raises ModelNotFound, Unavailable, ClientClosed."""
+    async def start(self) -> None:
+        """Learn the model's contract and run, once. Raises ModelNotFound, Unavailable, ClientClosed."""
         if self._connection is None and self._failure is None:
-            if self._meeting is None or self._meeting.done():
-                self._meeting = asyncio.create_task(self._meet())
+            if self._starting is None or self._starting.done():
+                self._starting = asyncio.create_task(self._start())
             # All waiters continue in the same turn of the loop, so that their opens leave together.
-            await asyncio.wait({self._meeting})
+            await asyncio.wait({self._starting})
             if self._failure is None:
-                self._meeting.result()
+                self._starting.result()
         if self._connection is None:
             assert self._failure is not None
             raise self._failure.at(None, None)
 
-    async def _meet(self) -> None:
+    async def _start(self) -> None:
         self._make_connection(await self.route.ask(questions.contract(self._model)))
         self._runner = asyncio.create_task(self._run(), name=f"sluice {self._model}")
 
@@ -95,9 +95,9 @@ class AsyncStream(BaseStream[AsyncRoute]):
     async def close(self, error: SluiceError) -> None:
         """End the stream, which parks its sequences; who still waits gets `error`."""
         self._failure = error
-        if self._meeting is not None:
-            self._meeting.cancel()
-            await asyncio.gather(self._meeting, return_exceptions=True)
+        if self._starting is not None:
+            self._starting.cancel()
+            await asyncio.gather(self._starting, return_exceptions=True)
         if self._runner is not None:
             self._runner.cancel()
             await asyncio.gather(self._runner, return_exceptions=True)

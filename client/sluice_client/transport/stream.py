@@ -55,7 +55,7 @@ class BaseStream(ABC, Generic[Route]):
 
     @property
     def connection(self) -> Connection:
-        """The stream's logic, after `meet`."""
+        """The stream's logic, after `start`."""
         assert self._connection is not None
         return self._connection
 

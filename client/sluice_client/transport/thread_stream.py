@@ -52,14 +52,14 @@ class ThreadStream(BaseStream[Route]):
         super().__init__(model, route, reconnect_seconds_max, bounds)
         # Notified of every change that could give something to send.
         self.lock = self._changed = threading.Condition()
-        self._meeting = threading.Lock()
+        self._starting = threading.Lock()
         self._is_closed = threading.Event()
         self._call: Cancellable | None = None
         self._runner = threading.Thread(target=self._run, name=f"sluice {model}", daemon=True)
 
-    def meet(self) -> None:
-        """Learn the model's contract, once. Raises ModelNotFound, Unavailable, ClientClosed."""
-        with self._meeting:
+    def start(self) -> None:
+        """Learn the model's contract and run, once. Raises ModelNotFound, Unavailable, ClientClosed."""
+        with self._starting:
             if self._connection is None:
                 if self._failure is not None:
                     raise self._failure.at(None, None)
@@ -83,7 +83,7 @@ class ThreadStream(BaseStream[Route]):
     def close(self, error: SluiceError) -> None:
         """End the stream, which parks its sequences; who still waits gets `error`."""
         self._failure = error
-        with self._meeting:
+        with self._starting:
             if self._connection is None:
                 return
         with self.lock:

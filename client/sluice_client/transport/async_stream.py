@@ -59,7 +59,7 @@ class AsyncStream(BaseStream[AsyncRoute]):
         self._runner: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Learn the model's contract and run, once. Raises ModelNotFound, Unavailable, ClientClosed."""
+        """Learn the contract and run, once. Raises ModelNotFound, Unavailable, ClientClosed."""
         if self._connection is None and self._failure is None:
             if self._starting is None or self._starting.done():
                 self._starting = asyncio.create_task(self._start())

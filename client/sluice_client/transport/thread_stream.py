@@ -58,7 +58,7 @@ class ThreadStream(BaseStream[Route]):
         self._runner = threading.Thread(target=self._run, name=f"sluice {model}", daemon=True)
 
     def start(self) -> None:
-        """Learn the model's contract and run, once. Raises ModelNotFound, Unavailable, ClientClosed."""
+        """Learn the contract and run, once. Raises ModelNotFound, Unavailable, ClientClosed."""
         with self._starting:
             if self._connection is None:
                 if self._failure is not None:

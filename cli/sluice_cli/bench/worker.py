@@ -15,6 +15,7 @@ from sluice_cli.bench.plan import Plan
 from sluice_cli.bench.tally import Tally
 from sluice_cli.bench.traffic import Traffic
 from sluice_client.errors import ClientClosed, SluiceError
+from sluice_client.protocol.replay_buffer import Bounds
 from sluice_client.transport import questions
 from sluice_client.transport.async_stream import AsyncRoute, AsyncStream
 from sluice_client.transport.channel import CHANNEL_OPTIONS
@@ -83,7 +84,7 @@ async def _work(plan: Plan, process: int, parent: Connection) -> None:
     numbers = plan.streams_of(process)
     channels = [grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) for _ in numbers]
     streams = [
-        AsyncStream(plan.model, AsyncRoute([channel]), _RECONNECT_SECONDS_MAX)
+        AsyncStream(plan.model, AsyncRoute([channel]), _RECONNECT_SECONDS_MAX, Bounds())
         for channel in channels
     ]
     try:

@@ -102,11 +102,7 @@ class Connection:
         Raises LimitReached when the server can never take one.
         """
         if not one_step_fits(self.limits, self.signature.step_bytes):
-            raise errors.LimitReached(
-                f"one step has {self.signature.step_bytes} bytes, more than the server takes in a "
-                f"message ({self.limits.request_bytes_max}); serve with a higher "
-                "--request-bytes-max"
-            )
+            raise self._too_large("one step", self.signature.step_bytes)
         held_max = self.limits.unacknowledged_steps_max or UNLIMITED
         if self._acknowledgements.longest_awaiting(lanes, counts) > held_max:
             raise errors.LimitReached(
@@ -237,12 +233,7 @@ class Connection:
             lane.attempt += 1
             message = open_message(lane, resume.acknowledged(lane, self.steps))
             if not one_open_fits(self.limits, message):
-                why = (
-                    f"its open has {message.ByteSize()} bytes, more than the server takes in a "
-                    f"message ({self.limits.request_bytes_max}); serve with a higher "
-                    "--request-bytes-max"
-                )
-                lanes.end(lane, errors.LimitReached(why))
+                lanes.end(lane, self._too_large("its open", message.ByteSize()))
                 continue
             size += message.ByteSize() + 8
             if size > size_max and request.open:
@@ -251,6 +242,12 @@ class Connection:
             request.open.append(message)
             lane.status = Status.ASKED
         return size
+
+    def _too_large(self, what: str, size: int) -> errors.LimitReached:
+        return errors.LimitReached(
+            f"{what} has {size} bytes, more than the server takes in a message "
+            f"({self.limits.request_bytes_max}); serve with a higher --request-bytes-max"
+        )
 
     def _put_ends(self, request: InferRequest, bytes_used: int) -> int:
         """Add closes and parks of idle lanes; the bytes that they take."""

@@ -1,13 +1,4 @@
-"""What a connection knows of one sequence, beside its steps.
-
-A lane keeps its number over all streams, and goes through these:
-
-    WAITING   its open must be sent (again)
-    ASKED     its open was sent on this stream
-    ATTACHED  Opened has arrived: chunks may be sent
-    ENDING    its close or park was sent
-    ENDED     finished, or refused for good
-"""
+"""Lanes: what a connection knows of one sequence, beside its steps."""
 
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -19,18 +10,18 @@ from sluice_client.protocol.tickets import Durability
 
 
 class Status(Enum):
-    """Where a lane is in its life; the module's docstring says what each means."""
+    """Where a lane is in its life."""
 
-    WAITING = auto()
-    ASKED = auto()
-    ATTACHED = auto()
-    ENDING = auto()
-    ENDED = auto()
+    WAITING = auto()  # its open must be sent (again)
+    ASKED = auto()  # its open was sent on this stream
+    ATTACHED = auto()  # Opened has arrived: chunks may be sent
+    ENDING = auto()  # its close or park was sent
+    ENDED = auto()  # finished, or refused for good
 
 
 @dataclass(slots=True)
 class Lane:
-    """What a connection knows of one sequence, beside its steps."""
+    """One sequence of a connection; it has the same number on all streams."""
 
     number: int
     opening: Opening

@@ -44,11 +44,7 @@ class AsyncStream(BaseStream[AsyncRoute]):
     """All sequences of one model that one AsyncClient has share this."""
 
     def __init__(
-        self,
-        model: str,
-        route: AsyncRoute,
-        reconnect_seconds_max: float,
-        bounds: Bounds | None = None,
+        self, model: str, route: AsyncRoute, reconnect_seconds_max: float, bounds: Bounds
     ) -> None:
         super().__init__(model, route, reconnect_seconds_max, bounds)
         # One event loop uses the connection: there is nothing to lock.

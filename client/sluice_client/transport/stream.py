@@ -36,11 +36,7 @@ class BaseStream(ABC, Generic[Route]):
     lock: AbstractContextManager[Any]
 
     def __init__(
-        self,
-        model: str,
-        route: Route,
-        reconnect_seconds_max: float,
-        bounds: Bounds | None = None,
+        self, model: str, route: Route, reconnect_seconds_max: float, bounds: Bounds
     ) -> None:
         self.route = route
         self._model = model

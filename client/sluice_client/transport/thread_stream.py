@@ -43,11 +43,7 @@ class ThreadStream(BaseStream[Route]):
     """All sequences of one model that one Client has share this."""
 
     def __init__(
-        self,
-        model: str,
-        route: Route,
-        reconnect_seconds_max: float,
-        bounds: Bounds | None = None,
+        self, model: str, route: Route, reconnect_seconds_max: float, bounds: Bounds
     ) -> None:
         super().__init__(model, route, reconnect_seconds_max, bounds)
         # Notified of every change that could give something to send.

@@ -51,7 +51,7 @@ LAYERS = {
         ("errors", "arguments"),
         ("protocol",),
         ("transport",),
-        ("faces", "handles"),
+        ("faces", "handles", "load"),
         ("client", "async_client"),
     ),
     "sluice_client.protocol": (

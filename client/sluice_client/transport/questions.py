@@ -8,6 +8,7 @@ from typing import Any, Final, Generic, TypeVar
 import grpc
 import grpc.aio
 import numpy as np
+from google.protobuf.message import Message
 
 from sluice_client.errors import ModelNotFound, SequenceNotFound, SluiceError
 from sluice_client.protocol.openings import SequenceState
@@ -33,7 +34,7 @@ class Question(Generic[Result]):
 
     stub: Callable[[Any], ModelsStub | SequencesStub]
     method: str
-    request: Any
+    request: Message
     # Makes the result from the answer, or from the list of all answers of a stream.
     read: Callable[[Any], Result]
     is_stream: bool = False
@@ -97,7 +98,7 @@ def fork(
 
 
 def _about_sequence(
-    method: str, request: Any, read: Callable[[Any], Result], sequence_id: str
+    method: str, request: Message, read: Callable[[Any], Result], sequence_id: str
 ) -> Question[Result]:
     return Question(
         SequencesStub,

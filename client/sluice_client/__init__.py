@@ -1,7 +1,6 @@
 """Talk to a Sluice server: numpy in, numpy out."""
 
 from sluice_client.async_client import AsyncClient, AsyncGroup, AsyncSequence
-from sluice_client.calls import Mode, SequenceState
 from sluice_client.client import Client, Group, Sequence
 from sluice_client.errors import (
     AccessDenied,
@@ -31,7 +30,8 @@ from sluice_client.errors import (
     WrongModel,
 )
 from sluice_client.handles import GroupResult
-from sluice_client.tickets import Durability, Ticket
+from sluice_client.protocol.openings import Mode, SequenceState
+from sluice_client.protocol.tickets import Durability, Ticket
 
 __all__ = [
     "AccessDenied",

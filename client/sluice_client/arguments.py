@@ -1,4 +1,4 @@
-"""Refuses what a caller must not give, before it reaches the stream that others share."""
+"""Checks of a caller's arguments, before they can break the stream that all sequences share."""
 
 from typing import Any, Final, cast
 
@@ -15,9 +15,9 @@ def check_kind(name: str, value: object, kind: type, example: str) -> None:
 
 
 def check_text(name: str, value: object) -> None:
-    """Raises TypeError for what is no text, ValueError for text that no message can hold."""
+    """Raises TypeError for anything but text, ValueError for text that is not valid Unicode."""
     if not isinstance(value, str):
-        raise TypeError(f"{name} is text, not {value!r}; str() makes it so")
+        raise TypeError(f"{name} is text, not {value!r}; convert it with str()")
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -25,7 +25,7 @@ def check_text(name: str, value: object) -> None:
 
 
 def check_count(name: str, value: object, least: int = 0) -> None:
-    """Raises TypeError for what is no whole number, ValueError for one out of range."""
+    """Raises TypeError for anything but a whole number, ValueError for one out of range."""
     if not isinstance(value, int | np.integer):
         raise TypeError(f"{name} is a whole number, not {value!r}")
     if not least <= value <= _COUNT_MAX:
@@ -33,7 +33,9 @@ def check_count(name: str, value: object, least: int = 0) -> None:
 
 
 def check_row(name: str, value: object) -> None:
-    """Raises TypeError for what is no array of floats."""
+    """Raises TypeError for anything but an array of floats."""
     kind = cast("NDArray[Any]", value).dtype.kind if isinstance(value, np.ndarray) else None
     if kind != "f":
-        raise TypeError(f"{name} is an array of float32, not {value!r}; np.float32(…) makes one")
+        raise TypeError(
+            f"{name} is an array of float32, not {value!r}; convert it with np.float32(…)"
+        )

@@ -1,84 +1,41 @@
 """The client for coroutines."""
 
 import asyncio
-from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable
 from contextlib import aclosing, suppress
-from secrets import token_bytes
-from types import TracebackType
-from typing import Final, Self
-from uuid import uuid4
+from typing import Self
 
-import grpc
 import grpc.aio
 
 from sluice_client.arguments import check_count
-from sluice_client.async_stream import AsyncRoute, AsyncStream
-from sluice_client.calls import (
-    Mode,
-    Opening,
-    Request,
-    SequenceState,
-    fork_request,
-    group_openings,
-    read_state,
-    ticket_opening,
+from sluice_client.errors import SequenceNotFound
+from sluice_client.faces import BaseClient
+from sluice_client.handles import (
+    REWOUND_ATTEMPTS_MAX,
+    REWOUND_PAUSE_SECONDS,
+    BaseGroup,
+    BaseHandle,
+    BaseSequence,
+    GroupResult,
 )
-from sluice_client.errors import ClientClosed, SequenceNotFound
-from sluice_client.handles import GroupHandle, GroupResult, Handle, SequenceHandle, Step
-from sluice_client.kept import KEPT_BYTES_MAX, KEPT_STEPS_MAX, Bounds
-from sluice_client.reach import CHANNEL_OPTIONS, QUESTION_SECONDS_MAX, read_addresses
-from sluice_client.signature import Input, Output
-from sluice_client.tickets import Durability, Ticket
+from sluice_client.protocol.calls import Call, LaneRequest
+from sluice_client.protocol.openings import Opening, SequenceState, ticket_opening
+from sluice_client.protocol.signature import Input, Output
+from sluice_client.protocol.tickets import Durability
+from sluice_client.transport import questions
+from sluice_client.transport.async_stream import AsyncRoute, AsyncStream
+from sluice_client.transport.channel import CHANNEL_OPTIONS
 from sluice_protos.contract_pb2 import ModelContract
-from sluice_protos.sequences_pb2 import (
-    CloseSequenceRequest,
-    GetStateRequest,
-    ListModelsRequest,
-    ListSequencesRequest,
-    ModelInfo,
-    SequenceInfo,
-)
-from sluice_protos.sequences_pb2_grpc import ModelsStub, SequencesStub
-
-# How long a server that has gone back may answer before its stream is lost.
-_GOING_BACK_SECONDS: Final = 0.05
-_GOING_BACK_MAX: Final = 200
+from sluice_protos.sequences_pb2 import ModelInfo, SequenceInfo
 
 
-class AsyncClient:
+class AsyncClient(BaseClient[grpc.aio.Channel, AsyncStream, "AsyncSequence", "AsyncGroup"]):
     """Streams sequences through the models of a Sluice server, from one event loop.
 
     All sequences of one model share one stream, and the steps that are pending at
-    the same time leave as one message. A lost stream is mended without its users
-    noticing, for as long as the server still has the sequences.
+    the same time leave as one message. A lost stream is replaced without its users
+    noticing, as long as the server still has the sequences.
     """
-
-    def __init__(
-        self,
-        address: str | Iterable[str] = "127.0.0.1:8001",
-        *,
-        credentials: grpc.ChannelCredentials | None = None,
-        reconnect_seconds_max: float = 60.0,
-        kept_steps_max: int = KEPT_STEPS_MAX,
-        kept_bytes_max: int = KEPT_BYTES_MAX,
-    ) -> None:
-        """Make a client; nothing is sent yet.
-
-        address                `host:port`, any gRPC target such as `dns:///name:port`, or
-                               several of them, tried in turn when one does not answer
-        credentials            for TLS; None: plain text
-        reconnect_seconds_max  how long steps wait for a server to answer again
-        kept_steps_max         inputs of one sequence that are kept until they are durable
-        kept_bytes_max         what they may take, of all sequences of one model
-        """
-        self._addresses = read_addresses(address)
-        self._credentials = credentials
-        self._reconnect_seconds_max = reconnect_seconds_max
-        self._bounds = Bounds(kept_steps_max, kept_bytes_max)
-        self._channels: list[grpc.aio.Channel] = []
-        self._streams: dict[str, AsyncStream] = {}
-        self._is_closed = False
 
     async def __aenter__(self) -> Self:
         return self
@@ -87,58 +44,30 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """Let everything go: open sequences are parked, waiting steps get ClientClosed."""
-        self._is_closed = True
-        error = ClientClosed("the client was closed")
+        """Close all streams: open sequences are parked, waiting steps get ClientClosed."""
+        error = self._mark_closed()
         await asyncio.gather(*(stream.close(error) for stream in self._streams.values()))
         await asyncio.gather(*(channel.close(None) for channel in self._channels))
 
     async def models(self) -> list[ModelInfo]:
-        """The models the server has."""
-        answer = await self._route().ask(
-            lambda channel: ModelsStub(channel).ListModels(
-                ListModelsRequest(), timeout=QUESTION_SECONDS_MAX
-            )
-        )
-        return list(answer.models)
+        """The models of the server."""
+        return await self._route().ask(questions.models())
 
     async def model(self, name: str) -> ModelContract:
-        """What a model takes and gives. Raises ModelNotFound."""
-        return await self._route().contract(name)
+        """The inputs and outputs of a model. Raises ModelNotFound."""
+        return await self._route().ask(questions.contract(name))
 
-    def sequence(
-        self,
-        model: str,
-        sequence_id: str | None = None,
-        *,
-        mode: Mode = Mode.START,
-        state: SequenceState | None = None,
-        durability: Durability | None = None,
-        holds_outputs: bool = False,
-    ) -> "AsyncSequence":
-        """A sequence, opened by `async with`; None: with an id of its own, from `state` if given.
+    async def sequences(self, model: str | None = None) -> list[SequenceInfo]:
+        """The live sequences of one model, or of all. Raises ModelNotFound."""
+        return await self._route().ask(questions.sequences(model))
 
-        durability     what shall survive the server's death: "off", "periodic" or
-                       "strict"; None, and at the most, what the server is set to
-        holds_outputs  the server holds outputs until `confirm` says that they are safe,
-                       for whoever may have to `resume` in another process
+    async def state(self, model: str, sequence_id: str) -> SequenceState:
+        """The state of a live sequence, whoever has it. Raises SequenceNotFound."""
+        return await self._route().ask(questions.state(model, sequence_id))
 
-        Opening raises SequenceExists, SequenceNotFound, ModelNotFound, LimitReached,
-        WrongModel, DataLoss or Unavailable.
-        """
-        opening = Opening(sequence_id or uuid4().hex, mode, state, durability, holds_outputs)
-        return AsyncSequence(self, self._stream(model), model, opening)
-
-    def resume(self, ticket: Ticket, *, received: int | None = None) -> "AsyncSequence":
-        """The sequence of a ticket, where its handle stood; opened by `async with`.
-
-        For a process whose predecessor was killed. `received` is how many outputs are
-        safe in its journal (None: as many as the ticket says). What the server has
-        beyond them comes from `settle`; `replays_from` tells whether it needs inputs
-        again. Of several handles with one ticket the latest has the sequence.
-        """
-        opening = ticket_opening(ticket.renew(received))
-        return AsyncSequence(self, self._stream(ticket.model), ticket.model, opening)
+    async def close_sequence(self, model: str, sequence_id: str) -> int:
+        """Drop a live sequence, whoever has it; how many steps it had. Raises SequenceNotFound."""
+        return await self._route().ask(questions.close_sequence(model, sequence_id))
 
     async def fork(
         self,
@@ -148,283 +77,214 @@ class AsyncClient:
         *,
         durability: Durability | None = None,
     ) -> "AsyncSequence":
-        """A copy of a live sequence, whoever has it, that goes on from the same state.
+        """A copy of a live sequence, whoever has it, that continues from the same state.
 
-        It is there when this returns, and is opened by `async with`. Raises
-        SequenceNotFound, or SequenceExists where `fork_id` is alive.
+        The copy exists when this returns, and is opened by `async with`. Raises
+        SequenceNotFound, or SequenceExists if `fork_id` is in use.
         """
-        writer = token_bytes(16)
-        request = fork_request(model, sequence_id, fork_id, writer, durability)
-        answer = await self._route().ask(
-            lambda channel: SequencesStub(channel).Fork(request, timeout=QUESTION_SECONDS_MAX),
-            not_found=SequenceNotFound,
-            sequence_id=sequence_id,
-        )
-        ticket = Ticket(
-            model, answer.fork_id, writer, 0, answer.step, answer.step, durability=durability
-        )
-        return AsyncSequence(self, self._stream(model), model, ticket_opening(ticket))
-
-    async def state(self, model: str, sequence_id: str) -> SequenceState:
-        """The state of a live sequence, whoever has it. Raises SequenceNotFound."""
-        request = GetStateRequest(model=model, sequence_id=sequence_id)
-        answer = await self._route().ask(
-            lambda channel: SequencesStub(channel).GetState(request, timeout=QUESTION_SECONDS_MAX),
-            not_found=SequenceNotFound,
-            sequence_id=sequence_id,
-        )
-        return read_state(answer)
-
-    async def close_sequence(self, model: str, sequence_id: str) -> int:
-        """Drop a live sequence, whoever has it; how many steps it had. Raises SequenceNotFound."""
-        request = CloseSequenceRequest(model=model, sequence_id=sequence_id)
-        answer = await self._route().ask(
-            lambda channel: SequencesStub(channel).CloseSequence(
-                request, timeout=QUESTION_SECONDS_MAX
-            ),
-            not_found=SequenceNotFound,
-            sequence_id=sequence_id,
-        )
-        return answer.step
-
-    async def sequences(self, model: str | None = None) -> list[SequenceInfo]:
-        """The live sequences of one model, or of all. Raises ModelNotFound."""
-        request = ListSequencesRequest(model=model or "")
-
-        async def read(channel: grpc.aio.Channel) -> list[SequenceInfo]:
-            call = SequencesStub(channel).ListSequences(request, timeout=QUESTION_SECONDS_MAX)
-            return [info async for info in call]
-
-        return await self._route().ask(read)
-
-    def group(
-        self,
-        model: str,
-        sequence_ids: Iterable[str],
-        *,
-        mode: Mode = Mode.START,
-        durability: Durability | None = None,
-    ) -> "AsyncGroup":
-        """Sequences that step together, opened by `async with`: all of them or none."""
-        openings = group_openings(sequence_ids, mode, durability)
-        return AsyncGroup(self._stream(model), openings)
-
-    def _stream(self, model: str) -> AsyncStream:
-        stream = self._streams.get(model)
-        if stream is None:
-            stream = AsyncStream(model, self._route(), self._reconnect_seconds_max, self._bounds)
-            self._streams[model] = stream
-        return stream
+        ticket = await self._route().ask(questions.fork(model, sequence_id, fork_id, durability))
+        return self._make_sequence(model, ticket_opening(ticket))
 
     def _route(self) -> AsyncRoute:
-        if self._is_closed:
-            raise ClientClosed("the client was closed; make another one")
-        if not self._channels:
-            self._channels = [self._dial(address) for address in self._addresses]
-        return AsyncRoute(self._channels)
+        return AsyncRoute(self._open_channels())
 
-    def _dial(self, address: str) -> grpc.aio.Channel:
+    def _make_channel(self, address: str) -> grpc.aio.Channel:
         if self._credentials is None:
             return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
         return grpc.aio.secure_channel(address, self._credentials, options=CHANNEL_OPTIONS)
 
+    def _make_stream(self, model: str) -> AsyncStream:
+        return AsyncStream(model, self._route(), self._reconnect_seconds_max, self._bounds)
 
-class _AsyncHandle(Handle):
-    """What an AsyncSequence and an AsyncGroup do alike."""
+    def _make_sequence(self, model: str, opening: Opening) -> "AsyncSequence":
+        return AsyncSequence(self, self._stream(model), model, opening)
 
-    _link: AsyncStream
+    def _make_group(self, model: str, openings: list[Opening]) -> "AsyncGroup":
+        return AsyncGroup(self._stream(model), openings)
+
+
+class _AsyncHandle(BaseHandle):
+    """What a Sequence and a Group share."""
+
+    _stream: AsyncStream
 
     async def __aenter__(self) -> Self:
         await self.open()
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             await self.close()
         else:
-            # Not waited for: the error must not be held up by a server that does not answer.
-            self._ask_end(is_parking=True)
+            # Do not wait: a server that does not answer must not delay the error.
+            self._request_end(is_parking=True)
 
     async def open(self) -> None:
         """Open it now; `async with` does."""
-        await self._link.meet()
-        request = self._ask_open()
+        await self._stream.start()
+        request = self._request_open()
         try:
-            await self._link.wait(request)
+            await self._stream.wait(request)
         except asyncio.CancelledError:
-            self._let_go()
+            self._request_undo_open()
             raise
         if request.errors:
-            # What was opened beside it must be gone before the caller tries again.
-            await self._end(self._let_go())
-            raise request.errors[min(request.errors)]
-        self._note_opened()
+            # Undo the rest of a group before the caller tries again.
+            await self._finish(self._request_undo_open())
+            request.check()
+        self._note_opened(request)
 
     async def close(self) -> None:
         """Drop the state at the server, once all outputs have arrived. May be called again."""
-        await self._end(self._ask_end(is_parking=False))
+        await self._finish(self._request_end(is_parking=False))
 
     async def park(self) -> None:
-        """Leave the state at the server, once all outputs have arrived: Mode.TAKEOVER goes on."""
-        await self._end(self._ask_end(is_parking=True))
+        """Leave the state at the server, for Mode.TAKEOVER, once all outputs have arrived."""
+        await self._finish(self._request_end(is_parking=True))
 
-    async def _end(self, request: Request | None) -> None:
+    async def _finish(self, request: LaneRequest | None) -> None:
         if request is not None:
-            await self._link.wait(request)
-            for error in request.errors.values():
-                raise error
+            await self._stream.wait(request)
+            request.check()
 
-    async def _take(self, x: Input, timeout: float | None) -> Step:  # noqa: ASYNC109
-        step = self._give(x)
-        assert step is not None  # it follows nothing
+    async def _step(self, x: Input, timeout: float | None) -> Call:  # noqa: ASYNC109
+        call = self._submit(x)
+        assert call is not None  # it follows no other
         try:
-            await self._link.wait(step.call, timeout)
+            await self._stream.wait(call, timeout)
         except TimeoutError:
-            raise self._timed_out(step, timeout) from None
+            raise self._timed_out(call, timeout) from None
         except asyncio.CancelledError:
-            self._leave(step)
+            self._unsettled.append(call)
             raise
-        return step
+        return call
 
-    async def _settle(self, timeout: float | None) -> list[Step]:  # noqa: ASYNC109
-        """The steps nobody has taken: up to the first that failed, or that one alone."""
-        settled: list[Step] = []
+    async def _settle(self, timeout: float | None) -> list[Call]:  # noqa: ASYNC109
+        """The unsettled steps: those before the first that failed, or else that one alone."""
+        settled: list[Call] = []
         while self._unsettled:
-            step = self._unsettled[0]
-            await self._link.wait(step.call, timeout)
-            if settled and step.call.errors:
+            call = self._unsettled[0]
+            await self._stream.wait(call, timeout)
+            if settled and call.errors:
                 break
             settled.append(self._unsettled.pop(0))
         return settled
 
 
-class AsyncSequence(_AsyncHandle, SequenceHandle):
+class AsyncSequence(_AsyncHandle, BaseSequence):
     """One sequence: its steps are applied in the order in which they are given, each once."""
 
     def __init__(
-        self, client: AsyncClient, link: AsyncStream, model: str, opening: Opening
+        self, client: AsyncClient, stream: AsyncStream, model: str, opening: Opening
     ) -> None:
-        super().__init__(link, model, opening)
+        super().__init__(stream, model, opening)
         self._client = client
 
     async def step(self, x: Input, *, timeout: float | None = None) -> Output:  # noqa: ASYNC109
         """Apply one step, or a chunk of steps, and return its output.
 
         x  [features] to [outputs], or [steps, features] to [steps, outputs]: the
-           shapes of one step are the contract's; a dict by name where the model has
-           several inputs
+           shapes of one step are the contract's; a dict by name for several inputs
 
         Raises InvalidInput, RunFailed or NonFinite with the state as before the step
-        that failed; SequenceError when the sequence has gone. When it is cancelled, or
-        after `timeout` seconds (StepTimedOut), the step may have been applied: the
+        that failed; SequenceError when the sequence has gone. When it is cancelled,
+        or after `timeout` seconds (StepTimedOut), the step may have been applied: the
         next step raises StepUnsettled until `settle` was called.
         """
-        return self._result(await self._take(x, timeout))
+        return self._result(await self._step(x, timeout))
 
     async def settle(self, *, timeout: float | None = None) -> list[Output]:  # noqa: ASYNC109
         """Wait for the steps that were cancelled or timed out; return their outputs in order.
 
-        A step that failed raises its error here, after the outputs before it were
-        returned by a call of their own.
+        If a step failed, the outputs before it are returned first, and the next call
+        raises its error.
         """
-        return [self._result(step) for step in await self._settle(timeout)]
+        return [self._result(call) for call in await self._settle(timeout)]
 
     async def stream(
         self, inputs: Iterable[Input] | AsyncIterable[Input], *, ahead: int = 256
     ) -> AsyncIterator[Output]:
         """The output of each input, in order, with up to `ahead` inputs under way at once.
 
-        An output comes as soon as it is there, also while `inputs` has nothing new.
-        The first failed step raises; what was given behind it was not applied. Leaving
-        early leaves what was under way to `settle`.
+        Each output is returned as soon as it arrives, also while `inputs` has to wait.
+        The first failed step raises, and later inputs were not applied. After leaving
+        early, `settle` returns the outputs of what was under way.
         """
         check_count("ahead", ahead, least=1)
-        steps: asyncio.Queue[Step | None] = asyncio.Queue()
+        calls: asyncio.Queue[Call | None] = asyncio.Queue()
         room = asyncio.Semaphore(ahead)
-        feeder = asyncio.create_task(self._feed(inputs, steps, room))
+        feeder = asyncio.create_task(self._feed(inputs, calls, room))
         try:
-            while (step := await steps.get()) is not None:
+            while (call := await calls.get()) is not None:
                 try:
-                    await self._link.wait(step.call)
+                    await self._stream.wait(call)
                 except asyncio.CancelledError:
-                    self._leave(step)
+                    self._unsettled.append(call)
                     raise
                 room.release()
-                yield self._result(step)
+                yield self._result(call)
             await feeder
         finally:
             feeder.cancel()
             await asyncio.gather(feeder, return_exceptions=True)
-            rest: deque[Step] = deque()
-            while not steps.empty():
-                if (step := steps.get_nowait()) is not None and not step.call.errors:
-                    rest.append(step)
-            self._unsettled += rest
+            while not calls.empty():
+                if (call := calls.get_nowait()) is not None and not call.errors:
+                    self._unsettled.append(call)
 
     async def _feed(
         self,
         inputs: Iterable[Input] | AsyncIterable[Input],
-        steps: "asyncio.Queue[Step | None]",
+        calls: "asyncio.Queue[Call | None]",
         room: asyncio.Semaphore,
     ) -> None:
-        step: Step | None = None
+        call: Call | None = None
         try:
             async with aclosing(_each(inputs)) as source:
                 async for x in source:
                     await room.acquire()
-                    step = self._give(x, step.call if step else None)
-                    if step is None:
+                    call = self._submit(x, call)
+                    if call is None:
                         return
-                    steps.put_nowait(step)
+                    calls.put_nowait(call)
         finally:
-            steps.put_nowait(None)
+            calls.put_nowait(None)
 
     async def state(self) -> SequenceState:
         """The state after all steps given so far, as a value that can start another sequence."""
-        for _ in range(_GOING_BACK_MAX):
-            await self._rest()
+        for _ in range(REWOUND_ATTEMPTS_MAX):
+            await self._finish(self._request_idle())
             with suppress(SequenceNotFound):
                 state = await self._client.state(self._model, self.sequence_id)
                 if state.step >= self.step_count:
                     return state
-            # The server has just gone back: the stream is about to notice.
-            await asyncio.sleep(_GOING_BACK_SECONDS)
-        raise self._gone_back_error()
+            await asyncio.sleep(REWOUND_PAUSE_SECONDS)
+        raise self._rewound_error()
 
     async def fork(
         self, fork_id: str | None = None, *, durability: Durability | None = None
     ) -> "AsyncSequence":
-        """A copy that goes on from the state after all steps given so far.
+        """A copy that continues from the state after all steps given so far.
 
-        None: with an id of its own. It is there when this returns, and is opened by
-        `async with`. Raises SequenceExists where the id is alive.
+        fork_id  None: a random id
+
+        The copy exists when this returns, and is opened by `async with`. Raises
+        SequenceExists if the id is in use.
         """
-        for _ in range(_GOING_BACK_MAX):
-            await self._rest()
+        for _ in range(REWOUND_ATTEMPTS_MAX):
+            await self._finish(self._request_idle())
             with suppress(SequenceNotFound):
                 fork = await self._client.fork(
                     self._model, self.sequence_id, fork_id, durability=durability
                 )
-                if fork._starts_at >= self.step_count:
+                if fork._started_at >= self.step_count:
                     return fork
                 await self._client.close_sequence(self._model, fork.sequence_id)
-            await asyncio.sleep(_GOING_BACK_SECONDS)
-        raise self._gone_back_error()
-
-    async def _rest(self) -> None:
-        request = self._ask_rest()
-        await self._link.wait(request)
-        for error in request.errors.values():
-            raise error
+            await asyncio.sleep(REWOUND_PAUSE_SECONDS)
+        raise self._rewound_error()
 
 
-class AsyncGroup(_AsyncHandle, GroupHandle):
-    """Sequences whose steps come as the rows of one array and leave as one message."""
+class AsyncGroup(_AsyncHandle, BaseGroup):
+    """Sequences whose steps are the rows of one array, sent as one message."""
 
     async def step(
         self,
@@ -436,15 +296,15 @@ class AsyncGroup(_AsyncHandle, GroupHandle):
 
         x  [sequences, features], or [sequences, steps, features]
 
-        A row that fails is not ok in the result, the others are as if it were not
-        there; the next call goes on from where each row stands. Raises InvalidInput
-        for what is wrong with the whole array. Cancelling is as for one sequence.
+        A row that fails is not ok in the result and does not affect the others; the
+        next step of each row follows its last applied one. Raises InvalidInput for
+        what is wrong with the whole array. Cancelling is as for one sequence.
         """
-        return self._result(await self._take(x, timeout))
+        return self._result(await self._step(x, timeout))
 
     async def settle(self, *, timeout: float | None = None) -> list[GroupResult]:  # noqa: ASYNC109
         """Wait for the steps that were cancelled or timed out; return their results in order."""
-        return [self._result(step) for step in await self._settle(timeout)]
+        return [self._result(call) for call in await self._settle(timeout)]
 
 
 async def _each(inputs: Iterable[Input] | AsyncIterable[Input]) -> AsyncGenerator[Input, None]:

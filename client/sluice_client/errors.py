@@ -1,28 +1,28 @@
-"""What can go wrong between a caller and a server, as exceptions.
+"""The exceptions that a caller of the client can get.
 
 SluiceError
-├── StepFailed              this step was not applied; the sequence goes on from it
+├── StepFailed              this step was not applied; the sequence can continue
 │   ├── InvalidInput        a wrong name, dtype, shape, size or value
 │   ├── RunFailed           the model's run failed
 │   │   └── NonFinite       the run gave NaN or infinity
 │   └── StepDiscarded       an earlier step of the same sequence failed
-├── StepPending             this step may have been applied; `settle()` gives its output
+├── StepPending             this step may have been applied; `settle()` returns its output
 │   ├── StepTimedOut        no output within the timeout
-│   └── StepUnsettled       an earlier step was cancelled or timed out; settle it first
-├── SequenceError           the sequence is not to be had, or no longer; final for its handle
-│   ├── SequenceNotFound    no such sequence (or none any more) at this server
-│   ├── SequenceExists      START of an id that is alive
+│   └── StepUnsettled       an earlier step was cancelled or timed out; settle() first
+├── SequenceError           the sequence is not available; final for its handle
+│   ├── SequenceNotFound    the server does not have this sequence
+│   ├── SequenceExists      START of an id that is in use
 │   ├── SequenceClosed      it has ended, or its handle has been closed
-│   │   └── SequenceExpired it was idle too long, or made room for others
-│   ├── Fenced              another client has taken it over
+│   │   └── SequenceExpired it was idle for too long
+│   ├── Fenced              another client took it over
 │   ├── WrongModel          a state made by another model
-│   ├── ReplayNeeded        the server needs inputs again that another handle was given
-│   └── DataLoss            the server or its store has lost what it had confirmed
+│   ├── ReplayNeeded        the server needs inputs again that another handle had
+│   └── DataLoss            the server or its store lost what it had confirmed
 ├── ModelNotFound           the server serves no model of that name
-├── LimitReached            a limit of the server; the message names it
-├── AccessDenied            the server asks for (other) credentials
+├── LimitReached            a limit of the server was reached; the message names it
+├── AccessDenied            the server requires (other) credentials
 ├── Unavailable             no server answers
-├── ClientClosed            the client was closed meanwhile
+├── ClientClosed            the client was closed
 ├── ServerFailed            any other status
 └── ProtocolViolation       the server broke the protocol
 """
@@ -33,10 +33,10 @@ from sluice_protos.sequences_pb2 import Closed, Fault
 
 
 class SluiceError(Exception):
-    """Something went wrong; the message names the fix.
+    """The root of all errors; the message names the fix.
 
-    `sequence_id` and `step` say where (None: nowhere in particular), `reason` is
-    the server's own word for it: a Fault.Reason, a Closed.Reason or a gRPC status.
+    `sequence_id` and `step` say where it happened (None: unknown). `reason` is the
+    server's code: the name of a Fault.Reason, a Closed.Reason or a gRPC status.
     """
 
     def __init__(
@@ -59,14 +59,14 @@ class SluiceError(Exception):
         return f"{', '.join(place)}: {self.message}" if place else self.message
 
     def at(self, sequence_id: str | None, step: int | None) -> Self:
-        """The same error at another place: one exception object is raised only once."""
+        """A copy of this error for another place, so that no exception is raised twice."""
         return type(self)(self.message, sequence_id=sequence_id, step=step, reason=self.reason)
 
 
 class StepFailed(SluiceError):
     """A step was not applied: the sequence's state is as before it.
 
-    `outputs` is what the earlier steps of the same chunk gave: those were applied.
+    `outputs` has the outputs of the earlier steps of the chunk, which were applied.
     """
 
     outputs: Any = None
@@ -97,11 +97,11 @@ class StepTimedOut(StepPending, TimeoutError):
 
 
 class StepUnsettled(StepPending):
-    """An earlier step was cancelled or timed out, and nobody has taken its output."""
+    """An earlier step was cancelled or timed out; call `settle()` before the next step."""
 
 
 class SequenceError(SluiceError):
-    """A sequence is not to be had, or no longer. Final for its handle."""
+    """The sequence is not available, or no longer. Final for its handle."""
 
 
 class SequenceNotFound(SequenceError, LookupError):
@@ -109,7 +109,7 @@ class SequenceNotFound(SequenceError, LookupError):
 
 
 class SequenceExists(SequenceError):
-    """START of an id that is alive."""
+    """START of an id that is in use."""
 
 
 class SequenceClosed(SequenceError):
@@ -117,29 +117,29 @@ class SequenceClosed(SequenceError):
 
 
 class SequenceExpired(SequenceClosed):
-    """The sequence was idle for longer than the server allows, or made room for others."""
+    """The server dropped the sequence because it was idle for too long."""
 
 
 class Fenced(SequenceError):
-    """Another client has taken the sequence over."""
+    """Another client took the sequence over."""
 
 
 class WrongModel(SequenceError):
-    """A state was made by another model than the one that should go on from it."""
+    """The state was made by another model."""
 
 
 class ReplayNeeded(SequenceError):
-    """The server needs inputs again, from `step` on, that were given to another handle.
+    """The server needs inputs again, from `step` on, that another handle had sent.
 
-    Only of a sequence that goes on from a ticket: `client.resume` it again and give
-    its `replay` what it asks for.
+    Raised only for a sequence that was resumed from a ticket: call `client.resume`
+    again and pass the inputs to `replay`.
     """
 
 
 class DataLoss(SequenceError):
-    """The server or its store has lost steps or outputs that it had confirmed.
+    """The server or its store lost steps or outputs that it had confirmed.
 
-    `step` is how many steps there still are, where that is known.
+    `step` is the number of steps whose outputs have arrived.
     """
 
 
@@ -148,11 +148,11 @@ class ModelNotFound(SluiceError, LookupError):
 
 
 class LimitReached(SluiceError):
-    """A limit of the server is reached."""
+    """A limit of the server was reached."""
 
 
 class AccessDenied(SluiceError):
-    """The server asks for credentials, or for other ones."""
+    """The server requires credentials, or other ones."""
 
 
 class Unavailable(SluiceError, ConnectionError):
@@ -160,15 +160,15 @@ class Unavailable(SluiceError, ConnectionError):
 
 
 class ClientClosed(SluiceError):
-    """The client was closed while, or before, something was asked of it."""
+    """The client was closed before or during the call."""
 
 
 class ServerFailed(SluiceError):
-    """The server failed in a way that has no class of its own."""
+    """The server failed with a code that has no class of its own."""
 
 
 class ProtocolViolation(SluiceError):
-    """The server sent what the protocol does not allow."""
+    """The server sent something that the protocol does not allow."""
 
 
 _OF_FAULT: dict["Fault.Reason.ValueType", type[SluiceError]] = {
@@ -184,7 +184,7 @@ _OF_FAULT: dict["Fault.Reason.ValueType", type[SluiceError]] = {
     Fault.WRONG_MODEL: WrongModel,
     Fault.UNKNOWN_LANE: ProtocolViolation,
     Fault.GAP: ProtocolViolation,
-    # The only higher attempts of a writer are those of a handle with the same ticket.
+    # Only another handle with the same ticket can have a higher attempt of this writer.
     Fault.STALE: Fenced,
     Fault.CONFLICT: ProtocolViolation,
     Fault.LANE_IN_USE: ProtocolViolation,
@@ -193,9 +193,9 @@ _OF_FAULT: dict["Fault.Reason.ValueType", type[SluiceError]] = {
 }
 
 _OF_CLOSED: dict["Closed.Reason.ValueType", tuple[type[SluiceError], str]] = {
-    Closed.CLIENT: (SequenceClosed, "somebody closed it"),
+    Closed.CLIENT: (SequenceClosed, "a client closed it"),
     Closed.IDLE: (SequenceExpired, "it was idle for longer than the server allows"),
-    Closed.FENCED: (Fenced, "another client has taken it over"),
+    Closed.FENCED: (Fenced, "another client took it over"),
 }
 
 _OF_STATUS: dict[str, type[SluiceError]] = {
@@ -214,7 +214,7 @@ _OF_STATUS: dict[str, type[SluiceError]] = {
 
 
 def from_fault(fault: Fault, *, sequence_id: str, step: int) -> SluiceError:
-    """The exception that mirrors a fault."""
+    """The exception for a fault."""
     reason = Fault.Reason.Name(fault.reason)
     kind = _OF_FAULT.get(fault.reason, ServerFailed)
     message = fault.message or reason
@@ -222,9 +222,9 @@ def from_fault(fault: Fault, *, sequence_id: str, step: int) -> SluiceError:
 
 
 def from_closed(reason: "Closed.Reason.ValueType", *, sequence_id: str, step: int) -> SluiceError:
-    """The exception that mirrors the end of a sequence that its handle did not ask for."""
+    """The exception for the end of a sequence that its handle did not ask for."""
     kind, why = _OF_CLOSED.get(reason, (SequenceClosed, "it has ended"))
-    message = f"{why}; it had {step} steps, and what came after them was not applied"
+    message = f"{why}; it had {step} steps, and later ones were not applied"
     return kind(message, sequence_id=sequence_id, step=step, reason=Closed.Reason.Name(reason))
 
 
@@ -235,6 +235,6 @@ def from_status(
     sequence_id: str | None = None,
     not_found: type[SluiceError] = ModelNotFound,
 ) -> SluiceError:
-    """The exception that mirrors a gRPC status; `not_found` is what NOT_FOUND means here."""
+    """The exception for a gRPC status; `not_found` is the class for NOT_FOUND."""
     kind = not_found if code == "NOT_FOUND" else _OF_STATUS.get(code, ServerFailed)
     return kind(details or code, sequence_id=sequence_id, reason=code)

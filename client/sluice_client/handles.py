@@ -1,15 +1,12 @@
-"""What a sequence and a group know of themselves, whoever waits: a coroutine or a thread."""
+"""What the handles of sequences and groups share, for threads and for coroutines."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sluice_client.calls import Call, Mode, Opening, Request
-from sluice_client.connection import Connection
 from sluice_client.errors import (
     ReplayNeeded,
     SequenceClosed,
@@ -19,45 +16,25 @@ from sluice_client.errors import (
     StepUnsettled,
     Unavailable,
 )
-from sluice_client.lanes import Lane
-from sluice_client.signature import Input, Output
-from sluice_client.standing import told
-from sluice_client.tables import Numbers
-from sluice_client.tickets import Durability, Ticket
+from sluice_client.protocol.calls import Call, LaneRequest
+from sluice_client.protocol.lane import Lane
+from sluice_client.protocol.openings import Mode, Opening
+from sluice_client.protocol.signature import Input, Output
+from sluice_client.protocol.tables import Numbers
+from sluice_client.protocol.tickets import Durability, Ticket
+from sluice_client.transport.stream import BaseStream
 
-
-class Link(Protocol):
-    """What a handle needs of the stream it shares with others."""
-
-    @property
-    def lock(self) -> AbstractContextManager[Any]:
-        """Held while the connection is used."""
-        ...
-
-    @property
-    def connection(self) -> Connection:
-        """The stream's logic; there once the stream has met its server."""
-        ...
-
-    def flush(self) -> None:
-        """Have what was asked of the connection sent."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """A call with what its handle must know to give its output back in shape."""
-
-    call: Call
-    # Of the chunk; None where one step was given.
-    steps: int | None
+# A server that was killed comes back at an older step: for a short while its streams do
+# not know, and a question about a state is answered with an old one. So it is asked again.
+REWOUND_ATTEMPTS_MAX: Final = 200
+REWOUND_PAUSE_SECONDS: Final = 0.05
 
 
 @dataclass(frozen=True, slots=True)
 class GroupResult:
-    """What one step of a group gave.
+    """The result of one step of a group.
 
-    outputs  [sequences, …] or [sequences, steps, …]; by name where the model has
+    outputs  [sequences, …] or [sequences, steps, …]; a dict by name if the model has
              several; zero where a step failed
     ok       [sequences]: all steps of the row were applied
     errors   by row of the group, for the rows that are not ok
@@ -74,229 +51,235 @@ class GroupResult:
         return self.outputs
 
 
-class Handle:
+class BaseHandle:
     """Sequences that were opened together, and the steps under way for them."""
 
-    def __init__(self, link: Link, openings: Sequence[Opening], leading: tuple[int, ...]) -> None:
-        self._link = link
+    def __init__(
+        self, stream: BaseStream[Any], openings: Sequence[Opening], leading: tuple[int, ...]
+    ) -> None:
+        self._stream = stream
         self._openings = openings
+        # The axes of an input before those of a step or chunk.
         self._leading = leading
-        self._lanes: Numbers | None = None
-        # What is known of the lanes, once they have been opened.
-        self._known: list[Lane] = []
+        # The numbers of the lanes, once it was asked to open them.
+        self._numbers: Numbers | None = None
+        # The lanes, once they are open.
+        self._lanes: list[Lane] = []
         self._is_closed = False
-        # How far each sequence was when the lanes were let go: received, durable.
-        self._last: tuple[Numbers, Numbers] | None = None
-        # Steps whose output nobody waits for any more.
-        self._unsettled: list[Step] = []
+        # The steps received and durable for each sequence, when it was closed or parked.
+        self._final: tuple[Numbers, Numbers] | None = None
+        # Steps that nobody waits for any more: `settle` returns their outputs.
+        self._unsettled: list[Call] = []
 
-    def _ask_open(self) -> Request:
-        if self._lanes is not None or self._is_closed:
-            raise SequenceClosed("a handle is opened once; make another one", sequence_id=self._id)
-        with self._link.lock:
-            request = self._link.connection.open(self._openings)
-            self._lanes = request.lanes
-            self._link.flush()
+    # -- opening and ending -----------------------------------------------------------
+
+    def _request_open(self) -> LaneRequest:
+        if self._numbers is not None or self._is_closed:
+            raise SequenceClosed("a handle opens once; make another one", sequence_id=self._id)
+        with self._stream.lock:
+            request = self._stream.connection.open(self._openings)
+            self._numbers = request.lanes
+            self._stream.flush()
         return request
 
-    def _ask_rest(self) -> Request:
-        if self._lanes is None or self._is_closed:
-            raise SequenceClosed("this handle is not open", sequence_id=self._id)
-        with self._link.lock:
-            return self._link.connection.rest(self._lanes)
+    def _note_opened(self, request: LaneRequest) -> None:
+        """All lanes are open: `settle` returns the outputs of steps that another handle sent."""
+        with self._stream.lock:
+            lanes = self._stream.connection.lanes
+            self._lanes = [lanes[number] for number in request.lanes.tolist()]
+        for lane in self._lanes:
+            if lane.inherited is not None:
+                self._unsettled.append(lane.inherited)
 
-    def _note_opened(self) -> None:
-        """All lanes are open: what came of steps that another handle gave is for `settle`."""
-        assert self._lanes is not None
-        with self._link.lock:
-            self._known = [self._link.connection.lane(number) for number in self._lanes.tolist()]
-        for lane in self._known:
-            if lane.restored is not None:
-                self._unsettled.append(Step(lane.restored, int(lane.restored.counts[0])))
-
-    def _let_go(self) -> Request | None:
-        """Leave: what this handle has made is closed, the rest is parked."""
+    def _request_undo_open(self) -> LaneRequest | None:
+        """Close the sequences that this handle has started, park those that it has not."""
         mode = self._openings[0].mode
-        return self._ask_end(is_parking=mode in (Mode.TAKEOVER, Mode.START_OR_RESUME))
+        return self._request_end(is_parking=mode in (Mode.TAKEOVER, Mode.START_OR_RESUME))
 
-    def _ask_end(self, *, is_parking: bool) -> Request | None:
-        """Close or park, once; None where there is nothing (more) to end."""
-        if self._lanes is None or self._is_closed:
-            self._is_closed = True
-            return None
+    def _request_end(self, *, is_parking: bool) -> LaneRequest | None:
+        """Close or park, once; None if there is nothing to end."""
+        numbers, was_closed = self._numbers, self._is_closed
         self._is_closed = True
-        with self._link.lock:
-            connection = self._link.connection
-            # The lanes' numbers may soon be others'.
-            self._last = self._look(connection)
-            request = (connection.park if is_parking else connection.close)(self._lanes)
-            self._link.flush()
+        if numbers is None or was_closed:
+            return None
+        with self._stream.lock:
+            connection = self._stream.connection
+            # The numbers of the lanes may soon be used by others.
+            self._final = connection.received(numbers), connection.durable(numbers)
+            request = (connection.park if is_parking else connection.close)(numbers)
+            self._stream.flush()
         return request
 
-    def _give(self, x: Input, follows: Call | None = None) -> Step | None:
-        """Give the next steps; None where `follows` has failed, for then they would follow it not.
+    def _request_idle(self) -> LaneRequest:
+        """A request that is done when all submitted steps are applied at the present server."""
+        with self._stream.lock:
+            return self._stream.connection.lanes.when_idle(self._open_numbers)
 
-        Raises InvalidInput, StepUnsettled, SequenceClosed.
-        """
-        if self._lanes is None or self._is_closed:
-            why = "is not open; use it in a `with` block" if self._lanes is None else "was closed"
+    @property
+    def _open_numbers(self) -> Numbers:
+        if self._numbers is None or self._is_closed:
+            why = "was closed" if self._is_closed else "is not open; use it in a `with` block"
             raise SequenceClosed(f"this handle {why}", sequence_id=self._id)
-        if self._unsettled:
-            raise self._unsettled_error()
-        if self._known and self._known[0].replays_from is not None:
-            raise self._replay_error(self._known[0].replays_from)
-        connection = self._link.connection
-        try:
-            inputs, steps = connection.signature.take(x, *self._leading)
-        except SluiceError as error:
-            raise error.at(self._id, None) from None
-        counts = np.full(len(self._lanes), 1 if steps is None else steps, np.int64)
-        with self._link.lock:
-            if follows is not None and follows.errors:
-                return None
-            call = connection.submit(self._lanes, counts, inputs)
-            self._link.flush()
-        return Step(call, steps)
-
-    def _leave(self, step: Step) -> None:
-        """Nobody waits for this step any more: its output is for `settle`."""
-        self._unsettled.append(step)
-
-    def _gone_back_error(self) -> Unavailable:
-        return Unavailable(
-            "the server does not come to where this sequence stands; try again",
-            sequence_id=self._id,
-        )
-
-    def _timed_out(self, step: Step, timeout: float | None) -> StepTimedOut:
-        self._leave(step)
-        return StepTimedOut(
-            f"no output within {timeout} s; it may have been applied, or will be: "
-            "settle() waits for it",
-            sequence_id=self._id,
-            step=self._first_step(step),
-        )
-
-    def _unsettled_error(self) -> StepUnsettled:
-        return StepUnsettled(
-            "it was cancelled or timed out, and may have been applied; "
-            "settle() waits for its output, then go on",
-            sequence_id=self._id,
-            step=self._first_step(self._unsettled[0]),
-        )
-
-    def _replay_error(self, first: int) -> ReplayNeeded:
-        return ReplayNeeded(
-            f"the server is at step {first}, and needs inputs again that another handle was "
-            "given; replay() takes them",
-            sequence_id=self._id,
-            step=first,
-        )
-
-    def _first_step(self, step: Step) -> int:
-        with self._link.lock:
-            self._link.connection.ledger.admit()
-            return step.call.first_step
-
-    def _received(self) -> NDArray[np.int64]:
-        """Outputs that have arrived, for each sequence."""
-        if self._last is not None:
-            return self._last[0]
-        if self._lanes is None:
-            return np.zeros(len(self._openings), np.int64)
-        with self._link.lock:
-            return self._link.connection.ledger.lanes["received"][self._lanes].copy()
-
-    def _durable(self) -> NDArray[np.int64]:
-        """Steps that are durable, for each sequence."""
-        if self._last is not None:
-            return self._last[1]
-        if self._lanes is None:
-            return np.zeros(len(self._openings), np.int64)
-        with self._link.lock:
-            return self._look(self._link.connection)[1]
-
-    def _look(self, connection: Connection) -> tuple[Numbers, Numbers]:
-        assert self._lanes is not None
-        received = connection.ledger.lanes["received"][self._lanes].copy()
-        return received, np.array([connection.durable(lane) for lane in self._lanes.tolist()])
+        return self._numbers
 
     @property
     def _id(self) -> str | None:
         return self._openings[0].sequence_id if len(self._openings) == 1 else None
 
+    # -- steps ------------------------------------------------------------------------
 
-class SequenceHandle(Handle):
+    def _submit(self, x: Input, follows: Call | None = None) -> Call | None:
+        """Submit the next steps; None if `follows` has failed, since they would not follow it.
+
+        Raises InvalidInput, StepUnsettled, ReplayNeeded, SequenceClosed.
+        """
+        numbers = self._open_numbers
+        if self._unsettled or (self._lanes and self._lanes[0].replays_from is not None):
+            self._refuse_step()
+        connection = self._stream.connection
+        try:
+            inputs, steps = connection.signature.to_rows(x, *self._leading)
+        except SluiceError as error:
+            raise error.at(self._id, None) from None
+        counts = np.full(len(numbers), 1 if steps is None else steps, np.int64)
+        with self._stream.lock:
+            if follows is not None and follows.errors:
+                return None
+            call = connection.submit(numbers, counts, inputs)
+            call.steps = steps
+            self._stream.flush()
+        return call
+
+    def _refuse_step(self) -> None:
+        """Raise what must be done before the next step."""
+        if self._unsettled:
+            raise StepUnsettled(
+                "it was cancelled or timed out, and may have been applied; "
+                "call settle() to wait for its output, then continue",
+                sequence_id=self._id,
+                step=self._first_step(self._unsettled[0]),
+            )
+        first = self._lanes[0].replays_from
+        raise ReplayNeeded(
+            f"the server is at step {first}, and needs inputs again that another handle had; "
+            "pass them to replay()",
+            sequence_id=self._id,
+            step=first,
+        )
+
+    def _first_step(self, call: Call) -> int:
+        with self._stream.lock:
+            return self._stream.connection.first_step(call)
+
+    def _timed_out(self, call: Call, timeout: float | None) -> StepTimedOut:
+        """Leave a step to `settle`; the error for its caller."""
+        self._unsettled.append(call)
+        return StepTimedOut(
+            f"no output within {timeout} s; the step may have been applied, or will be: "
+            "settle() waits for its output",
+            sequence_id=self._id,
+            step=self._first_step(call),
+        )
+
+    def _rewound_error(self) -> Unavailable:
+        return Unavailable(
+            "the server is behind this sequence and does not catch up; try again",
+            sequence_id=self._id,
+        )
+
+    # -- progress -----------------------------------------------------------------------
+
+    def _received(self) -> Numbers:
+        """The outputs of each sequence that have arrived: [sequences]."""
+        if self._final is not None:
+            return self._final[0]
+        if self._numbers is None:
+            return np.zeros(len(self._openings), np.int64)
+        with self._stream.lock:
+            return self._stream.connection.received(self._numbers)
+
+    def _durable(self) -> Numbers:
+        """The steps of each sequence that are durable: [sequences]."""
+        if self._final is not None:
+            return self._final[1]
+        if self._numbers is None:
+            return np.zeros(len(self._openings), np.int64)
+        with self._stream.lock:
+            return self._stream.connection.durable(self._numbers)
+
+
+class BaseSequence(BaseHandle):
     """One sequence."""
 
-    def __init__(self, link: Link, model: str, opening: Opening) -> None:
-        super().__init__(link, [opening], ())
+    def __init__(self, stream: BaseStream[Any], model: str, opening: Opening) -> None:
+        super().__init__(stream, [opening], ())
         self._model = model
 
     @property
     def sequence_id(self) -> str:
-        """What the server knows the sequence by."""
+        """The id of the sequence at the server."""
         return self._openings[0].sequence_id
 
     @property
     def step_count(self) -> int:
-        """Steps of the sequence whose outputs have arrived."""
+        """The number of steps whose outputs have arrived."""
         return int(self._received()[0])
 
     @property
     def durability(self) -> Durability | None:
-        """What the server has given; None before the sequence was opened."""
-        return self._known[0].durability if self._known else None
+        """What the server grants; None before the sequence is open."""
+        return self._lanes[0].durability if self._lanes else None
 
     @property
     def durable_step(self) -> int:
-        """Steps that are known to survive the death of the server."""
+        """The number of steps that are known to survive the death of the server."""
         return int(self._durable()[0])
 
     @property
     def replays_from(self) -> int | None:
-        """From which step on `replay` must be given inputs before the next step; None: it need not.
+        """The step from which `replay` must be given inputs before the next step; None: no need.
 
-        Only after `client.resume`, where the server has gone back to a checkpoint.
+        Only after `client.resume`, if the server has gone back to a checkpoint.
         """
-        return self._known[0].replays_from if self._known else None
+        return self._lanes[0].replays_from if self._lanes else None
 
     @property
-    def _starts_at(self) -> int:
-        """How many steps a fork has before it was opened."""
+    def _started_at(self) -> int:
+        """The steps that a sequence from a ticket had before it was opened."""
         ticket = self._openings[0].ticket
         return ticket.received if ticket is not None else 0
 
     def replay(self, x: Input) -> None:
-        """Give the inputs of the steps from `replays_from` to `step_count` again: [steps, …].
+        """Send the inputs of the steps from `replays_from` to `step_count` again: [steps, …].
 
         Their outputs are not returned: the caller has them. Raises InvalidInput when
         they are not as many.
         """
-        inputs, _ = self._link.connection.signature.take(x)
-        with self._link.lock:
-            self._link.connection.replay(self._known[0].number, inputs)
-            self._link.flush()
+        inputs, _ = self._stream.connection.signature.to_rows(x)
+        with self._stream.lock:
+            self._stream.connection.replay(self._lanes[0].number, inputs)
+            self._stream.flush()
 
     def confirm(self, step: int) -> None:
-        """The outputs before `step` are safe: the server may forget them.
+        """The outputs before `step` are stored: the server may forget them.
 
-        For a sequence with `holds_outputs`; any other confirms what has arrived by itself.
+        Only for a sequence with `holds_outputs`: any other acknowledges outputs when
+        they arrive.
         """
-        with self._link.lock:
-            if not self._is_closed and self._known:
-                self._link.connection.confirm(self._known[0].number, step)
-                self._link.flush()
+        with self._stream.lock:
+            if not self._is_closed and self._lanes:
+                self._stream.connection.confirm(self._lanes[0].number, step)
+                self._stream.flush()
 
     def ticket(self) -> Ticket:
-        """What a journal must have so that `client.resume` can go on as this handle."""
-        if not self._known:
+        """What a journal must store, so that `client.resume` can replace this handle."""
+        if not self._lanes:
             raise SequenceClosed("this handle is not open", sequence_id=self.sequence_id)
         opening = self._openings[0]
         received = self.step_count
         if opening.holds_outputs and not self._is_closed:
-            with self._link.lock:
-                received = told(self._known[0], self._link.connection.ledger)
+            with self._stream.lock:
+                received = self._stream.connection.acknowledged(self._lanes[0].number)
         return Ticket(
             self._model,
             opening.sequence_id,
@@ -308,48 +291,48 @@ class SequenceHandle(Handle):
             opening.holds_outputs,
         )
 
-    def _result(self, step: Step) -> Output:
-        """The output in the shape of the input, or the error raised."""
-        give = self._link.connection.signature.give
-        error = step.call.errors.get(0)
+    def _result(self, call: Call) -> Output:
+        """The output in the shape of the input. Raises the step's error."""
+        from_rows = self._stream.connection.signature.from_rows
+        error = call.errors.get(0)
         if error is None:
-            return give(step.call.outputs, step.steps)
-        if isinstance(error, StepFailed) and error.step is not None and step.steps is not None:
-            applied = max(0, error.step - step.call.first_step)
-            error.outputs = give([array[:applied] for array in step.call.outputs], applied)
+            return from_rows(call.outputs, call.steps)
+        if isinstance(error, StepFailed) and error.step is not None and call.steps is not None:
+            applied = max(0, error.step - call.first_step)
+            error.outputs = from_rows([array[:applied] for array in call.outputs], applied)
         raise error
 
 
-class GroupHandle(Handle):
+class BaseGroup(BaseHandle):
     """Several sequences that step together."""
 
-    def __init__(self, link: Link, openings: Sequence[Opening]) -> None:
-        super().__init__(link, openings, (len(openings),))
+    def __init__(self, stream: BaseStream[Any], openings: Sequence[Opening]) -> None:
+        super().__init__(stream, openings, (len(openings),))
 
     @property
     def sequence_ids(self) -> list[str]:
-        """What the server knows the sequences by, row by row."""
+        """The ids of the sequences at the server, row by row."""
         return [opening.sequence_id for opening in self._openings]
 
     @property
     def step_counts(self) -> NDArray[np.int64]:
-        """Steps of each sequence whose outputs have arrived: [sequences]."""
+        """The number of steps of each sequence whose outputs have arrived: [sequences]."""
         return self._received()
 
     @property
     def durabilities(self) -> list[Durability | None]:
-        """What the server has given, row by row; empty before the group was opened."""
-        return [lane.durability for lane in self._known]
+        """What the server grants, row by row; empty before the group is open."""
+        return [lane.durability for lane in self._lanes]
 
     @property
     def durable_steps(self) -> NDArray[np.int64]:
-        """Steps of each sequence that are known to survive the death of the server: [sequences]."""
+        """The number of steps of each that are known to survive the server's death: [sequences]."""
         return self._durable()
 
-    def _result(self, step: Step) -> GroupResult:
+    def _result(self, call: Call) -> GroupResult:
         ok = np.ones(len(self._openings), bool)
-        ok[list(step.call.errors)] = False
-        outputs = self._link.connection.signature.give(
-            step.call.outputs, step.steps, len(self._openings)
+        ok[list(call.errors)] = False
+        outputs = self._stream.connection.signature.from_rows(
+            call.outputs, call.steps, len(self._openings)
         )
-        return GroupResult(outputs, ok, step.call.errors)
+        return GroupResult(outputs, ok, call.errors)

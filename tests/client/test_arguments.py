@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sluice_client import AsyncClient, Client, Mode, SequenceState, SluiceError, Ticket
-from sluice_client.calls import Opening, ticket_opening
+from sluice_client.protocol.openings import Opening, ticket_opening
 from tests.client.recording_server import RecordingServer
 
 ROW = np.ones(2, np.float32)

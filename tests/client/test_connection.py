@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from sluice_client import errors
-from sluice_client.calls import Call, Mode, Opening, Request, SequenceState
-from sluice_client.connection import Connection
-from sluice_client.signature import Signature
+from sluice_client.protocol.calls import Call, LaneRequest
+from sluice_client.protocol.connection import Connection
+from sluice_client.protocol.openings import Mode, Opening, SequenceState
+from sluice_client.protocol.signature import Signature
 from sluice_protos.sequences_pb2 import (
     RESUME,
     START,
@@ -33,7 +34,7 @@ def send(connection: Connection) -> InferRequest:
     return request
 
 
-def open_one(connection: Connection, opening: Opening | None = None) -> Request:
+def open_one(connection: Connection, opening: Opening | None = None) -> LaneRequest:
     request = connection.open([opening or Opening("a")])
     send(connection)
     receive(connection, opened=[{"lane": int(request.lanes[0])}])
@@ -44,7 +45,7 @@ def receive(connection: Connection, **fields) -> None:
     connection.receive(InferResponse(**fields))
 
 
-def give(connection: Connection, request: Request, *values: int) -> Call:
+def give(connection: Connection, request: LaneRequest, *values: int) -> Call:
     rows = np.array([[value, value] for value in values])
     return connection.submit(request.lanes, np.array([len(rows)]), [rows])
 
@@ -124,7 +125,7 @@ def test_an_output_that_has_arrived_before_is_dropped(connection) -> None:
     answer(connection, 0, 1, 78, 6)
     assert call.is_done
     assert call.outputs[0][:, 0].tolist() == [1, 3, 6]
-    assert connection.ledger.in_flight == 0
+    assert connection.steps.in_flight == 0
 
 
 @pytest.mark.parametrize(("first", "count"), [(1, 1), (0, 3)])
@@ -173,7 +174,7 @@ def test_a_conflict_is_asked_again_with_its_epoch(connection) -> None:
     assert (again.mode, again.expected_epoch, again.attempt) == (TAKEOVER, 7, 2)
     receive(connection, opened=[{"lane": 0, "applied": 5}])
     assert request.is_done and not request.errors
-    assert connection.ledger.received(0) == 5
+    assert connection.steps.received(0) == 5
 
 
 def test_the_same_conflict_twice_is_an_error_not_a_loop(connection) -> None:
@@ -327,7 +328,7 @@ def test_a_fault_fails_its_step_and_discards_what_was_given_behind_it(connection
     assert type(bad.errors[0]) is errors.NonFinite
     assert type(behind.errors[0]) is errors.StepDiscarded
     assert (bad.errors[0].step, behind.errors[0].step) == (2, 3)
-    assert connection.ledger.in_flight == 0
+    assert connection.steps.in_flight == 0
     again = give(connection, request, 5)
     assert list(send(connection).first_step) == [2]
     answer(connection, 0, 2, 8)
@@ -351,7 +352,7 @@ def test_no_message_is_larger_than_the_server_takes(connection) -> None:
         sizes.append(message.ByteSize())
     assert max(sizes) <= 8192
     assert len(sizes) > 1
-    assert connection.ledger.in_flight == 1000
+    assert connection.steps.in_flight == 1000
 
 
 def test_a_step_that_no_message_can_hold_is_refused_before_it_is_sent(connection) -> None:
@@ -376,7 +377,7 @@ def test_a_message_full_of_steps_has_no_room_for_thousands_of_closes(connection)
         closed += message.close
     assert max(sizes) <= 16_384
     assert sorted(closed) == sorted(closing.lanes.tolist())
-    assert connection.ledger.in_flight == 1000
+    assert connection.steps.in_flight == 1000
 
 
 def state_of(size: int) -> SequenceState:

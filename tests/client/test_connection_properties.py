@@ -13,9 +13,9 @@ from hypothesis.stateful import (
 )
 
 from sluice_client import errors
-from sluice_client.calls import Opening
-from sluice_client.connection import Connection
-from sluice_client.signature import Signature
+from sluice_client.protocol.connection import Connection
+from sluice_client.protocol.openings import Opening
+from sluice_client.protocol.signature import Signature
 from sluice_protos.sequences_pb2 import InferRequest, InferResponse, Limits
 from tests.client.model_server import POISON, ModelServer, Stream, make_contract
 
@@ -209,11 +209,11 @@ class ClientUnderLoss(RuleBasedStateMachine):
 
     @invariant()
     def credit_is_what_is_under_way(self) -> None:
-        lanes = self.connection.ledger.lanes.rows
-        behind = self.connection.ledger.lanes.rare["behind"]
+        lanes = self.connection.steps.lanes.rows
+        behind = self.connection.steps.lanes.rare["behind"]
         under_way = (lanes["sent"] - lanes["received"] + behind)[lanes["is_attached"]]
         assert (under_way >= 0).all()
-        assert under_way.sum() == self.connection.ledger.in_flight
+        assert under_way.sum() == self.connection.steps.in_flight
 
     def teardown(self) -> None:
         """With a network that holds, everything comes to its end."""

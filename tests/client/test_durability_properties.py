@@ -5,9 +5,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, precondition, rule
 
-from sluice_client.calls import Opening
-from sluice_client.connection import Connection
-from sluice_client.kept import Bounds
+from sluice_client.protocol.connection import Connection
+from sluice_client.protocol.openings import Opening
+from sluice_client.protocol.replay_buffer import Bounds
 from tests.client.durable_server import DurableServer, DurableStream, Store
 from tests.client.test_connection_properties import ClientUnderLoss, Expected
 
@@ -65,10 +65,10 @@ class ClientOfMortalServers(ClientUnderLoss):
     def turn(self) -> None:
         self.present = 1 - self.present
 
-    @precondition(lambda self: self.connection.has_postponed)
+    @precondition(lambda self: self.connection.lanes.postponed)
     @rule()
     def ask_again(self) -> None:
-        self.connection.retry()
+        self.connection.lanes.retry_postponed()
 
     @precondition(lambda self: self.live)
     @rule(data=st.data(), turns=st.integers(1, 4))
@@ -159,7 +159,7 @@ class ClientOfMortalServers(ClientUnderLoss):
 
     def tend(self) -> None:
         self.store.is_down = False
-        self.connection.retry()
+        self.connection.lanes.retry_postponed()
         for server in self.servers:
             for name in sorted(server.sequences):
                 server.checkpoint(name)

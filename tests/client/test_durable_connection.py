@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 
 from sluice_client import errors
-from sluice_client.calls import Call, Mode, Opening, Request, SequenceState, ticket_opening
-from sluice_client.connection import Connection
-from sluice_client.kept import Bounds
-from sluice_client.signature import Signature
-from sluice_client.tickets import Ticket
+from sluice_client.protocol.calls import Call, LaneRequest
+from sluice_client.protocol.connection import Connection
+from sluice_client.protocol.openings import Mode, Opening, SequenceState, ticket_opening
+from sluice_client.protocol.replay_buffer import Bounds
+from sluice_client.protocol.signature import Signature
+from sluice_client.protocol.tickets import Ticket
 from sluice_protos.sequences_pb2 import (
     OFF,
     PERIODIC,
@@ -47,7 +48,7 @@ def receive(connection: Connection, **fields) -> None:
     connection.receive(InferResponse(**fields))
 
 
-def open_one(connection: Connection, opening: Opening | None = None, **opened) -> Request:
+def open_one(connection: Connection, opening: Opening | None = None, **opened) -> LaneRequest:
     request = connection.open([opening or Opening("a")])
     send(connection)
     fields = {"durability": PERIODIC, **opened}
@@ -55,7 +56,7 @@ def open_one(connection: Connection, opening: Opening | None = None, **opened) -
     return request
 
 
-def give(connection: Connection, request: Request, *values: int) -> Call:
+def give(connection: Connection, request: LaneRequest, *values: int) -> Call:
     rows = np.array([[value, value] for value in values])
     return connection.submit(request.lanes, np.array([len(rows)]), [rows])
 
@@ -96,7 +97,7 @@ def durable(connection: Connection, step: int, lane: int = 0) -> None:
     receive(connection, durable=[{"lane": lane, "step": step}])
 
 
-# -- C5, C12: inputs are kept until they are durable, and are sent again
+# -- replay: inputs are retained until they are durable, and sent again; known outputs are dropped
 
 
 def test_a_server_that_has_gone_back_is_sent_again_what_it_lacks(connection) -> None:
@@ -113,37 +114,37 @@ def test_a_server_that_has_gone_back_is_sent_again_what_it_lacks(connection) -> 
     assert first.outputs[0][:, 0].tolist() == [1, 3]
     assert second.outputs[0][:, 0].tolist() == [6]
     assert third.outputs[0][:, 0].tolist() == [10]
-    assert connection.ledger.in_flight == 0
+    assert connection.steps.in_flight == 0
 
 
-def test_what_is_durable_is_forgotten_and_the_rest_is_kept(connection) -> None:
+def test_what_is_durable_is_released_and_the_rest_is_retained(connection) -> None:
     request = open_one(connection)
     for value in range(10):
         give(connection, request, value)
     send(connection)
     answer(connection, 0, *[0] * 10)
-    whole = connection.ledger.kept.bytes(16)
+    whole = connection.steps.replay_buffer.bytes(16)
     durable(connection, 7)
-    assert 0 < connection.ledger.kept.bytes(16) < whole
+    assert 0 < connection.steps.replay_buffer.bytes(16) < whole
     durable(connection, 10)
-    assert connection.ledger.kept.bytes(16) == 0
+    assert connection.steps.replay_buffer.bytes(16) == 0
     # Nor is anything left of what is durable before its output comes.
     give(connection, request, 1)
     send(connection)
     durable(connection, 11)
     answer(connection, 10, 0)
-    assert connection.ledger.kept.bytes(16) == 0
+    assert connection.steps.replay_buffer.bytes(16) == 0
 
 
 @pytest.mark.parametrize("given", [OFF, STRICT])
-def test_without_checkpoints_behind_its_back_a_client_keeps_nothing(connection, given) -> None:
+def test_without_checkpoints_behind_its_back_a_client_retains_nothing(connection, given) -> None:
     request = open_one(connection, durability=given)
     give(connection, request, 1, 2, 3)
     send(connection)
     answer(connection, 0, 1, 3)
-    assert connection.ledger.kept.bytes(16) == 0
-    assert connection.lane(0).durability == {OFF: "off", STRICT: "strict"}[given]
-    assert connection.durable(0) == {OFF: 0, STRICT: 2}[given]
+    assert connection.steps.replay_buffer.bytes(16) == 0
+    assert connection.lanes[0].durability == {OFF: "off", STRICT: "strict"}[given]
+    assert connection.durable(np.array([0])).tolist() == [{OFF: 0, STRICT: 2}[given]]
 
 
 def test_a_chunk_whose_end_was_refused_is_sent_again_without_it(connection) -> None:
@@ -171,7 +172,7 @@ def test_a_replay_may_be_lost_as_well(connection) -> None:
         receive(connection, opened=[{"lane": 0, "applied": applied, "durability": PERIODIC}])
         assert sent(send(connection))[0] == (applied, applied + 1)
         answer(connection, applied, 77)
-    assert connection.ledger.in_flight == 2
+    assert connection.steps.in_flight == 2
 
 
 def test_a_server_may_turn_strict_while_it_is_behind(connection) -> None:
@@ -185,7 +186,7 @@ def test_a_server_may_turn_strict_while_it_is_behind(connection) -> None:
         assert sent(send(connection)) == [(0, 1), (1, 2), (2, 3)]
         answer(connection, 0, 1, 3)
     answer(connection, 2, 6)
-    assert connection.ledger.kept.bytes(16) == 0
+    assert connection.steps.replay_buffer.bytes(16) == 0
 
 
 def test_outputs_that_come_again_are_acknowledged_again() -> None:
@@ -203,10 +204,10 @@ def test_outputs_that_come_again_are_acknowledged_again() -> None:
     assert send(connection).received_responses == 2
 
 
-# -- C5: the bounds
+# -- the bounds of the replay buffer
 
 
-def test_a_sequence_that_keeps_too_many_steps_waits_until_they_are_durable() -> None:
+def test_a_sequence_that_retains_too_many_steps_waits_until_they_are_durable() -> None:
     connection = connect(steps_max=3)
     request, other = open_one(connection), open_one(connection, Opening("b"), lane=1)
     call = give(connection, request, 1, 2, 3, 4, 5)
@@ -224,7 +225,7 @@ def test_a_sequence_that_keeps_too_many_steps_waits_until_they_are_durable() -> 
     assert call.is_done
 
 
-def test_sequences_that_keep_too_many_bytes_wait_until_one_is_durable() -> None:
+def test_sequences_that_retain_too_many_bytes_wait_until_one_is_durable() -> None:
     connection = connect(bytes_max=600)
     one, two = open_one(connection), open_one(connection, Opening("b"), lane=1)
     three = open_one(connection, Opening("c"), lane=2, durability=STRICT)
@@ -234,12 +235,12 @@ def test_sequences_that_keep_too_many_bytes_wait_until_one_is_durable() -> None:
         answer(connection, 0, 1, lane=lane)
     for request in (one, two, three):
         give(connection, request, 1)
-    assert list(send(connection).lane) == [2]  # who keeps nothing goes on
+    assert list(send(connection).lane) == [2]  # a lane that retains nothing may send
     durable(connection, 1, lane=1)
     assert sorted(send(connection).lane) == [0, 1]
 
 
-def test_what_is_kept_is_sent_again_however_much_it_is() -> None:
+def test_what_is_retained_is_sent_again_however_much_it_is() -> None:
     connection = connect(steps_max=4, bytes_max=1)
     request = open_one(connection)
     for value in range(3):
@@ -247,10 +248,10 @@ def test_what_is_kept_is_sent_again_however_much_it_is() -> None:
         if sent(connection.next_request()):
             answer(connection, value, 0)
         durable(connection, 0)
-    kept = connection.ledger.received(0)
+    retained = connection.steps.received(0)
     lose(connection)
     receive(connection, opened=[{"lane": 0, "durability": PERIODIC}])
-    assert sent(connection.next_request()) == [(step, step) for step in range(kept)]
+    assert sent(connection.next_request()) == [(step, step) for step in range(retained)]
 
 
 @pytest.mark.parametrize("bounds", [{"steps_max": 0}, {"bytes_max": 0}])
@@ -259,7 +260,7 @@ def test_a_bound_of_nothing_is_refused(bounds) -> None:
         Bounds(**bounds)
 
 
-# -- C11 and other losses
+# -- data loss: a server behind what was durable, and other losses
 
 
 def test_a_server_behind_what_was_durable_has_lost_data(connection) -> None:
@@ -351,26 +352,26 @@ def test_a_park_of_what_is_durable_needs_no_answer(connection) -> None:
     assert parked.is_done and not parked.errors
 
 
-def test_who_rests_has_its_answers_and_a_server_that_stands_there(connection) -> None:
+def test_an_idle_lane_has_its_answers_and_a_server_that_stands_there(connection) -> None:
     request = open_one(connection)
-    assert connection.rest(request.lanes).is_done
+    assert connection.lanes.when_idle(request.lanes).is_done
     give(connection, request, 1)
-    rested = connection.rest(request.lanes)
+    idle = connection.lanes.when_idle(request.lanes)
     send(connection)
-    assert not rested.is_done
+    assert not idle.is_done
     answer(connection, 0, 1)
-    assert rested.is_done
+    assert idle.is_done
     lose(connection)
-    rested = connection.rest(request.lanes)
+    idle = connection.lanes.when_idle(request.lanes)
     receive(connection, opened=[{"lane": 0, "durability": PERIODIC}])
     send(connection)
-    assert not rested.is_done
+    assert not idle.is_done
     answer(connection, 0, 1)
-    assert rested.is_done
-    rested = connection.rest(request.lanes)
+    assert idle.is_done
+    idle = connection.lanes.when_idle(request.lanes)
     connection.fail(errors.Unavailable("gone"))
-    assert not rested.errors
-    lost = connection.rest(request.lanes)
+    assert not idle.errors
+    lost = connection.lanes.when_idle(request.lanes)
     assert isinstance(lost.errors[0], errors.Unavailable)
 
 
@@ -386,7 +387,7 @@ def test_an_open_that_the_store_does_not_answer_is_asked_again(connection) -> No
     assert connection.next_request() is None
     # Nothing else is on this stream: another server may do better.
     assert connection.is_spent
-    assert connection.refusal == "down"
+    assert connection.lanes.refusal == "down"
     again = lose(connection).open[0]
     assert (again.mode, again.attempt, again.state.step) == (RESTART, 2, 3)
 
@@ -397,16 +398,16 @@ def test_what_waits_for_the_store_leaves_the_rest_of_the_stream_alone(connection
     call = give(connection, strict, 1)
     send(connection)
     receive(connection, faults=[{"lane": 1, "reason": Fault.UNAVAILABLE, "message": "down"}])
-    assert connection.has_postponed
+    assert connection.lanes.postponed
     assert not connection.is_spent
     assert connection.next_request() is None
     give(connection, served, 5)
     assert list(send(connection).lane) == [0]
-    connection.retry()
+    connection.lanes.retry_postponed()
     (opening,) = send(connection).open
     assert (opening.lane, opening.mode, opening.attempt) == (1, RESUME, 2)
     receive(connection, opened=[{"lane": 1, "durability": STRICT}])
-    assert connection.has_recovered
+    assert connection.lanes.has_recovered
     assert sent(send(connection)) == [(0, 1)]
     answer(connection, 0, 1, lane=1)
     assert call.is_done and not call.errors
@@ -417,7 +418,7 @@ def test_who_has_waited_for_the_store_too_long_is_told_and_nobody_else(connectio
     waiting = connection.open([Opening("b")])
     send(connection)
     receive(connection, faults=[{"lane": 1, "reason": Fault.UNAVAILABLE}])
-    connection.give_up(errors.Unavailable("the store is down"))
+    connection.lanes.fail_postponed(errors.Unavailable("the store is down"))
     assert isinstance(waiting.errors[0], errors.Unavailable)
     assert waiting.errors[0].sequence_id == "b"
     call = give(connection, served, 1)
@@ -432,7 +433,7 @@ def test_a_close_that_the_store_does_not_answer_is_asked_again(connection) -> No
     assert list(send(connection).close) == [0]
     receive(connection, faults=[{"lane": 0, "reason": Fault.UNAVAILABLE}])
     assert not closed.is_done
-    connection.retry()
+    connection.lanes.retry_postponed()
     assert send(connection).open[0].mode == RESUME
     receive(connection, opened=[{"lane": 0, "durability": PERIODIC}])
     assert list(send(connection).close) == [0]
@@ -446,8 +447,8 @@ def test_a_server_that_drains_is_left_for_another_one(connection) -> None:
     fault = {"lane": 0, "reason": Fault.DRAINING, "code": 14, "message": "it stops"}
     receive(connection, faults=[fault])
     assert connection.is_spent
-    assert not connection.has_opened
-    assert connection.refusal == "it stops"
+    assert not connection.lanes.has_opened
+    assert connection.lanes.refusal == "it stops"
 
 
 # -- durability
@@ -491,11 +492,11 @@ def test_a_ticket_is_a_line_of_text_and_back() -> None:
 
 def test_outputs_nobody_has_taken_come_to_the_handle_that_goes_on(connection) -> None:
     request = open_one(connection, ticket_opening(TICKET), applied=5, durable=5)
-    restored = connection.lane(0).restored
-    assert restored is not None
+    inherited = connection.lanes[0].inherited
+    assert inherited is not None
     answer(connection, 3, 10, 15)
-    assert restored.is_done
-    assert restored.outputs[0][:, 0].tolist() == [10, 15]
+    assert inherited.is_done
+    assert inherited.outputs[0][:, 0].tolist() == [10, 15]
     call = give(connection, request, 6)
     assert sent(send(connection)) == [(5, 6)]
     answer(connection, 5, 21)
@@ -504,13 +505,13 @@ def test_outputs_nobody_has_taken_come_to_the_handle_that_goes_on(connection) ->
 
 def test_inputs_another_handle_was_given_are_asked_for(connection) -> None:
     request = open_one(connection, ticket_opening(TICKET), applied=2, durable=2)
-    assert connection.lane(0).replays_from == 2
+    assert connection.lanes[0].replays_from == 2
     assert connection.next_request() is None
-    with pytest.raises(errors.InvalidInput, match="1 steps are to be replayed, not 2"):
+    with pytest.raises(errors.InvalidInput, match="1 steps must be replayed, not 2"):
         connection.replay(0, [np.ones((2, 2), np.int64)])
     connection.replay(0, [np.full((1, 2), 3)])
-    assert connection.lane(0).replays_from is None
-    with pytest.raises(errors.InvalidInput, match="none"):
+    assert connection.lanes[0].replays_from is None
+    with pytest.raises(errors.InvalidInput, match="no steps must be replayed, not 1"):
         connection.replay(0, [np.full((1, 2), 3)])
     call = give(connection, request, 4)
     assert sent(send(connection)) == [(2, 3), (3, 4)]
@@ -526,7 +527,7 @@ def test_inputs_are_asked_for_anew_when_the_stream_is_lost_meanwhile(connection)
     open_one(connection, ticket_opening(TICKET), applied=2, durable=2)
     assert lose(connection).open[0].received == 3
     receive(connection, opened=[{"lane": 0, "applied": 3, "durability": PERIODIC}])
-    assert connection.lane(0).replays_from is None
+    assert connection.lanes[0].replays_from is None
 
 
 def test_a_server_that_goes_back_behind_a_tickets_inputs_needs_a_replay(connection) -> None:
@@ -544,7 +545,7 @@ def test_inputs_that_were_never_known_are_asked_for_not_made_up(connection) -> N
     answer(connection, 3, 10, 15)
     lose(connection)
     receive(connection, opened=[{"lane": 0, "applied": 4, "durability": PERIODIC}])
-    assert connection.lane(0).replays_from == 4
+    assert connection.lanes[0].replays_from == 4
     assert connection.next_request() is None
     connection.replay(0, [np.full((1, 2), 5)])
     assert sent(send(connection)) == [(4, 5)]
@@ -598,7 +599,7 @@ def test_a_chunk_that_could_never_be_confirmed_is_refused() -> None:
     receive(connection, limits=Limits(credit_steps=100, unacknowledged_steps_max=3))
     request = open_one(connection, Opening("a", holds_outputs=True))
     give(connection, request, 1, 2, 3)
-    with pytest.raises(errors.LimitReached, match="give smaller chunks"):
+    with pytest.raises(errors.LimitReached, match="send smaller chunks"):
         give(connection, request, 1, 2, 3, 4)
     other = open_one(connection, Opening("b"), lane=1)
     give(connection, other, 1, 2, 3, 4)
@@ -616,7 +617,7 @@ def test_a_resume_tells_only_what_was_confirmed(connection) -> None:
     answer(connection, 1, 77)  # held, and known here
     answer(connection, 2, 6)
     assert call.outputs[0][:, 0].tolist() == [1, 3, 6]
-    assert connection.ledger.in_flight == 0
+    assert connection.steps.in_flight == 0
 
 
 def test_a_rollback_is_a_restart_from_a_state(connection) -> None:

@@ -92,11 +92,11 @@ def test_what_threads_ask_while_a_message_is_being_taken_leaves_together(
         with stream.lock:  # as the sender would, while it makes a message
             for thread in threads:
                 thread.start()
-            calls = [sequence._give([1, 1]) for sequence in sequences]
+            calls = [sequence._submit([1, 1]) for sequence in sequences]
         for thread in threads:
             thread.join()
-        for step in calls:
-            stream.wait(step.call)
+        for call in calls:
+            stream.wait(call)
         assert len(recorder.requests) - before < 40
 
 

@@ -122,7 +122,7 @@ async def test_steps_wait_for_a_store_that_comes_back(recorder, store) -> None:
         assert (await step).tolist() == [2, 2]
 
 
-async def test_a_caller_is_held_up_when_too_much_is_kept(recorder) -> None:
+async def test_a_caller_waits_when_too_much_is_retained(recorder) -> None:
     client = AsyncClient(recorder.address, kept_steps_max=3)
     async with (
         client,
@@ -143,7 +143,7 @@ async def test_a_caller_is_held_up_when_too_much_is_kept(recorder) -> None:
         assert sequence.durable_step == 3
 
 
-def test_a_thread_is_held_up_when_too_much_is_kept(recorder) -> None:
+def test_a_thread_waits_when_too_much_is_retained(recorder) -> None:
     with Client(recorder.address, kept_bytes_max=1) as client, client.sequence("sum") as sequence:
         assert sequence.step([1, 1])[0] == 1
         totals = []

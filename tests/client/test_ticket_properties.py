@@ -7,12 +7,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from sluice_client import errors
-from sluice_client.calls import Opening, ticket_opening
-from sluice_client.connection import Connection
-from sluice_client.kept import Bounds
-from sluice_client.lanes import Status
-from sluice_client.signature import Signature
-from sluice_client.tickets import Ticket
+from sluice_client.protocol.connection import Connection
+from sluice_client.protocol.lane import Status
+from sluice_client.protocol.openings import Opening, ticket_opening
+from sluice_client.protocol.replay_buffer import Bounds
+from sluice_client.protocol.signature import Signature
+from sluice_client.protocol.tickets import Ticket
 from sluice_protos.sequences_pb2 import InferRequest, InferResponse, Limits
 from tests.client.durable_server import DurableServer, DurableStream, Store
 from tests.client.model_server import make_contract
@@ -48,13 +48,13 @@ class Process:
         """What a handle does once it is open, and when its server needs inputs again."""
         if not self.request.is_done or self.request.errors:
             return
-        lane = self.connection.lane(self.number)
+        lane = self.connection.lanes[self.number]
         if self.given < 0:
-            self.given = int(self.connection.ledger.lanes["end"][self.number])
-            if lane.restored is not None:
-                self.calls.append(lane.restored)
+            self.given = self.connection.steps.submitted(self.number)
+            if lane.inherited is not None:
+                self.calls.append(lane.inherited)
         if lane.replays_from is not None:
-            received = self.connection.ledger.received(self.number)
+            received = self.connection.steps.received(self.number)
             self.connection.replay(self.number, [inputs(lane.replays_from, received)])
 
     def give(self, count: int) -> None:
@@ -93,7 +93,7 @@ class Process:
         """Why the sequence has ended for this process."""
         if self.request.errors:
             return self.request.errors[0]
-        lane = self.connection.lane(self.number)
+        lane = self.connection.lanes[self.number]
         return lane.error if lane.status is Status.ENDED else None
 
 

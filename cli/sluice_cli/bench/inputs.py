@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sluice_client.signature import Field, Signature
+from sluice_client.load import Field, Signature
 from sluice_protos.contract_pb2 import ModelContract
 
 Array = NDArray[Any]

@@ -9,7 +9,6 @@ import contextlib
 import itertools
 import time
 from array import array
-from functools import partial
 from typing import Any
 from uuid import uuid4
 
@@ -19,9 +18,8 @@ from numpy.typing import NDArray
 from sluice_cli.bench.inputs import Inputs, Integers
 from sluice_cli.bench.plan import Plan
 from sluice_cli.bench.tally import Tally
-from sluice_client.async_stream import AsyncStream
-from sluice_client.calls import Call, Opening
 from sluice_client.errors import SluiceError
+from sluice_client.load import Call, LoadStream
 
 # How long after the end an answer may still come.
 _PATIENCE_SECONDS = 10.0
@@ -52,12 +50,12 @@ class Rotation:
 class Kept:
     """The first outputs of some sequences of one stream, for the verification."""
 
-    def __init__(self, stream: AsyncStream, offsets: Integers, steps_max: int) -> None:
+    def __init__(self, stream: LoadStream, offsets: Integers, steps_max: int) -> None:
         rows = min(len(offsets), steps_max, _KEPT_ROWS_MAX)
         self._steps_max = steps_max // rows if rows else 0
         self.offsets = offsets[:rows]
         self.counts = np.zeros(rows, np.int64)
-        fields = stream.connection.signature.outputs
+        fields = stream.signature.outputs
         self.outputs = {
             field.name: np.zeros((rows, self._steps_max, *field.shape), field.dtype)
             for field in fields
@@ -86,7 +84,7 @@ class Kept:
 class Traffic:
     """The sequences of one stream and what they send."""
 
-    def __init__(self, plan: Plan, number: int, stream: AsyncStream, inputs: Inputs) -> None:
+    def __init__(self, plan: Plan, number: int, stream: LoadStream, inputs: Inputs) -> None:
         self._plan = plan
         self._stream = stream
         self._inputs = inputs
@@ -113,20 +111,13 @@ class Traffic:
     async def open(self) -> None:
         """Open all sequences. Raises SluiceError."""
         prefix = f"bench-{uuid4().hex[:8]}"
-        openings = [Opening(f"{prefix}-{row}") for row in range(self._count)]
-        request = self._stream.connection.open(openings)
-        self._stream.flush()
-        await self._stream.wait(request)
-        self._lanes = request.lanes
-        for error in request.errors.values():
-            raise error
+        names = [f"{prefix}-{row}" for row in range(self._count)]
+        self._lanes = await self._stream.open(names)
 
     async def close(self) -> None:
         """Drop all sequences at the server."""
         if len(self._lanes):
-            request = self._stream.connection.close(self._lanes)
-            self._stream.flush()
-            await self._stream.wait(request, _PATIENCE_SECONDS)
+            await self._stream.drop(self._lanes, _PATIENCE_SECONDS)
 
     async def flow(self, start: float, begin: float, end: float) -> None:
         """Send from `start`, measure from `begin`, stop at `end`; return when all is answered."""
@@ -213,10 +204,8 @@ class Traffic:
         """Give the next chunk of each of `rows`."""
         inputs = self._inputs.take(self._offsets[rows] + self._sent[rows], steps)
         self._sent[rows] += steps
-        call = self._stream.connection.submit(self._lanes[rows], np.full(len(rows), steps), inputs)
+        call = self._stream.submit(self._lanes[rows], steps, inputs, self._answered)
         self._pending[call.number] = (rows, steps, np.atleast_1d(intended))
-        call.wake = partial(self._answered, call)
-        self._stream.flush()
 
     def _answered(self, call: Call) -> None:
         """Called by the client in the midst of a message: note it, act on it a little later."""

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
-import grpc.aio
 import numpy as np
 from numpy.typing import NDArray
 
@@ -14,9 +13,8 @@ from sluice_cli.bench.inputs import Inputs, Integers
 from sluice_cli.bench.plan import Plan
 from sluice_cli.bench.tally import Tally
 from sluice_cli.bench.traffic import Traffic
-from sluice_client.async_stream import AsyncRoute, AsyncStream
-from sluice_client.errors import ClientClosed, SluiceError
-from sluice_client.reach import CHANNEL_OPTIONS
+from sluice_client.errors import SluiceError
+from sluice_client.load import LoadStream
 
 _RECONNECT_SECONDS_MAX = 5.0
 _PROGRESS_SECONDS = 0.2
@@ -80,25 +78,19 @@ def work(plan: Plan, process: int, parent: Connection) -> None:
 async def _work(plan: Plan, process: int, parent: Connection) -> None:
     address = plan.addresses[process % len(plan.addresses)]
     numbers = plan.streams_of(process)
-    channels = [grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) for _ in numbers]
-    streams = [
-        AsyncStream(plan.model, AsyncRoute([channel]), _RECONNECT_SECONDS_MAX)
-        for channel in channels
-    ]
+    streams = [LoadStream(address, plan.model, _RECONNECT_SECONDS_MAX) for _ in numbers]
     try:
         await _flow(plan, numbers, streams, parent)
     finally:
-        gone = ClientClosed("the load has ended")
-        await asyncio.gather(*(stream.close(gone) for stream in streams))
-        await asyncio.gather(*(channel.close(None) for channel in channels))
+        await asyncio.gather(*(stream.close() for stream in streams))
 
 
 async def _flow(
-    plan: Plan, numbers: list[int], streams: list[AsyncStream], parent: Connection
+    plan: Plan, numbers: list[int], streams: list[LoadStream], parent: Connection
 ) -> None:
-    contract = await streams[0].route.contract(plan.model)
+    contract = await streams[0].contract()
     inputs = Inputs(contract, plan.seed)
-    await asyncio.gather(*(stream.meet() for stream in streams))
+    await asyncio.gather(*(stream.start() for stream in streams))
     traffics = [
         Traffic(plan, number, stream, inputs)
         for number, stream in zip(numbers, streams, strict=True)

@@ -1,6 +1,6 @@
-"""What a model takes and gives: checks a caller's arrays before they are sent, and shapes outputs.
+"""The inputs and outputs of a model: checks and converts a caller's arrays to rows and back.
 
-A caller may give one step or a chunk; inside, everything is rows: [rows, …].
+A caller passes one step or a chunk. Inside the client everything is rows: [rows, …].
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,9 +16,9 @@ from sluice_protos.datatypes import DTYPES
 from sluice_protos.sequences_pb2 import Tensor
 
 Array = NDArray[Any]
-# What a step takes: an array, or one for each input by name.
+# The input of a step: an array, or a mapping from input name to array.
 Input = ArrayLike | Mapping[str, ArrayLike]
-# What a step gives: an array, or one for each output by name where the model has several.
+# The output of a step: an array, or a dict by name where the model has several outputs.
 Output = Any
 
 
@@ -42,21 +42,21 @@ class Signature:
     def __init__(self, contract: ModelContract) -> None:
         self.inputs = tuple(map(_read_field, contract.inputs))
         self.outputs = tuple(map(_read_field, contract.outputs))
-        # The bytes of one step of all inputs, without the wire's own.
+        # The bytes of one step of all inputs, without protobuf's overhead.
         self.step_bytes = sum(_row_bytes(field) for field in self.inputs)
 
     def is_like(self, other: "Signature") -> bool:
-        """What fits one fits the other."""
+        """Both have the same inputs and outputs."""
         return (self.inputs, self.outputs) == (other.inputs, other.outputs)
 
-    def take(self, x: Input, *leading: int) -> tuple[list[Array], int | None]:
-        """A caller's input as rows of its own: ([rows, …] for each input, steps).
+    def to_rows(self, x: Input, *leading: int) -> tuple[list[Array], int | None]:
+        """A caller's input, copied to rows: ([rows, …] for each input, steps).
 
         x        `[*leading, …]` for one step, `[*leading, steps, …]` for a chunk,
-                 where `…` is the shape of one step; by name where there are several
+                 where `…` is the shape of one step; a dict by name for several inputs
         leading  () for a sequence, (sequences,) for a group
 
-        Steps is None where one step was given. Raises InvalidInput.
+        `steps` is None for a single step. Raises InvalidInput.
         """
         if isinstance(x, Mapping):
             values = self._by_name(x)
@@ -68,15 +68,15 @@ class Signature:
         rows: list[Array] = []
         counts: set[int | None] = set()
         for field, value in zip(self.inputs, values, strict=True):
-            array, steps = _take_one(field, value, leading)
+            array, steps = _field_rows(field, value, leading)
             rows.append(array)
             counts.add(steps)
         if len(counts) > 1:
             raise InvalidInput("the inputs differ in their number of steps")
         return rows, counts.pop()
 
-    def give(self, outputs: Sequence[Array], steps: int | None, *leading: int) -> Output:
-        """Rows of all outputs in the caller's shape: the inverse of `take`."""
+    def from_rows(self, outputs: Sequence[Array], steps: int | None, *leading: int) -> Output:
+        """Rows of all outputs in the caller's shape: the inverse of `to_rows`."""
         shape = leading if steps is None else (*leading, steps)
         arrays = [
             array.reshape(*shape, *field.shape) if shape else array[0]
@@ -87,20 +87,22 @@ class Signature:
         return {field.name: array for field, array in zip(self.outputs, arrays, strict=True)}
 
     def allocate(self, rows: int) -> list[Array]:
-        """Room for the outputs of `rows` steps: zero where none arrives."""
+        """Zeroed arrays for the outputs of `rows` steps."""
         return [np.zeros((rows, *field.shape), field.dtype) for field in self.outputs]
 
     def decode(self, tensors: Sequence[Tensor], rows: int) -> list[Array]:
         """The outputs in a message: [rows, …] each. Raises ProtocolViolation."""
         if len(tensors) != len(self.outputs):
-            raise ProtocolViolation(f"{len(tensors)} outputs came, not {len(self.outputs)}")
+            raise ProtocolViolation(
+                f"the server sent {len(tensors)} outputs, not {len(self.outputs)}"
+            )
         named = {tensor.name: tensor for tensor in tensors}
         arrays: list[Array] = []
         for field, tensor in zip(self.outputs, tensors, strict=True):
             data = named.get(field.name, tensor).data
             if len(data) != rows * _row_bytes(field):
                 raise ProtocolViolation(
-                    f"output {field.name!r} came with {len(data)} bytes for {rows} steps"
+                    f"output {field.name!r} has {len(data)} bytes for {rows} steps"
                 )
             arrays.append(np.frombuffer(data, field.dtype).reshape(rows, *field.shape))
         return arrays
@@ -121,7 +123,9 @@ def _row_bytes(field: Field) -> int:
     return int(np.prod(field.shape, dtype=np.int64)) * field.dtype.itemsize
 
 
-def _take_one(field: Field, value: ArrayLike, leading: tuple[int, ...]) -> tuple[Array, int | None]:
+def _field_rows(
+    field: Field, value: ArrayLike, leading: tuple[int, ...]
+) -> tuple[Array, int | None]:
     array = np.asarray(value)
     depth = len(leading)
     is_chunk = array.ndim == depth + 1 + len(field.shape)
@@ -134,15 +138,15 @@ def _take_one(field: Field, value: ArrayLike, leading: tuple[int, ...]) -> tuple
         )
     if array.size == 0 and 0 in array.shape[: depth + 1]:
         raise InvalidInput(f"input {field.name!r} has no steps; a chunk has at least one")
-    # A copy: what was sent as a step never changes, whatever the caller does to the array.
+    # A copy: a replay must send the same values, whatever the caller does to the array.
     rows = np.ascontiguousarray(_cast(field, array)).reshape(-1, *field.shape)
     return rows, array.shape[depth] if is_chunk else None
 
 
 def _cast(field: Field, array: Array) -> Array:
-    """A copy of `array` in the field's dtype; refused where a value could not be kept.
+    """A copy of `array` in the field's dtype.
 
-    Floats may lose precision (Python's are float64), integers never.
+    Floats may lose precision (Python's are float64), integers must fit. Raises InvalidInput.
     """
     kinds = field.dtype.kind, array.dtype.kind
     if array.dtype == field.dtype:
@@ -160,7 +164,7 @@ def _cast(field: Field, array: Array) -> Array:
     else:
         raise InvalidInput(
             f"input {field.name!r} takes {field.dtype}; {array.dtype} does not fit: "
-            "cast it yourself where that is what you mean"
+            "cast it yourself if that is what you mean"
         )
     if field.valid is not None and result.size:
         low, high = field.valid

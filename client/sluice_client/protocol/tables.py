@@ -1,4 +1,4 @@
-"""Columns of numbers whose rows are taken and given back: the memory of the ledger."""
+"""Structured arrays whose rows are allocated and freed, and the array operations on row numbers."""
 
 from typing import Any, Final
 
@@ -7,17 +7,18 @@ from numpy.typing import NDArray
 
 Numbers = NDArray[np.int64]
 
-# No row, where a row's number is kept.
+# Stands for "no row" where a row number is stored.
 NONE: Final = -1
 
-_FIRST = np.zeros(1, np.int64)
+_FIRST: Final = np.zeros(1, np.int64)
+_ONE_PASS: Final[list[Any]] = [slice(None)]
 
 
 class Table:
-    """A structured array that grows by doubling; a row is known by its number.
+    """A structured array that grows by doubling; rows are addressed by number.
 
-    `rare` has further columns of the same rows, apart: whole rows are taken often,
-    and cost what they weigh.
+    `rare` holds the columns that a plain step does not need. They are stored apart
+    because the cost of copying whole rows grows with their size.
     """
 
     def __init__(
@@ -35,16 +36,16 @@ class Table:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def take(self, count: int) -> Numbers:
-        """`count` numbers that nobody has."""
+    def allocate(self, count: int) -> Numbers:
+        """The numbers of `count` free rows."""
         while self._free_count < count:
             self._grow()
         self._free_count -= count
-        taken = self._free[self._free_count : self._free_count + count]
-        return taken[::-1].copy()
+        allocated = self._free[self._free_count : self._free_count + count]
+        return allocated[::-1].copy()
 
-    def give(self, numbers: Numbers) -> None:
-        """The inverse of `take`."""
+    def free(self, numbers: Numbers) -> None:
+        """The inverse of `allocate`."""
         self._free[self._free_count : self._free_count + len(numbers)] = numbers
         self._free_count += len(numbers)
 
@@ -66,7 +67,7 @@ def _double(rows: NDArray[np.void]) -> NDArray[np.void]:
 
 
 def expand(starts: Numbers, counts: Numbers) -> Numbers:
-    """The numbers start, start + 1, … of each run, one run after another."""
+    """The numbers start, start + 1, … of each run, concatenated."""
     total = int(counts.sum())
     if total == len(starts):
         return starts
@@ -81,6 +82,19 @@ def first_occurrences(numbers: Numbers) -> Numbers:
     index = np.unique(numbers, return_index=True)[1]
     index.sort()
     return index
+
+
+def passes(numbers: Numbers) -> list[Any]:
+    """Indices that split an array into passes: each has every number once, in order."""
+    if len(numbers) == 1 or 1 < len(numbers) == len(first_occurrences(numbers)):
+        return _ONE_PASS
+    indices: list[Any] = []
+    left = np.arange(len(numbers))
+    while left.size:
+        first = first_occurrences(numbers[left])
+        indices.append(left[first])
+        left = np.delete(left, first)
+    return indices
 
 
 def groups(numbers: Numbers) -> tuple[Numbers, list[tuple[int, int, int]]]:

@@ -1,29 +1,29 @@
-"""What goes into a message to the server, and how much of it fits."""
+"""What a message to the server contains, and how much fits into it."""
 
 from typing import Final
 
-from sluice_client.frames import Frame
-from sluice_client.lanes import Lane
-from sluice_client.tickets import WIRE_DURABILITY
+from sluice_client.protocol.frames import Frame
+from sluice_client.protocol.lane import Lane
+from sluice_client.protocol.tickets import WIRE_DURABILITY
 from sluice_protos.sequences_pb2 import RESUME, InferRequest, Limits, OpenSequence, SequenceState
 
 UNLIMITED: Final = 2**31 - 1
-# What a server takes that has said nothing: gRPC's default.
+# The limit of a server that has not sent its limits yet: gRPC's default.
 _REQUEST_BYTES_DEFAULT: Final = 2**22
-# What the number of a lane costs on the wire at its largest.
+# The size of the largest lane number on the wire.
 LANE_BYTES: Final = 5
-# What a chunk costs on the wire beside its rows: lane, steps and first_step at their largest.
+# The size of a chunk without its rows: lane, steps and first_step at their largest.
 _CHUNK_BYTES: Final = LANE_BYTES + 5 + 10
-# What a message with one open costs beside it, but for the name of the model.
+# The size of a message with one open, without the open and the model's name.
 _OPEN_BYTES: Final = 64
-# What a message costs beside its chunks and opens.
+# The size of a message without its chunks and opens, at most.
 _MESSAGE_BYTES: Final = 4096
 
 
 def open_message(lane: Lane, received: int) -> OpenSequence:
-    """The open of a lane: as its handle asked at first, RESUME once it has been opened.
+    """The open of a lane: in its handle's mode at first, RESUME once it has been opened.
 
-    `received` is what a RESUME says has arrived.
+    `received` is the number of outputs that a RESUME acknowledges.
     """
     opening = lane.opening
     message = OpenSequence(
@@ -50,12 +50,12 @@ def open_message(lane: Lane, received: int) -> OpenSequence:
 
 
 def request_bytes_max(limits: Limits) -> int:
-    """The largest message the server takes."""
+    """The size of the largest message that the server takes."""
     return limits.request_bytes_max or _REQUEST_BYTES_DEFAULT
 
 
 def lanes_that_fit(limits: Limits, bytes_used: int) -> int:
-    """The lanes that may be let go of in one message: a quarter is theirs, where it is free."""
+    """The number of lanes that one message may close or park: up to a quarter of its size."""
     size = request_bytes_max(limits)
     return max(0, min(size // 4, size * 3 // 4 - bytes_used)) // LANE_BYTES
 
@@ -63,9 +63,9 @@ def lanes_that_fit(limits: Limits, bytes_used: int) -> int:
 def rows_that_fit(
     limits: Limits, step_bytes: int, bytes_used: int, in_flight: int, *, is_alone: bool
 ) -> int:
-    """The steps that may be sent now in one message: by its size, and by credit.
+    """The number of steps that may be sent now in one message, by its size and by credit.
 
-    One at least where they are alone in it: no message has more room.
+    At least one if the message has only steps: no message has more room.
     """
     room = request_bytes_max(limits) - _MESSAGE_BYTES - bytes_used
     credit = limits.credit_steps or UNLIMITED
@@ -75,18 +75,18 @@ def rows_that_fit(
 
 
 def one_open_fits(limits: Limits, message: OpenSequence) -> bool:
-    """False when no message could ever hold this open; True while the limit is not known."""
+    """Some message can hold this open; assumed while the server's limit is unknown."""
     size_max = limits.request_bytes_max
     return not size_max or message.ByteSize() + _OPEN_BYTES <= size_max
 
 
 def one_step_fits(limits: Limits, step_bytes: int) -> bool:
-    """False when no message could ever hold a step."""
+    """Some message can hold a step."""
     return step_bytes + _CHUNK_BYTES + _MESSAGE_BYTES <= request_bytes_max(limits)
 
 
 def put_frame(request: InferRequest, frame: Frame) -> None:
-    """Write chunks into a message; `steps` is left out where each has one."""
+    """Write chunks into a message; `steps` is left out if each has one."""
     request.lane.extend(frame.lanes.tolist())
     request.first_step.extend(frame.first_steps.tolist())
     if len(frame.inputs[0]) != len(frame.lanes):

@@ -1,4 +1,4 @@
-"""Which handle of which sequence one is: enough to go on as it in another process."""
+"""Tickets: the identity of a handle, for a process that continues in its place."""
 
 import json
 import time
@@ -8,7 +8,7 @@ from typing import Any, Final, Literal, Self
 from sluice_client.arguments import check_count, check_kind, check_text
 from sluice_protos import sequences_pb2 as wire
 
-# What survives the death of the server; protos/sluice_protos/sequences.proto has the meaning.
+# What survives the death of the server; see protos/sluice_protos/sequences.proto.
 Durability = Literal["off", "periodic", "strict"]
 
 WIRE_DURABILITY: Final[dict[Durability | None, "wire.Durability.ValueType"]] = {
@@ -18,29 +18,29 @@ WIRE_DURABILITY: Final[dict[Durability | None, "wire.Durability.ValueType"]] = {
     "strict": wire.STRICT,
 }
 
-# A handle that goes on from a ticket begins its attempts so far above those of the ticket.
+# A renewed ticket's attempts begin at least so far above those of the original.
 _ATTEMPTS_APART: Final = 2**20
 
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
-    """What a journal must have of a handle so that `client.resume` can go on as it.
+    """What a journal must store of a handle, so that `client.resume` can continue in its place.
 
-    Of all handles that go on from one ticket only the latest has the sequence: the
-    others get Fenced.
+    Of all handles that were resumed from one ticket only the latest has the sequence:
+    the others get Fenced.
     """
 
     model: str
     sequence_id: str
-    # Names the handle; see docs/protocol.md.
+    # Identifies the handle; see docs/protocol.md.
     writer: bytes
-    # No open of the ticket's handle has carried a lower one.
+    # A lower bound of the attempts that the ticket's handle has used.
     attempt: int
-    # Outputs that are safe with the caller.
+    # Outputs that the caller has stored.
     received: int
     # Steps that were known to be durable.
     durable: int = 0
-    # What was asked for when the sequence was opened.
+    # As requested when the sequence was opened.
     durability: Durability | None = None
     holds_outputs: bool = False
 
@@ -63,12 +63,11 @@ class Ticket:
         return cls(**fields)
 
     def renew(self, received: int | None = None) -> Self:
-        """The ticket of a handle that goes on from this one.
+        """The ticket of a handle that continues in place of this one's.
 
-        Its attempts begin at the present microsecond: above all attempts of handles
-        that were made before, this ticket's or another's of the same sequence, and
-        below all of those that will be. Should the clock have gone back, they are
-        still above those of this ticket.
+        Its attempts begin at the current time in microseconds: above those of every
+        handle of this sequence that was made before, and below those of every later
+        one. If the clock was set back they are still above those of this ticket.
         """
         now = time.time_ns() // 1000
         return replace(
@@ -79,7 +78,7 @@ class Ticket:
 
 
 def check_durability(durability: Durability | None) -> Durability | None:
-    """What was asked for, as it is. Raises ValueError for what there is not."""
+    """Returns its argument. Raises ValueError for an unknown durability."""
     if durability not in WIRE_DURABILITY:
         raise ValueError(
             f"durability is off, periodic, strict or None (the server's), not {durability!r}"

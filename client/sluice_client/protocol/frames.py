@@ -1,4 +1,4 @@
-"""Chunks that leave together, and how they are cut out of what callers gave."""
+"""Frames: chunks that are sent together, cut out of the inputs of calls."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,15 +6,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from sluice_client.calls import Call
-from sluice_client.kept import KeptInputs
-from sluice_client.signature import Array
-from sluice_client.tables import Numbers, expand, groups
+from sluice_client.protocol.calls import Call
+from sluice_client.protocol.replay_buffer import RetainedInputs
+from sluice_client.protocol.signature import Array
+from sluice_client.protocol.tables import Numbers, expand, groups
 
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """Chunks that leave together: lanes, first steps and counts [chunks], arrays [rows, …]."""
+    """Chunks that are sent together: lanes, first steps, counts [chunks]; inputs [rows, …] each."""
 
     lanes: Numbers
     first_steps: Numbers
@@ -28,18 +28,18 @@ def gather(
     first: Numbers,
     counts: Numbers,
     calls: Mapping[int, Call],
-    kept: Mapping[int, KeptInputs],
+    retained: Mapping[int, RetainedInputs],
 ) -> Frame:
-    """The rows of one piece of each chunk, brought together call by call: all [chunks].
+    """A frame of one piece of each chunk, from step `first` on: all arguments [chunks].
 
-    The inputs of a call are with it, or kept, by its number.
+    The inputs are those of the outstanding or the retained call, by its number.
     """
     order, runs = groups(chunks["call"])
     rows = chunks["row"][order] + (first - chunks["first"])[order]
     counts = counts[order]
     pieces: list[list[Array]] = []
     for number, start, stop in runs:
-        arrays = (calls.get(number) or kept[number]).inputs
+        arrays = (calls.get(number) or retained[number]).inputs
         if stop - start == 1:
             row = int(rows[start])
             pieces.append([array[row : row + int(counts[start])] for array in arrays])
@@ -55,7 +55,7 @@ def gather(
 
 
 def join(frames: list[Frame]) -> Frame | None:
-    """One frame of several, in their order; None of none."""
+    """One frame of all, in their order; None if there are none."""
     if len(frames) <= 1:
         return frames[0] if frames else None
     return Frame(

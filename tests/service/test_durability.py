@@ -46,7 +46,7 @@ async def crash(served: Served) -> None:
     served.server.hosts.stop()
     await store.stop()
     await served.server._grpc.stop(0)
-    await served.server._http.cleanup()
+    await served.server._pages.stop()
     await served.channel.close()
     served.is_stopped = True
 

@@ -134,7 +134,7 @@ def main() -> None:
             figures.add("imported", imported)
             figures.add("ended", ended)
             figures.add("ready", start_server(model, environment)[0])
-        repeats = 1 if effort.is_quick else 5
+        repeats = effort.pick(full=5, quick=1, smoke=1)
         said = [start_server(model, environment, "-X", "importtime")[1] for _ in range(repeats)]
     print_start(figures)
     print_parts(said)

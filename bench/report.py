@@ -14,7 +14,7 @@ from pathlib import Path
 README = Path(__file__).with_name("README.md")
 TABLES = (
     *("overhead", "rivals", "ragged", "scale", "streams", "latency", "stores"),
-    *("durability", "open_inference", "cores"),
+    *("durability", "open_inference", "cores", "start"),
 )
 _PACKAGES = ("onnxruntime", "grpcio", "numpy")
 

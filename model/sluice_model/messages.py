@@ -15,7 +15,8 @@ else:
     def _load_messages() -> ModuleType:
         """The module with the messages. Protobuf has one class for each, however it is loaded."""
         package = find_spec("onnx")
-        assert package is not None and package.submodule_search_locations
+        if package is None or not package.submodule_search_locations:
+            raise ModuleNotFoundError("No module named 'onnx'", name="onnx")
         path = Path(package.submodule_search_locations[0], "onnx_ml_pb2.py")
         spec = spec_from_file_location("sluice_model.onnx_ml_pb2", path)
         module = module_from_spec(spec)

@@ -1,4 +1,4 @@
-"""Every metric of the server, declared once, and none of them labelled by sequence id."""
+"""Declares every metric of the server, labelled by model and never by sequence id."""
 
 import itertools
 import time
@@ -21,7 +21,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
-# When a series began is noise on a page; Prometheus finds out by itself.
+# Without the series that tell when each counter was created: Prometheus does not need them.
 disable_created_metrics()
 
 _SECONDS = (
@@ -32,10 +32,10 @@ _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 
 
 class _ByModel(Collector):
-    """A family of figures by model that a run changes: plain numbers, read at scrape time.
+    """A family of metrics by model, kept as plain numbers and read when Prometheus scrapes.
 
-    The library's own take a lock for each change; all of these change on one
-    event loop only.
+    For those that each run changes. prometheus_client's own take a lock for each change;
+    these need none, because they change on the event loop only.
     """
 
     def __init__(self, name: str, text: str, registry: CollectorRegistry) -> None:
@@ -44,8 +44,8 @@ class _ByModel(Collector):
         registry.register(self)
 
 
-class Tally(_ByModel):
-    """Counters."""
+class Counters(_ByModel):
+    """A family of counters, one for each model."""
 
     def __init__(self, name: str, text: str, registry: CollectorRegistry) -> None:
         super().__init__(name, text, registry)
@@ -56,7 +56,7 @@ class Tally(_ByModel):
         return self._counts.setdefault(name, Count())
 
     def collect(self) -> Iterable[Metric]:
-        """What Prometheus reads."""
+        """The samples of a scrape."""
         family = CounterMetricFamily(self._name, self._text, labels=["model"])
         for name, count in self._counts.items():
             family.add_metric([name], count.value)
@@ -64,7 +64,7 @@ class Tally(_ByModel):
 
 
 class Count:
-    """One counter."""
+    """The counter of one model."""
 
     __slots__ = ("value",)
 
@@ -72,26 +72,26 @@ class Count:
         self.value = 0
 
     def add(self, amount: int = 1) -> None:
-        """Count up."""
+        """Increase it."""
         self.value += amount
 
 
 class Histograms(_ByModel):
-    """Histograms with the same buckets."""
+    """A family of histograms with the same buckets, one for each model."""
 
     def __init__(
         self, name: str, text: str, bounds: Iterable[float], registry: CollectorRegistry
     ) -> None:
         super().__init__(name, text, registry)
         self._bounds = list(bounds)
-        self._models: dict[str, Distribution] = {}
+        self._models: dict[str, Histogram] = {}
 
-    def model(self, name: str) -> "Distribution":
+    def model(self, name: str) -> "Histogram":
         """The histogram of one model."""
-        return self._models.setdefault(name, Distribution(self._bounds))
+        return self._models.setdefault(name, Histogram(self._bounds))
 
     def collect(self) -> Iterable[Metric]:
-        """What Prometheus reads."""
+        """The samples of a scrape."""
         family = HistogramMetricFamily(self._name, self._text, labels=["model"])
         names = [*map(str, self._bounds), "+Inf"]
         for model, one in self._models.items():
@@ -100,8 +100,8 @@ class Histograms(_ByModel):
         yield family
 
 
-class Distribution:
-    """One histogram."""
+class Histogram:
+    """The histogram of one model."""
 
     __slots__ = ("_bounds", "counts", "sum")
 
@@ -111,12 +111,12 @@ class Distribution:
         self.sum = 0.0
 
     def observe(self, value: float, weight: int = 1) -> None:
-        """Count a value that came up `weight` times."""
+        """Add a value, `weight` times."""
         self.counts[bisect_left(self._bounds, value)] += weight
         self.sum += value * weight
 
     def observe_ages(self, now: float, moments: list[float], weights: list[int]) -> None:
-        """Count how long ago each of `moments` was, as often as its weight says."""
+        """Add the time from each of `moments` until `now`, as often as its weight says."""
         bounds, counts = self._bounds, self.counts
         for moment, weight in zip(moments, weights, strict=True):
             counts[bisect_left(bounds, now - moment)] += weight
@@ -140,75 +140,95 @@ class Metrics:
         def gauge(name: str, text: str) -> Gauge:
             return Gauge(f"sluice_{name}", text, ["model"], registry=registry)
 
-        def tally(name: str, text: str) -> Tally:
-            return Tally(name, text, registry)
+        def counters(name: str, text: str) -> Counters:
+            return Counters(name, text, registry)
 
         def histograms(name: str, text: str, bounds: Iterable[float]) -> Histograms:
             return Histograms(name, text, bounds, registry)
 
-        self.build = Info("sluice_build", "Versions of what runs here.", registry=registry)
-        self.is_ready = Gauge("sluice_ready", "1 while requests are welcome.", registry=registry)
-        self.streams = gauge("streams_open", "Infer streams that are open.")
-        self.steps = tally("steps", "Steps applied.")
-        self.chunks = tally("chunks", "Chunks received.")
-        self.runs = tally("runs", "Calls of ONNX Runtime.")
-        self.padding = tally("padding_steps", "Steps computed only to fill a run up.")
-        self.run_sequences = histograms("run_sequences", "Sequences in one run.", _SIZES)
-        self.run_seconds = histograms("run_seconds", "One run.", _SECONDS)
+        self.build = Info(
+            "sluice_build", "Versions of the software that runs here.", registry=registry
+        )
+        self.is_ready = Gauge(
+            "sluice_ready", "1 while the server accepts requests, else 0.", registry=registry
+        )
+        self.streams = gauge("streams_open", "Open Infer streams.")
+        self.steps = counters("steps", "Steps applied.")
+        self.chunks = counters("chunks", "Chunks received.")
+        self.runs = counters("runs", "Runs: calls of ONNX Runtime.")
+        self.padding = counters("padding_steps", "Steps computed only as padding.")
+        self.run_sequences = histograms("run_sequences", "Sequences in each run.", _SIZES)
+        self.run_seconds = histograms("run_seconds", "Duration of each run.", _SECONDS)
         self.queue_seconds = histograms(
-            "queue_seconds", "From a chunk's arrival until it is taken into a run.", _SECONDS
+            "queue_seconds", "Time from the arrival of a chunk until a run takes it.", _SECONDS
         )
         self.response_seconds = histograms(
             "response_seconds",
-            "From the arrival of a chunk until outputs of it are handed to its stream.",
+            "Time from the arrival of a chunk until its outputs are handed to its stream.",
             _SECONDS,
         )
-        self.sequences_live = gauge("sequences_live", "Sequences with a state here.")
-        self.sequences_parked = gauge("sequences_parked", "Live sequences on no stream.")
-        self.sequences_max = gauge("sequences_max", "Live sequences that are allowed.")
-        self.sequences_waiting = gauge("sequences_waiting", "New sequences that wait for a place.")
+        self.sequences_live = gauge(
+            "sequences_live", "Live sequences: those with a state in this process."
+        )
+        self.sequences_parked = gauge(
+            "sequences_parked", "Live sequences that are not attached to a stream."
+        )
+        self.sequences_max = gauge("sequences_max", "The limit of live sequences.")
+        self.sequences_waiting = gauge(
+            "sequences_waiting", "New sequences that wait in the backlog for a place."
+        )
         self.state_bytes = gauge("state_bytes", "Bytes of all live states.")
         self.opened = counter("sequences_opened", "Sequences opened, by origin.", "origin")
-        self.closed = counter("sequences_closed", "Sequences and lanes ended.", "reason")
-        self.faults = counter("faults", "Faults told to clients.", "code", "reason")
+        self.closed = counter("sequences_closed", "Sequences and lanes ended, by reason.", "reason")
+        self.faults = counter(
+            "faults", "Faults sent to clients, by code and reason.", "code", "reason"
+        )
         self.restored = counter(
-            "sequences_restored", "Sequences taken from the store; exact: the same bits.", "exact"
+            "sequences_restored",
+            "Sequences restored from the store; exact: with bit-identical arithmetic.",
+            "exact",
         )
-        self.fenced = counter("sequences_fenced", "Sequences that another process has claimed.")
-        self.checkpoints = tally("checkpoints", "Checkpoints written.")
+        self.fenced = counter(
+            "sequences_fenced", "Sequences lost because another process has claimed them."
+        )
+        self.checkpoints = counters("checkpoints", "Checkpoints written.")
         self.checkpoint_seconds = histograms(
-            "checkpoint_seconds", "One write of many checkpoints.", _SECONDS
+            "checkpoint_seconds", "Duration of each write of checkpoints to the store.", _SECONDS
         )
-        self.store_failures = counter("store_failures", "Times the store did not answer.")
+        self.store_failures = counter("store_failures", "Calls that the store did not answer.")
         self.store_down_seconds = gauge(
-            "store_down_seconds", "For how long the store has not answered; 0 while it does."
+            "store_down_seconds", "How long the store has not answered; 0 while it answers."
         )
         self.undurable_steps = gauge(
-            "undurable_steps", "Steps that the sequence furthest ahead is ahead of the store."
+            "undurable_steps",
+            "Steps not in the store yet, of the sequence that is furthest ahead of it.",
         )
-        self.load_seconds = gauge("model_load_seconds", "Load, self-test and warm-up.")
-        self.version = gauge("model_version", "The version on which sequences begin.")
+        self.load_seconds = gauge("model_load_seconds", "Duration of load, self-test and warm-up.")
+        self.version = gauge("model_version", "The version that new sequences use.")
         self.versions_loaded = gauge(
-            "model_versions_loaded", "Versions on which sequences run or begin."
+            "model_versions_loaded", "Versions that live or new sequences use."
         )
-        self.load_failures = counter("model_load_failures", "Files that could not be served.")
+        self.load_failures = counter(
+            "model_load_failures", "Model files of the repository that could not be served."
+        )
         self.is_bit_exact = gauge(
-            "model_bit_exact", "1 when the self-test gave the same bits however it ran."
+            "model_bit_exact",
+            "1 if the self-test gave the same bits alone, batched, padded and cut.",
         )
 
     def follow(self, model: str, gauges: dict[Gauge, Callable[[], float]]) -> None:
-        """Let gauges read their values at scrape time."""
+        """Have gauges read their values when Prometheus scrapes."""
         self._followed.setdefault(model, []).extend(gauges)
         for gauge, read in gauges.items():
             gauge.labels(model).set_function(read)
 
     def forget(self, model: str) -> None:
-        """Let go of the gauges of a model that is served no more; what was counted stays."""
+        """Remove the gauges of a model that is not served any more; its counters stay."""
         for gauge in self._followed.pop(model):
             gauge.remove(model)
 
     def model(self, name: str) -> "ModelMetrics":
-        """What one model's host counts."""
+        """The metrics that one model's host changes."""
         if name not in self._models:
             self._models[name] = ModelMetrics(self, name)
         return self._models[name]
@@ -220,7 +240,7 @@ class Metrics:
 
 
 class ModelMetrics:
-    """What one model's host counts."""
+    """The metrics that one model's host changes."""
 
     def __init__(self, metrics: Metrics, name: str) -> None:
         self.name = name
@@ -235,18 +255,18 @@ class ModelMetrics:
         self._response_seconds = metrics.response_seconds.model(name)
         self._checkpoints = metrics.checkpoints.model(name)
         self._checkpoint_seconds = metrics.checkpoint_seconds.model(name)
-        # How long runs took, once for each sequence in them: to put together, to execute,
-        # to hand out.
+        # Seconds spent composing, executing and delivering runs, each multiplied by the number
+        # of sequences in the run.
         self.composing_seconds = self.computed_seconds = self.delivering_seconds = 0.0
 
     def run_started(self, began: float, arrived: list[float], chunks: list[int]) -> None:
-        """A run, put together since `began`, takes chunks of messages that came at these times."""
+        """A run, composed since `began`, takes chunks whose messages arrived at these times."""
         now = time.monotonic()
         self.composing_seconds += (now - began) * sum(chunks)
         self.queue_seconds.observe_ages(now, arrived, chunks)
 
     def run_ended(self, sequences: int, steps: int, cells: int, seconds: float) -> None:
-        """A run of `cells` = sequences × longest chunk has applied `steps`."""
+        """A run of `cells` (sequences × longest chunk) has applied `steps`."""
         self.runs.value += 1
         self.steps.value += steps
         self._padding.value += cells - steps
@@ -255,13 +275,13 @@ class ModelMetrics:
         self.computed_seconds += seconds * sequences
 
     def delivered(self, began: float, arrived: list[float], chunks: list[int]) -> None:
-        """Outputs, handed out since `began`, of messages that came then are with their streams."""
+        """Outputs, delivered since `began`, of messages that arrived at these times."""
         now = time.monotonic()
         self.delivering_seconds += (now - began) * sum(chunks)
         self._response_seconds.observe_ages(now, arrived, chunks)
 
     def opened(self, origin: str) -> None:
-        """A sequence was opened: started, resumed, taken over …"""
+        """A sequence was opened; `origin` tells how, such as create or resume."""
         self.all.opened.labels(self.name, origin).inc()
 
     def closed(self, reason: str) -> None:
@@ -269,15 +289,15 @@ class ModelMetrics:
         self.all.closed.labels(self.name, reason).inc()
 
     def restored(self, *, is_exact: bool) -> None:
-        """A sequence goes on from the store, with the same bits or with those of this machine."""
+        """A sequence continues from the store; `is_exact`: this machine gives the same bits."""
         self.all.restored.labels(self.name, str(is_exact).lower()).inc()
 
     def fenced(self) -> None:
-        """A sequence turned out to be another process's."""
+        """Another process has claimed a sequence."""
         self.all.fenced.labels(self.name).inc()
 
     def checkpointed(self, count: int, seconds: float) -> None:
-        """The store has taken so many checkpoints at once."""
+        """The store has written that many checkpoints in one call."""
         self._checkpoints.add(count)
         self._checkpoint_seconds.observe(seconds)
 
@@ -286,12 +306,12 @@ class ModelMetrics:
         self.all.store_failures.labels(self.name).inc()
 
     def fault(self, code: str, reason: str) -> None:
-        """A client was told of a fault."""
+        """A fault was sent to a client."""
         self.all.faults.labels(self.name, code, reason).inc()
 
 
 def merge_pages(pages: dict[int, str]) -> tuple[bytes, str]:
-    """The text pages of several workers as one, each sample with its worker's number."""
+    """The text pages of several workers as one; each sample gets its worker's number."""
     families: dict[str, Metric] = {}
     for number, page in pages.items():
         for family in text_string_to_metric_families(page):

@@ -1,4 +1,4 @@
-"""Assembles a server, serves, and stops in good order."""
+"""Assembles a server from its settings, starts it, and drains and stops it."""
 
 import asyncio
 import os
@@ -26,7 +26,7 @@ from sluice_service.store import Store, StoreSetupError, open_store
 
 log = structlog.get_logger()
 
-# What is left of a stop after the drain: calls that do not end by themselves.
+# After a drain, calls that do not end by themselves are cancelled after this time.
 GRACE_SECONDS = 2.0
 _KEEPALIVE_SECONDS = 30
 _PING_SECONDS_MIN = 10
@@ -67,7 +67,7 @@ class Server:
         self.metrics.build.info(as_info({package: version(package) for package in packages}))
 
     def _load(self) -> None:
-        """Load all models, as many at once as there are cores, and aiohttp meanwhile."""
+        """Load all models, as many at once as there are cores, and import aiohttp meanwhile."""
         threads = ThreadPoolExecutor(os.cpu_count(), "load")
         try:
             load = partial(self.hosts.load, warms_up=False)
@@ -79,15 +79,15 @@ class Server:
             models = [*zip(self.settings.model, named, strict=True), *found]
         finally:
             threads.shutdown(cancel_futures=True)
-        # All is quiet now, as it must be while runs are measured.
+        # One after another, with nothing else going on: runs are measured here.
         for name, loaded in models:
             loaded.warm_up()
             self.hosts.add(name, loaded)
 
     async def start(self) -> None:
-        """Listen, and say ready once both ports are open.
+        """Open both ports, then report ready.
 
-        Raises OSError when one is taken, StoreSetupError or StoreError when the store
+        Raises OSError when a port is taken, StoreSetupError or StoreError when the store
         cannot be used.
         """
         if self.store is not None:
@@ -126,7 +126,7 @@ class Server:
             self._following = asyncio.create_task(self._repository.live())
         memory.settle()
         self._resting = asyncio.create_task(memory.give_back_when_quiet(self.hosts.activity))
-        await self._say(is_ready=True)
+        await self._report(is_ready=True)
         log.info(
             "ready",
             listen=f"{self.settings.listen.rpartition(':')[0]}:{self.grpc_port}",
@@ -135,8 +135,8 @@ class Server:
         )
 
     async def stop(self) -> None:
-        """Not ready → open nothing new → finish what is queued → tell every lane → close."""
-        await self._say(is_ready=False)
+        """Report not ready, open nothing new, finish what is queued, tell every lane, close."""
+        await self._report(is_ready=False)
         log.info("draining")
         for task in (self._following, self._resting):
             if task is not None:
@@ -158,17 +158,17 @@ class Server:
         return self.metrics.expose(accept)
 
     def _trouble(self) -> str:
-        """What an operator should know of a server that serves all the same."""
+        """What an operator should know although the server is ready; or nothing."""
         down = max((host.store_down_seconds for host in self.hosts.values()), default=0.0)
         return f": the store has not answered for {down:.0f} seconds" if down else ""
 
-    async def _say(self, *, is_ready: bool) -> None:
+    async def _report(self, *, is_ready: bool) -> None:
         self._is_ready = is_ready
         self.metrics.is_ready.set(is_ready)
         await self._health.say(is_serving=is_ready)
 
     async def _changed(self, name: str) -> None:
-        """A model has come, has another version, or has gone."""
+        """A model was added, has another version, or was removed."""
         self._open_inference.model_changed(name)
         is_serving = self._is_ready and name in self.hosts and self.hosts[name].is_welcoming
         await self._health.tell(name, is_serving=is_serving)
@@ -176,10 +176,10 @@ class Server:
     def _options(self) -> list[tuple[str, int]]:
         return [
             ("grpc.max_receive_message_length", self.settings.request_bytes_max),
-            # Responses are cut to what each client says it takes.
+            # Responses are cut to the size that each client accepts.
             ("grpc.max_send_message_length", -1),
-            # Two servers on one port each get some of a client's calls: only workers,
-            # which share a store, may.
+            # Servers that share a port each get some of a client's connections: only workers,
+            # which share a store, may do so.
             ("grpc.so_reuseport", int(self._shares_port)),
             ("grpc.keepalive_time_ms", _KEEPALIVE_SECONDS * 1000),
             ("grpc.keepalive_timeout_ms", 10_000),
@@ -210,7 +210,7 @@ def _open_store(settings: Settings) -> Store | None:
 
 
 def require_free(flag: str, address: str) -> None:
-    """Raise OSError, which names the flag, where nobody could listen on HOST:PORT."""
+    """Raise OSError, which names the flag, if HOST:PORT cannot be listened on."""
     host, _, port = address.rpartition(":")
     try:
         family, kind, _, _, place = socket.getaddrinfo(

@@ -10,7 +10,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from sluice_model import read_contract
+from sluice_model import ModelError, read_contract
 from sluice_protos.sequences_pb2 import GetModelRequest, ListModelsRequest, OpenSequence, Tensor
 from sluice_service.server import Server
 from sluice_service.settings import Settings
@@ -219,6 +219,12 @@ async def test_what_is_not_a_page_is_not_found(served) -> None:
 
 
 # Starting and stopping.
+
+
+async def test_one_bad_model_among_several_ends_the_start(accumulator_file, tmp_path) -> None:
+    models = {"good": accumulator_file, "bad": tmp_path / "none.onnx", "too": accumulator_file}
+    with pytest.raises(ModelError, match=r"none\.onnx: cannot be read"):
+        Server(Settings(model=models, listen="127.0.0.1:0", http="127.0.0.1:0"))
 
 
 async def test_a_program_may_bring_a_store_of_its_own(sums) -> None:

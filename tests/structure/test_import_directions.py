@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -177,6 +178,20 @@ def test_imports_inside_a_package_point_one_way(package: str, modules: dict[str,
             if depth_of.get(other, len(layers)) >= depth_of[own]:
                 wrong.append(f"{module} imports {name}")
     assert wrong == []
+
+
+def test_no_modules_import_each_other_in_a_circle(modules: dict[str, Path]) -> None:
+    graph = {
+        module: {name for name in imports(path) if name in modules and name != module}
+        for module, path in modules.items()
+    }
+    # `from package import module` names both; what a package's face hands on is no circle.
+    for module, names in graph.items():
+        graph[module] = {name for name in names if not is_within(module, name)}
+    try:
+        list(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        pytest.fail(" → ".join(error.args[1]))
 
 
 @pytest.mark.parametrize("library", ONLY_HERE)

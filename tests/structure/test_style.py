@@ -56,3 +56,17 @@ def test_every_module_is_called_by_what_it_is(modules: dict[str, Path]) -> None:
 def test_nothing_is_left_undone(words: str, root: Path) -> None:
     found = [name for name, text in text_files(root).items() if words in text]
     assert found == [], FORBIDDEN[words]
+
+
+def test_no_constructor_takes_ten_collaborators(modules: dict[str, Path]) -> None:
+    crowded = [
+        f"{module}.{definition.name}"
+        for module, path in modules.items()
+        for definition in ast.walk(ast.parse(path.read_text()))
+        if isinstance(definition, ast.ClassDef)
+        for method in definition.body
+        if isinstance(method, ast.FunctionDef) and method.name == "__init__"
+        # Without `self`; values such as limits are named, and do not count.
+        if len(method.args.args) - 1 >= 10
+    ]
+    assert crowded == []

@@ -1,1 +1,1 @@
-"""How this process behaves: its clock, its turns on the event loop, its memory."""
+"""How this process behaves: its clock, its share of the event loop, its memory."""

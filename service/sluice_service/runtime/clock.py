@@ -1,14 +1,14 @@
-"""Time in which this process was awake: a pause of the process does not age sequences."""
+"""Counts the time in which this process was awake, so that a pause does not age sequences."""
 
 import time
 from collections.abc import Callable
 
 
 class AwakeClock:
-    """Seconds awake since it was made, for callers that ask at least every `gap_max` seconds.
+    """Seconds awake since it was made, if it is read at least every `gap_max` seconds.
 
-    Whatever passes between two calls beyond `gap_max` is taken for a pause:
-    SIGSTOP, a suspended machine, a debugger.
+    Time beyond `gap_max` between two reads counts as a pause of the process: SIGSTOP, a
+    suspended machine, a debugger.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Where sequences outlive their server: one small protocol, and the stores that keep it."""
+"""Keeps sequences beyond the life of their server: one protocol, and the stores that follow it."""
 
 from sluice_service.store.checkpoint import Checkpoint, pack, unpack
 from sluice_service.store.protocol import (

@@ -1,4 +1,4 @@
-"""A sequence at one instant between two runs, as a value and as bytes that prove themselves."""
+"""A checkpoint of a sequence, as a value and as bytes with a checksum."""
 
 import hashlib
 import struct
@@ -14,24 +14,24 @@ _FIXED = struct.Struct("<QQI")  # step, floor, how many parts
 
 @dataclass(slots=True)
 class Checkpoint:
-    """All that is needed to go on from `step`, on any server with the same model."""
+    """All that a server with the same model needs to continue from `step`."""
 
     model_digest: str
-    # Hash of known outputs where it was made: equal hashes, equal bits.
+    # Hash of known outputs on the machine that made it: equal hashes mean equal bits.
     arithmetic: str
     step: int
-    # Outputs from here to `step` are held: their writer may ask for them.
+    # The outputs from here to `step` are held, because the writer may still ask for them.
     floor: int
-    # The claim under which nothing leaves beyond `step`, because it is strict, or
-    # parked, or drained: while the record has no later claim, also a caller that
-    # numbers no steps may go on from here. Empty: more may have left.
+    # The claim under which no output beyond `step` was sent, because the sequence is strict,
+    # parked or drained. Until a later claim, a caller that numbers no steps may continue from
+    # here, too. Empty: more outputs may have been sent.
     clean_under: bytes
     row: bytes  # float32, little-endian, [state_size]
     outputs: tuple[bytes, ...]  # of each model output: rows [step - floor, …]
 
 
 def pack(checkpoint: Checkpoint) -> bytes:
-    """The checkpoint as bytes with a checksum; the inverse of `unpack`."""
+    """The checkpoint as bytes with a checksum. The inverse of `unpack`."""
     parts = (
         checkpoint.model_digest.encode(),
         checkpoint.arithmetic.encode(),
@@ -45,7 +45,7 @@ def pack(checkpoint: Checkpoint) -> bytes:
 
 
 def unpack(data: bytes) -> Checkpoint:
-    """The inverse of `pack`. Raises DataLossError where the bytes are not what was packed."""
+    """The inverse of `pack`. Raises DataLossError if the bytes are damaged."""
     start = len(_MAGIC) + _CHECKSUM_BYTES
     body = data[start:]
     if data[: len(_MAGIC)] != _MAGIC:
@@ -72,7 +72,7 @@ def unpack(data: bytes) -> Checkpoint:
 
 @lru_cache
 def _sizes(count: int) -> struct.Struct:
-    """The sizes of so many parts."""
+    """The layout of the sizes of `count` parts."""
     return struct.Struct(f"<{count}I")
 
 

@@ -156,9 +156,9 @@ class Dispatcher:
         if lane.sequence_id:
             self._begin_next(lane)
         elif lane.number != NO_LANE:
-            self._return(lane)
+            self._keep_or_close(lane)
 
-    def _return(self, lane: RequestLane) -> None:
+    def _keep_or_close(self, lane: RequestLane) -> None:
         """Keep an open lane for the next request without a sequence, or close it."""
         is_kept = len(self._spare) < self._spare_max and not self.backlog
         if is_kept and self._host.is_welcoming:
@@ -270,7 +270,7 @@ class Dispatcher:
             self._stream.release(lane)
         if request is None:
             if not lane.is_open:
-                self._vacated(lane)
+                self._forget_idle(lane)
         elif was_open:
             self._finish(lane, refusals.not_run(lane, error))
         elif isinstance(error, LimitError):
@@ -288,7 +288,7 @@ class Dispatcher:
         self._stream.release(lane)
         request = lane.current
         if request is None:
-            self._vacated(lane)
+            self._forget_idle(lane)
         elif (
             not lane.sequence_id
             and ended.reason is EndReason.IDLE
@@ -299,8 +299,8 @@ class Dispatcher:
         else:
             self._finish(lane, refusals.ended(request, ended.reason))
 
-    def _vacated(self, lane: RequestLane) -> None:
-        """A lane without a current request has gone."""
+    def _forget_idle(self, lane: RequestLane) -> None:
+        """A lane that ran no request has gone: begin what waits for its sequence, if anything."""
         if lane.sequence_id:
             self._begin_next(lane)
         elif lane in self._spare:

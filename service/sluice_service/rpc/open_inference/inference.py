@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Mapping
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import grpc
 
@@ -75,9 +75,9 @@ class Inference:
     def submit(self, message: pb.ModelInferRequest, request: InferRequest) -> ServedModel | None:
         """Read a request and take it in, or fail it; its model, where there is one."""
         model = None
-        request.id = message.id
+        request.id, request.model_name = message.id, message.model_name
         try:
-            model = self.find(message.model_name, message.model_version)
+            model = self.find(request.model_name, message.model_version)
             model.format.read(message, request)
         except ServiceError as error:
             request.fail(error)
@@ -135,15 +135,6 @@ class Inference:
             del self._models[name]
 
 
-class _Asked(NamedTuple):
-    """One request of a stream until it is answered."""
-
-    request: InferRequest
-    model: ServedModel | None
-    model_name: str
-    bytes: int  # of its message
-
-
 class _Conversation:
     """One stream: a reader that submits requests, a writer that answers them in their order."""
 
@@ -154,10 +145,11 @@ class _Conversation:
         # Clients send this header to get an error as the status of the call.
         metadata = dict(context.invocation_metadata() or ())
         self._ends_with_errors = metadata.get("triton_grpc_error") == "true"
-        self._pending: deque[_Asked] = deque()
+        # What has not been answered: requests, their models, the bytes of their messages.
+        self._pending: deque[tuple[InferRequest, ServedModel | None, int]] = deque()
         self._changed = asyncio.Event()
         self._may_read = asyncio.Event()
-        # What has not been answered: a client that does not read must not fill the memory.
+        # The sum of that: a client that does not read must not fill the memory.
         self._unsent_steps = self._unsent_bytes = 0
         self._is_stopping = False
 
@@ -172,8 +164,8 @@ class _Conversation:
         reader.add_done_callback(lambda _: self._changed.set())
         try:
             while True:
-                while self._pending and self._pending[0].request.is_done:
-                    await self._write(self._pending.popleft())
+                while self._pending and self._pending[0][0].is_done:
+                    await self._write(*self._pending.popleft())
                     self._may_read.set()
                 if not self._pending and (reader.done() or self._is_stopping):
                     if reader.done():
@@ -183,17 +175,16 @@ class _Conversation:
                 await self._changed.wait()
         finally:
             reader.cancel()
-            for asked in self._pending:
-                if asked.model is not None:
-                    asked.model.dispatcher.cancel(asked.request)
+            for request, model, _ in self._pending:
+                if model is not None:
+                    model.dispatcher.cancel(request)
 
     async def _read(self) -> None:
         # From the context, which costs less than the iterator around it.
         while isinstance(data := await self._context.read(), bytes):
-            message = parse(data)
             request = InferRequest(self._changed.set)
-            model = self._inference.submit(message, request)
-            self._pending.append(_Asked(request, model, message.model_name, len(data)))
+            model = self._inference.submit(parse(data), request)
+            self._pending.append((request, model, len(data)))
             self._unsent_steps += request.batch * request.steps
             self._unsent_bytes += len(data)
             while self._pending and self._is_ahead(model):
@@ -209,8 +200,7 @@ class _Conversation:
             or (model is not None and model.dispatcher.is_full)
         )
 
-    async def _write(self, asked: _Asked) -> None:
-        request, model = asked.request, asked.model
+    async def _write(self, request: InferRequest, model: ServedModel | None, size: int) -> None:
         if model is not None:
             model.count(request)
         if model is not None and request.error is None:
@@ -221,9 +211,9 @@ class _Conversation:
             response = pb.ModelStreamInferResponse(
                 error_message=str(request.error),
                 infer_response=pb.ModelInferResponse(
-                    model_name=asked.model_name, model_version=request.version, id=request.id
+                    model_name=request.model_name, model_version=request.version, id=request.id
                 ),
             )
         await self._context.write(response)
         self._unsent_steps -= request.batch * request.steps
-        self._unsent_bytes -= asked.bytes
+        self._unsent_bytes -= size

@@ -49,7 +49,6 @@ class ModelFormat:
 
         Raises RequestError or InvalidInputError, which name what was expected.
         """
-        request.id = message.id
         request.version = message.model_version
         if message.parameters:
             _read_parameters(message.parameters, request)

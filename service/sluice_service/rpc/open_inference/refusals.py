@@ -1,4 +1,7 @@
-"""Says why a request of the Open Inference Protocol is refused, and how to go on."""
+"""Says why a request of the Open Inference Protocol is refused, and how to go on.
+
+Each function returns an error; its first line says when it is the right one.
+"""
 
 from sluice_service.errors import (
     BacklogError,

@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from sluice_service.arrays import Array
@@ -19,6 +19,7 @@ class InferRequest:
     wake: Callable[[], None]  # called when it is done, with outputs or with an error
     arrived: float = field(default_factory=time.monotonic)
     id: str = ""
+    model_name: str = ""
     version: str = ""  # the version asked for, later the one that it ran on
     sequence_id: str = ""  # as the host knows it; "" is none
     quoted_id: str = ""  # as messages quote it
@@ -29,23 +30,23 @@ class InferRequest:
     batch: int = 1
     steps: int = 1
     has_time: bool = False  # the shapes have a time axis
-    inputs: list[Array] = field(default_factory=list)  # [batch × steps, …] each
-    wanted: tuple[int, ...] = ()  # the outputs asked for
+    inputs: Sequence[Array] = ()  # [batch × steps, …] each
+    wanted: Sequence[int] = ()  # the outputs asked for
     wants_final_flag: bool = False
     # What came of it.
     is_cancelled: bool = False
     is_done: bool = False
     error: ServiceError | None = None
-    outputs: list[bytes] = field(default_factory=list)  # [batch × steps, …] each
-    _parts: list[list[list[bytes]]] = field(default_factory=list)  # of each row, so far
+    outputs: Sequence[bytes] = ()  # [batch × steps, …] each
     _missing: int = 0  # steps of all rows
+    _parts: Sequence[list[Sequence[bytes]]] = ()  # of each row, the outputs so far
 
     def expect_outputs(self) -> None:
         """Get ready to collect, once the shapes are known."""
         self._missing = self.batch * self.steps
         self._parts = [[] for _ in range(self.batch)]
 
-    def collect(self, row: int, steps: int, outputs: list[bytes]) -> None:
+    def collect(self, row: int, steps: int, outputs: Sequence[bytes]) -> None:
         """Take the next outputs of one row of the batch; done with the last of them."""
         if self.is_done:
             return
@@ -124,7 +125,7 @@ class RequestLane:
         steps = opened.applied - first
         return steps if opened.held_from <= first and 0 < steps <= request.steps else 0
 
-    def chunk(self) -> tuple[int, int, int, list[Array]]:
+    def chunk(self) -> tuple[int, int, int, Sequence[Array]]:
         """What is left to run of the current request: lane, steps, steps before, input rows."""
         request = self.request
         inputs = request.inputs
@@ -133,7 +134,7 @@ class RequestLane:
             inputs = [array[end - self.missing : end] for array in inputs]
         return self.number, self.missing, self.step, inputs
 
-    def take(self, first: int, steps: int, outputs: list[bytes]) -> bool:
+    def take(self, first: int, steps: int, outputs: Sequence[bytes]) -> bool:
         """Give outputs to the current request, where it is due them; True: it has them all."""
         request, is_next = self.current, first == self.step
         self.step = max(self.step, first + steps)

@@ -1,4 +1,4 @@
-"""Whether a Redis can keep what a store promises, as far as it tells."""
+"""Checks that a Redis is set up to keep data, as far as it tells."""
 
 from typing import Any
 
@@ -11,16 +11,15 @@ _OLDEST = (6, 0)
 
 
 async def check(redis: Redis, name: str) -> list[str]:
-    """Warnings about what that Redis may lose.
+    """Warnings about data that this Redis may lose.
 
-    Raises StoreSetupError where it breaks a promise for sure, and RedisError where it
-    does not answer.
+    Raises StoreSetupError if it cannot be used, RedisError if it does not answer.
     """
     try:
         told = await redis.info()
     except AuthenticationError as error:
         raise StoreSetupError(
-            f"the Redis store {name} does not let us in ({error}); give the user and password "
+            f"the Redis store {name} refuses the login ({error}); give the user and password "
             "in the URL: redis://USER:PASSWORD@HOST:PORT/0"
         ) from error
     except NoPermissionError as error:
@@ -39,7 +38,7 @@ async def check(redis: Redis, name: str) -> list[str]:
     except ResponseError as error:
         return [
             *warnings,
-            f"the Redis store {name} does not show its settings ({error}): see yourself that it "
+            f"the Redis store {name} does not show its settings ({error}): make sure that it "
             "has appendonly yes, appendfsync always and maxmemory-policy noeviction",
         ]
     return warnings + _judge({str(key): str(value) for key, value in shown.items()}, name)

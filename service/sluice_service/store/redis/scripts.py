@@ -1,9 +1,9 @@
-"""What happens inside Redis, each script at one instant: compare, then swap.
+"""The scripts that run inside Redis, each atomically: compare, then swap.
 
 A sequence is a hash: `claim_id`, `is_alive`, `epoch`, `step`, `data` (the
-checkpoint), `head` (what the scripts need not know) and `ending`. When it ends is
-in one sorted set, in milliseconds of the store's own clock, and not a TTL: a TTL
-follows the machine's clock, and one that jumps would delete sequences that live.
+checkpoint), `head` (fields that no script reads) and `ending`. When it expires is in
+one sorted set, in milliseconds of the store's own clock. A TTL would follow the
+machine's clock, and delete live sequences when that clock jumps.
 """
 
 _CLOCK = """

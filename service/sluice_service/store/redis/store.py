@@ -1,4 +1,4 @@
-"""The store in Redis: shared by the replicas of many machines, as durable as that Redis is."""
+"""The Redis store: decides on claims here, and has a script write them if nothing has changed."""
 
 import asyncio
 import json
@@ -47,22 +47,22 @@ _PREFIX = "sluice:"
 _CONNECTIONS_MAX = 8
 _CONNECT_SECONDS = 2.0
 _ANSWER_SECONDS = 3.0
-# What was lost on the way is asked again: all of it may be asked twice.
+# Every script is idempotent, so that a lost answer is asked for again.
 _RETRIES = 1
 _BACKOFF_SECONDS, _BACKOFF_SECONDS_MAX = 0.05, 1.0
 _TICK_SECONDS_MAX = 5.0
-# Beyond it a time without a tick counts as a pause of whoever uses the store.
+# Of the time between two ticks at most this much counts: the rest was a pause of the users.
 _GAP_SECONDS_MAX = 15.0
-# In one script: Redis does nothing else meanwhile.
+# Sequences in one script: Redis does nothing else meanwhile.
 _AT_ONCE_MAX = 250
 _FORGOTTEN_AT_ONCE_MAX = 1000
 _LISTED_AT_ONCE = 1000
-# Rounds of reading and swapping while others claim the same sequences.
+# Attempts to claim while others claim the same sequences.
 _ROUNDS_MAX = 100
 
 
 class _Swap(NamedTuple):
-    """A grant, and the header that it was decided on."""
+    """A grant, and the header that it was decided for."""
 
     key: Key
     found: Header | None
@@ -70,7 +70,7 @@ class _Swap(NamedTuple):
 
 
 class RedisStore:
-    """Sequences in Redis: they outlive the server, its machine, and a move to another one."""
+    """Sequences in Redis, shared by servers of many machines, and as durable as that Redis is."""
 
     def __init__(self, url: str, *, tombstone_seconds: float, record_seconds: float) -> None:
         """Connects in `start`. Raises StoreSetupError for a URL that cannot be read.
@@ -84,7 +84,7 @@ class RedisStore:
             pool = BlockingConnectionPool.from_url(
                 address,
                 max_connections=_CONNECTIONS_MAX,
-                timeout=None,  # whoever has a connection gives it back in time
+                timeout=None,  # each connection is given back in time
                 socket_connect_timeout=_CONNECT_SECONDS,
                 socket_timeout=_ANSWER_SECONDS,
                 retry=Retry(
@@ -93,11 +93,11 @@ class RedisStore:
                 ),
                 protocol=2,
             )
-            pool.make_connection()  # where an unknown option shows
+            pool.make_connection()  # raises for an unknown option
         except (TypeError, RedisError) as error:
             raise StoreSetupError(f"the URL of the Redis store {self._name}: {error}") from error
         except ValueError:
-            # Its words may quote what it took for a port and is a password.
+            # The message may quote a password that was taken for the port.
             raise StoreSetupError(
                 f"the URL of the Redis store {self._name} cannot be read; it is like "
                 "redis://USER:PASSWORD@HOST:PORT/0, with %40 for @ and %2F for / in a password"
@@ -115,7 +115,7 @@ class RedisStore:
         with self._asking():
             warnings = await check(self._redis, self._name)
         await self._tick()
-        self._ticking = asyncio.create_task(self._live())
+        self._ticking = asyncio.create_task(self._keep_time())
         return warnings
 
     async def stop(self) -> None:
@@ -146,10 +146,12 @@ class RedisStore:
                 if granted is not None
             }
             pending = [place for place in pending if place not in answers]
-        raise StoreError(f"the Redis store {self._name}: others claim the same sequences all along")
+        raise StoreError(
+            f"the Redis store {self._name}: other servers kept claiming the same sequences"
+        )
 
     async def _swap(self, swaps: Sequence[_Swap]) -> list[Granted | None]:
-        """Put grants in the place of what was found; None where that is no more."""
+        """Write grants in place of what was found; None for each that has changed since."""
         keys, values = [self._clock, self._expiries, f"{self._prefix}epoch"], list[Any]()
         for key, found, claim in swaps:
             header, checkpoint = claim.header, claim.checkpoint
@@ -188,7 +190,7 @@ class RedisStore:
     async def _judge_all(
         self, script: str, shared: list[Any], items: Sequence[tuple[Key, list[Any]]]
     ) -> list[Verdict]:
-        """The verdicts of a script over sequences, each with its own values."""
+        """Run a script over sequences, each with its own values; return the verdicts."""
 
         async def judge(some: Sequence[tuple[Key, list[Any]]]) -> list[Verdict]:
             keys = [self._clock, self._expiries, *(self._key(key) for key, _ in some)]
@@ -211,7 +213,7 @@ class RedisStore:
         seen, cursor = set[bytes](), b"0"
         while True:
             cursor, members = await self._eval(SCAN, [self._expiries], [cursor, _LISTED_AT_ONCE])
-            # A scan may show a member twice; between two members there is the score of the first.
+            # A scan lists members and scores in turns, and may list a member twice.
             names = {name for name in members[::2] if name.startswith(prefix)} - seen
             seen |= names
             keys = [Key(model, name.removeprefix(prefix).decode()) for name in names]
@@ -230,14 +232,14 @@ class RedisStore:
     def _key(self, key: Key) -> str:
         return f"{self._prefix}sequence:{quote(key.model, safe='')}:{key.sequence_id}"
 
-    async def _live(self) -> None:
-        """Let the store's clock go on and drop what has expired, until cancelled."""
+    async def _keep_time(self) -> None:
+        """Advance the clock of the store and delete what has expired, until cancelled."""
         while True:
             await asyncio.sleep(self._tick_seconds)
             try:
                 await self._tick()
             except StoreError:
-                continue  # whoever needs the store will tell
+                continue  # calls of the store report it
 
     async def _tick(self) -> None:
         values = [int(_GAP_SECONDS_MAX * 1000), _FORGOTTEN_AT_ONCE_MAX]
@@ -246,7 +248,7 @@ class RedisStore:
             forgotten = await self._eval(TICK, [self._clock, self._expiries], values)
 
     async def _eval(self, script: str, keys: Sequence[str], values: list[Any]) -> Any:
-        # By its text, not by its hash: a Redis that was restarted has forgotten hashes.
+        # By text, not by hash: a restarted Redis does not know the hash.
         with self._asking():
             return await self._redis.eval(script, len(keys), *keys, *values)
 
@@ -255,14 +257,14 @@ class RedisStore:
         try:
             yield
         except (RedisError, OSError, RuntimeError) as error:
-            # RuntimeError: how uvloop says that a connection was closed meanwhile.
+            # uvloop raises RuntimeError if the connection was closed meanwhile.
             raise StoreError(f"the Redis store {self._name} did not answer: {error}") from error
 
 
 async def _in_pieces(
     ask: Callable[[Sequence[Item]], Awaitable[list[Answer]]], items: Sequence[Item]
 ) -> list[Answer]:
-    """The answers of `ask` over all items, some at once. Raises StoreError when one piece does."""
+    """The answers of `ask` for all items, asked in pieces. Raises the first error of a piece."""
     pieces = [
         ask(items[start : start + _AT_ONCE_MAX]) for start in range(0, len(items), _AT_ONCE_MAX)
     ]
@@ -274,7 +276,7 @@ async def _in_pieces(
 
 
 def _pack_head(header: Header) -> str:
-    """What no script needs to know of a header."""
+    """The fields of a header that no script reads."""
     return json.dumps(
         {
             "writer": header.record.writer.hex(),
@@ -289,7 +291,7 @@ def _pack_head(header: Header) -> str:
 def _unpack_header(
     claim_id: bytes, is_alive: bytes, epoch: bytes, step: bytes, head: bytes, ending: bytes
 ) -> Header:
-    """The inverse of `_pack_head`, put together with the fields beside it."""
+    """The inverse of `_pack_head`, with the fields that are stored beside it."""
     known = json.loads(head)
     return Header(
         Record(

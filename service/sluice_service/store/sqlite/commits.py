@@ -1,4 +1,4 @@
-"""Group commit: what is asked while one transaction is written goes into the next, together."""
+"""Group commit: calls that come while one transaction is written share the next one."""
 
 import asyncio
 import queue
@@ -15,7 +15,7 @@ Answer = TypeVar("Answer")
 
 
 class _Job(Generic[Answer]):
-    """One call, waiting for its turn in the thread."""
+    """One call that waits for the thread."""
 
     __slots__ = ("answer", "future", "is_writing", "work")
 
@@ -30,12 +30,12 @@ _Jobs: TypeAlias = queue.SimpleQueue[_Job[Any] | None]
 
 
 class Commits:
-    """The one thread that has the file."""
+    """The thread that alone uses the file, and its queue of calls."""
 
     def __init__(
         self, file: SqliteFile, chore: Callable[[Transaction], object], *, chore_seconds: float
     ) -> None:
-        """`chore` is done every so many seconds, whatever else there is to do."""
+        """`chore` runs every `chore_seconds`, also under load."""
         self._file = file
         self._chore = chore
         self._chore_seconds = chore_seconds
@@ -43,11 +43,11 @@ class Commits:
         self._thread: threading.Thread | None = None
 
     async def start(self) -> list[str]:
-        """Open the file in a thread of its own; warnings for the operator."""
+        """Start the thread and open the file there; return warnings for the operator."""
         opened: Future[list[str]] = Future()
         jobs = _Jobs()
         thread = threading.Thread(
-            target=self._live, args=(opened, jobs), name="sqlite-store", daemon=True
+            target=self._run, args=(opened, jobs), name="sqlite-store", daemon=True
         )
         thread.start()
         try:
@@ -59,18 +59,18 @@ class Commits:
         return warnings
 
     async def stop(self) -> None:
-        """Finish what is asked and close the file."""
+        """Finish the calls that wait, and close the file."""
         if self._thread is not None:
             thread, self._thread = self._thread, None
             self._jobs.put(None)
             await asyncio.to_thread(thread.join)
 
     async def write(self, work: Callable[[Transaction], Answer]) -> Answer:
-        """The answer of `work` once it is durable. Raises StoreError."""
+        """Run `work` in a transaction; return its result once it is durable. Raises StoreError."""
         return await self._ask(_Job(work, is_writing=True))
 
     async def read(self, work: Callable[[Transaction], Answer]) -> Answer:
-        """The answer of `work`, which changes nothing. Raises StoreError."""
+        """Run `work`, which only reads; return its result. Raises StoreError."""
         return await self._ask(_Job(work, is_writing=False))
 
     async def _ask(self, job: _Job[Answer]) -> Answer:
@@ -79,9 +79,9 @@ class Commits:
         self._jobs.put(job)
         return await asyncio.wrap_future(job.future)
 
-    # In the thread.
+    # The methods below run in the thread.
 
-    def _live(self, opened: "Future[list[str]]", jobs: _Jobs) -> None:
+    def _run(self, opened: "Future[list[str]]", jobs: _Jobs) -> None:
         try:
             opened.set_result(self._file.create())
         except BaseException as error:
@@ -100,7 +100,7 @@ class Commits:
     def _work(self, jobs: list[_Job[Any]]) -> None:
         writing = [job for job in jobs if job.is_writing]
         if writing and not self._commit(writing) and len(writing) > 1:
-            # One of them cannot be done; the others are not to suffer for it.
+            # One of them fails: give each a transaction of its own, so that the others succeed.
             for job in writing:
                 self._commit([job])
         for job in jobs:
@@ -108,7 +108,7 @@ class Commits:
                 self._commit([job])
 
     def _commit(self, jobs: list[_Job[Any]]) -> bool:
-        """Do the jobs in one transaction. False: one of several broke, and none is answered."""
+        """Do the jobs in one transaction. False: one of several failed, and none is answered."""
         try:
             with self._file.transaction(is_writing=jobs[0].is_writing) as transaction:
                 for job in jobs:
@@ -125,7 +125,7 @@ class Commits:
 
 
 def _take(jobs: _Jobs, seconds: float) -> tuple[list[_Job[Any]], bool]:
-    """All that waits, or what comes first within so many seconds; whether more may come."""
+    """The jobs that wait, or the first that comes within `seconds`; False once it stops."""
     taken = list[_Job[Any]]()
     try:
         job = jobs.get(timeout=seconds)

@@ -1,4 +1,4 @@
-"""One SQLite file: that it can keep what it is given, its tables, its clock, its transactions."""
+"""One SQLite file: opens and checks it, and gives transactions and a clock that cannot be set."""
 
 import sqlite3
 import time
@@ -11,19 +11,19 @@ from urllib.parse import quote
 from sluice_service.store.protocol import StoreError, StoreSetupError
 from sluice_service.store.sqlite.location import judge_place
 
-# "Slui": no other program's database is taken for ours.
+# "Slui": tells our databases from those of other programs.
 _APPLICATION = 0x536C7569
 _SCHEMA_VERSION = 1
 _FULL = 2
-# Pages that are written again and again go from the log into the file once in a while.
+# SQLite copies the log into the file after this many pages.
 _LOG_PAGES = 4000
-# Under the load of several processes the log is never wholly copied: beyond so much
-# everybody waits until it is.
+# Under the load of several processes SQLite never copies the whole log. Beyond this size the
+# store makes all of them wait until it is copied.
 _LOG_BYTES_MAX = 64 * 2**20
-# Beyond it a time without a transaction counts as a pause of whoever uses the store.
+# Of the time between two transactions at most this much counts: the rest was a pause of the users.
 _GAP_SECONDS_MAX = 30.0
 
-# The checkpoints apart: renewals and expiry then touch none of their pages.
+# Checkpoints have a table of their own: renewing a lease then touches none of their pages.
 _SCHEMA = f"""
 CREATE TABLE store (epoch INTEGER NOT NULL, seconds REAL NOT NULL, monotonic REAL NOT NULL) STRICT;
 INSERT INTO store VALUES (0, 0, 0);
@@ -48,7 +48,7 @@ PRAGMA application_id = {_APPLICATION};
 PRAGMA user_version = {_SCHEMA_VERSION};
 """
 
-# What SQLite says of a path, not of a passing trouble.
+# Errors of the path itself, which a retry does not mend.
 _SETUP_CODES = frozenset(
     (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM)
 )
@@ -56,21 +56,21 @@ _SETUP_CODES = frozenset(
 
 @dataclass(slots=True)
 class Transaction:
-    """What happens together or not at all."""
+    """One transaction: all of it is durable, or nothing has happened."""
 
     connection: sqlite3.Connection
-    # Seconds in which the store was in use: no clock that can be set has a say in them.
+    # Seconds in which the store was in use; independent of the wall clock.
     now: float
     epoch: int
 
     def raise_epoch(self) -> int:
-        """An epoch that was never given before."""
+        """A new epoch, never issued before."""
         self.epoch += 1
         return self.epoch
 
 
 class SqliteFile:
-    """A file for one thread of this process; other threads and processes have their own."""
+    """A connection to the file, for one thread of one process."""
 
     def __init__(
         self,
@@ -89,9 +89,9 @@ class SqliteFile:
         self._log_bytes_max = self._log_bytes_due = log_bytes_max
 
     def create(self) -> list[str]:
-        """Open the file, with its tables where it is new; warnings for the operator.
+        """Open the file and create its tables if it is new; return warnings for the operator.
 
-        Raises StoreSetupError where it cannot be durable, StoreError where it may be later.
+        Raises StoreSetupError if it cannot be used, StoreError if a retry may help.
         """
         warnings = judge_place(self.path)
         try:
@@ -107,19 +107,19 @@ class SqliteFile:
         return warnings
 
     def close(self) -> None:
-        """Let go of the file; what was not committed has not happened."""
+        """Close the file; what was not committed is lost."""
         if self._connection is not None:
             connection, self._connection = self._connection, None
             connection.close()
 
     @contextmanager
     def transaction(self, *, is_writing: bool) -> Iterator[Transaction]:
-        """Commit what the block does, durably, or none of it. Raises StoreError."""
+        """Commit what the block does durably, or nothing of it. Raises StoreError."""
         try:
             connection = self._connect()
             connection.execute("BEGIN IMMEDIATE" if is_writing else "BEGIN")
             epoch, seconds, last = connection.execute("SELECT * FROM store").fetchone()
-            # The same for all processes of a machine; a restart sets it back.
+            # One clock for all processes of the machine; a restart of the machine resets it.
             monotonic = self._monotonic()
             seconds += min(max(0.0, monotonic - last), _GAP_SECONDS_MAX)
             transaction = Transaction(connection, seconds, epoch)
@@ -131,7 +131,7 @@ class SqliteFile:
             if is_writing:
                 self._bound_log(connection)
         except (sqlite3.Error, OSError, StoreSetupError) as error:
-            # After some errors a connection is of no more use, and a new one costs little.
+            # After some errors a connection is unusable, and a new one costs little.
             self._abandon()
             raise self._down(error) from error
         except BaseException:
@@ -140,20 +140,20 @@ class SqliteFile:
             raise
 
     def _bound_log(self, connection: sqlite3.Connection) -> None:
-        """Begin the log anew where it has grown too long."""
+        """Truncate the log if it has grown too long."""
         log_bytes = self._log.stat().st_size
         if log_bytes <= self._log_bytes_due:
             return
         is_kept = True
-        with suppress(sqlite3.Error):  # what was committed is safe all the same
+        with suppress(sqlite3.Error):  # what was committed is durable anyway
             (is_kept, *_) = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-        # A long reader, such as a backup, is not waited for at every commit.
+        # A long reader, such as a backup, prevents it; do not wait for it at every commit.
         self._log_bytes_due = self._log_bytes_max + (log_bytes if is_kept else 0)
 
     def _connect(self) -> sqlite3.Connection:
         if self._connection is not None and self._inode == _inode(self.path):
             return self._connection
-        # Another file under this name, or none: what goes into the old one is lost.
+        # The file was replaced or deleted: what is written to the old one would be lost.
         self._abandon()
         return self._open("rw")
 
@@ -177,9 +177,9 @@ class SqliteFile:
         return connection
 
     def _prepare(self, connection: sqlite3.Connection) -> None:
-        """Have every commit on the disk before it returns, and the tables as they should be."""
+        """Set durable commits, create the tables in a new file, and check both."""
         connection.execute("PRAGMA synchronous = FULL")
-        connection.execute("PRAGMA fullfsync = ON")  # without it macOS leaves data in the drive
+        connection.execute("PRAGMA fullfsync = ON")  # for macOS and the cache of its drive
         connection.execute(f"PRAGMA wal_autocheckpoint = {_LOG_PAGES}")
         _turn_on_log(connection, time.monotonic() + self._busy_seconds)
         found = (_pragma(connection, "journal_mode"), _pragma(connection, "synchronous"))
@@ -190,14 +190,14 @@ class SqliteFile:
             )
         if _is_empty(connection):
             connection.execute("BEGIN IMMEDIATE")
-            if _is_empty(connection):  # and nobody else has been faster
+            if _is_empty(connection):  # still: another process may have been faster
                 for statement in _SCHEMA.split(";"):
                     connection.execute(statement)
             connection.execute("COMMIT")
         self._recognize(connection)
 
     def _recognize(self, connection: sqlite3.Connection) -> None:
-        """Raises StoreSetupError for a file that is not ours, or of another time."""
+        """Raise StoreSetupError for the file of another program or of another version."""
         version = _pragma(connection, "user_version")
         if _pragma(connection, "application_id") != _APPLICATION:
             raise StoreSetupError(
@@ -214,12 +214,12 @@ class SqliteFile:
 
 
 def _turn_on_log(connection: sqlite3.Connection, deadline: float) -> None:
-    """Write-ahead logging, also while other processes open the new file at the same time."""
+    """Turn on write-ahead logging, also while other processes open the same new file."""
     while True:
         try:
             connection.execute("PRAGMA journal_mode = WAL")
         except sqlite3.OperationalError as error:
-            # SQLite does not wait for this one lock.
+            # The timeout of the connection does not cover this lock.
             if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
                 raise
             time.sleep(0.01)

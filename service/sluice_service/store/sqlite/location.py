@@ -1,4 +1,4 @@
-"""Whether a file of SQLite may be where it is wanted."""
+"""Checks that the place of a SQLite file keeps data safe."""
 
 import os
 import stat
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from sluice_service.store.protocol import StoreSetupError
 
-# Neither locks nor the shared memory of the log can be relied on there.
+# Locks and the shared memory of the log are unreliable there.
 _NETWORK_FILE_SYSTEMS = frozenset(
     [
         "nfs",
@@ -32,7 +32,7 @@ _MEMORY_FILE_SYSTEMS = frozenset(("tmpfs", "ramfs"))
 
 
 def judge_place(path: Path) -> list[str]:
-    """Warnings about where a store's file is. Raises StoreSetupError where it cannot be."""
+    """Warnings about the place of a store's file. Raises StoreSetupError if it cannot be there."""
     folder = path.parent
     if not folder.is_dir():
         raise StoreSetupError(
@@ -50,7 +50,7 @@ def judge_place(path: Path) -> list[str]:
 
 
 def judge_file_system(path: Path, kind: str) -> list[str]:
-    """Warnings about a file system. Raises StoreSetupError for one that keeps no promise."""
+    """Warnings about a file system. Raises StoreSetupError for one that may lose data."""
     if kind in _NETWORK_FILE_SYSTEMS:
         raise StoreSetupError(
             f"the SQLite store {path} is on a network file system ({kind}), where SQLite keeps no "
@@ -65,11 +65,11 @@ def judge_file_system(path: Path, kind: str) -> list[str]:
 
 
 def find_file_system(folder: Path, mounts: str) -> str:
-    """The kind of file system a folder is on, by the machine's table of mounts; or nothing."""
+    """The kind of file system that a folder is on, by the table of mounts; empty if unknown."""
     best, kind = 0, ""
     for line in mounts.splitlines():
         _, point, found, *_ = line.split(" ")
-        # Of several mounts on one point the last is on top.
+        # Of several mounts on one point the last one counts.
         mounted = Path(point.replace("\\040", " ")).parts
         if len(mounted) >= best and folder.parts[: len(mounted)] == mounted:
             best, kind = len(mounted), found

@@ -1,4 +1,4 @@
-"""The store in one SQLite file: durable on this machine, shared by its processes."""
+"""The SQLite store: the calls of a store as SQL, one transaction each."""
 
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
@@ -30,7 +30,7 @@ from sluice_service.store.sqlite.commits import Commits
 from sluice_service.store.sqlite.file import SqliteFile, Transaction
 
 _CHORE_SECONDS_MAX = 10.0
-# In one transaction: others wait for it.
+# Rows deleted in one transaction: other processes wait meanwhile.
 _FORGOTTEN_AT_ONCE_MAX = 10_000
 _LISTED_AT_ONCE = 1000
 
@@ -64,7 +64,7 @@ _LIST = """
 
 
 class SqliteStore:
-    """Sequences in a file: they outlive the server, and kill -9, and the machine's restart."""
+    """Sequences in one file, which outlive the server and a crash of the machine."""
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ class SqliteStore:
         monotonic: Callable[[], float] = time.monotonic,
         busy_seconds: float = 5.0,
     ) -> None:
-        """Opens in `start`. Another process has the file locked for `busy_seconds` at most."""
+        """`start` opens the file. Locks of other processes are waited for `busy_seconds`."""
         self._tombstone_seconds = tombstone_seconds
         self._record_seconds = record_seconds
         chore_seconds = min(_CHORE_SECONDS_MAX, tombstone_seconds, record_seconds)
@@ -170,7 +170,7 @@ class SqliteStore:
 
 
 def _find(transaction: Transaction, key: Key) -> tuple[int, Header | None]:
-    """The row of a sequence, and what it says; 0 and None where there is none."""
+    """The row id of a sequence and its header; 0 and None if there is none."""
     row = transaction.connection.execute(_FIND, (*key, transaction.now)).fetchone()
     if row is None:
         return 0, None
@@ -180,7 +180,7 @@ def _find(transaction: Transaction, key: Key) -> tuple[int, Header | None]:
 
 
 def _put(transaction: Transaction, key: Key, header: Header, seconds: float) -> int:
-    """Write a header that expires in so many seconds; its row."""
+    """Write a header that expires in `seconds`; return its row id."""
     record = header.record
     row = (
         *key,
@@ -224,7 +224,7 @@ def _write(transaction: Transaction, writes: Sequence[Write]) -> list[Verdict]:
 def _verdicts(
     transaction: Transaction, claims: Sequence[tuple[Key, bytes]], done: int
 ) -> list[Verdict]:
-    """DONE for whoever owns its sequence; nobody is asked where all `done` were."""
+    """DONE for each claim that owns its sequence. No query is needed if all rows were `done`."""
     if done == len(claims):
         return [Verdict.DONE] * done
 
@@ -237,7 +237,7 @@ def _verdicts(
 
 
 def _forget(transaction: Transaction) -> None:
-    """Delete what has expired."""
+    """Delete sequences whose lease has run out, and old tombstones."""
     connection = transaction.connection
     expired: Iterable[tuple[int]] = connection.execute(
         "SELECT id FROM sequences WHERE expires <= ? LIMIT ?",

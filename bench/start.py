@@ -81,18 +81,18 @@ def _loading(said: str) -> float:
 
 
 def environment_of_installed(folder: str) -> dict[str, str]:
-    """Variables of a process whose modules are compiled, as an installed package has them."""
+    """The environment of a process whose modules are compiled, as in an installed package."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("SLUICE_")}
     kept.pop("PYTHONDONTWRITEBYTECODE", None)
     return {**kept, "PYTHONPYCACHEPREFIX": folder}
 
 
 def print_start(figures: Figures) -> None:
-    """The start beside the imports of the three."""
+    """Print the start compared with the imports of the three."""
     names = {
-        "imported": "the three imported",
-        "ended": "the three imported, and their process ended",
-        "ready": "`sluice serve` ready",
+        "imported": "importing the three",
+        "ended": "the same, and the end of its process",
+        "ready": "`sluice serve` until ready",
     }
     rows = [
         [
@@ -110,14 +110,14 @@ def print_start(figures: Figures) -> None:
 
 
 def print_parts(said: list[str]) -> None:
-    """What a start imports, in the fastest of a few."""
+    """Print what the fastest start imports."""
     parts = min(map(split_imports, said), key=lambda parts: sum(parts.values()))
     total = sum(parts.values())
     rows = [
         [name, f"{spent:.0f}", f"{100 * spent / total:.0f} %"]
         for name, spent in parts.most_common()
     ]
-    rows.append(["(the model, beside aiohttp)", f"{min(map(_loading, said)):.0f}", ""])
+    rows.append(["(the model, in a thread)", f"{min(map(_loading, said)):.0f}", ""])
     print_table("Imports of a start, by `-X importtime`", ["", "ms", "of all imports"], rows)
 
 
@@ -128,13 +128,13 @@ def main() -> None:
     figures = Figures()
     with tempfile.TemporaryDirectory() as folder, bar() as progress:
         environment = environment_of_installed(folder)
-        start_server(model, environment)  # has everything compiled
+        start_server(model, environment)  # compiles all modules
         for _ in progress.track(range(effort.rounds), description="start"):
             imported, ended = import_three(environment)
             figures.add("imported", imported)
             figures.add("ended", ended)
             figures.add("ready", start_server(model, environment)[0])
-        repeats = 1 if effort.is_quick else 5
+        repeats = effort.pick(full=5, quick=1)
         said = [start_server(model, environment, "-X", "importtime")[1] for _ in range(repeats)]
     print_start(figures)
     print_parts(said)

@@ -1,1 +1,1 @@
-"""What Sluice costs, beside what it could cost: each module is a command that prints a table."""
+"""Measures what Sluice costs: each module is a command that prints a table."""

@@ -1,7 +1,7 @@
-"""Bare ONNX Runtime, alone in its process: the same file, options and batch, nothing else.
+"""Runs bare ONNX Runtime in its own process, with the same file, options and batch.
 
-`python -m bench.bare MODEL`; each line {"batch": B, "seconds": S} is answered by one of
-{"cpu_us": µs of CPU a run, "wall_us": µs a run}. Imports nothing of ours.
+`python -m bench.bare MODEL` answers each line {"batch": B, "seconds": S} with
+{"cpu_us": µs of CPU per run, "wall_us": µs per run}. It imports nothing of Sluice.
 """
 
 import json
@@ -27,7 +27,7 @@ def load(path: str) -> onnxruntime.InferenceSession:
 def make_run(
     session: onnxruntime.InferenceSession, batch: int, steps: int = 1
 ) -> Callable[[], None]:
-    """One run of that size, over inputs that are contiguous and there already."""
+    """A function that makes one run of that size, over contiguous inputs in memory."""
     generator = np.random.default_rng(0)
     feed = {"lengths": np.full(batch, steps, np.int32)}
     for tensor in session.get_inputs():
@@ -47,7 +47,7 @@ def make_run(
 
 
 def measure(run: Callable[[], None], seconds: float) -> dict[str, float]:
-    """CPU and wall time of a run, run again and again for that long."""
+    """CPU and wall time per run, repeated for that long."""
     for _ in range(3):
         run()
     runs = 0

@@ -1,7 +1,7 @@
-"""Where one process stops scaling: several runs at once, or several threads in a run.
+"""Measures where one process stops scaling, with several runs at once or several threads per run.
 
-`python -m bench.cores`: 256 sequences in frames, one step of each in flight, on servers that
-differ in nothing else.
+`python -m bench.cores`: 256 sequences in frames, one step of each in flight. The servers differ
+only in runs and threads.
 """
 
 import os
@@ -18,7 +18,7 @@ SEQUENCES = 256
 
 
 def counts() -> list[int]:
-    """1, 2, 4 … as many as there are cores."""
+    """1, 2, 4 … up to the number of cores."""
     cores = len(os.sched_getaffinity(0))
     return [count for count in (1, 2, 4, 8, 16, 32) if count <= cores]
 

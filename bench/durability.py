@@ -1,7 +1,7 @@
-"""What outliving the server costs, and how soon a sequence goes on: `python -m bench.durability`.
+"""Measures what durability costs, and how soon a sequence resumes: `python -m bench.durability`.
 
-Throughput and latency with each durability over each store, in turns; then servers are
-killed under a client that has another one to go to.
+The first table is throughput and latency with each durability over each store, measured
+alternately. For the second, servers are killed while a client that knows another one uses them.
 """
 
 import asyncio
@@ -31,12 +31,12 @@ RECOVERED = 10_000
 
 
 def flags(durability: str, url: str) -> list[str]:
-    """How the server is told."""
+    """The server's flags."""
     return ["--durability", durability, *(["--store", url] if durability != "off" else [])]
 
 
 def load(server: Server, sequences: int, seconds: float) -> dict[str, float]:
-    """What `sluice bench` finds: steps a second, p99 in ms, CPU µs a step, checkpoints a second."""
+    """Results of `sluice bench`: steps per second, p99 in ms, CPU µs per step."""
     command = [sys.executable, "-m", "sluice_cli", "bench", "m", "--json"]
     command += ["--address", server.address, "--pid", str(server.pid), "--warmup", "1"]
     command += ["--sequences", str(sequences), "--duration", str(seconds)]
@@ -50,7 +50,7 @@ def load(server: Server, sequences: int, seconds: float) -> dict[str, float]:
 
 
 def measure_costs(effort: Effort, stores: dict[str, str], figures: Figures) -> list[str]:
-    """One round: every durability over every store; the names of what was measured."""
+    """One round of every durability over every store. Returns the names of the rows."""
     sequences = effort.pick(full=SEQUENCES, quick=100)
     durabilities = effort.pick(full=DURABILITIES, quick=DURABILITIES, smoke=DURABILITIES[-1:])
     wanted = [("off", "")] + [
@@ -72,7 +72,7 @@ async def watch_kills(url: str, kills: int) -> list[float]:
     """Milliseconds from the kill of a client's server to its first output from the next one."""
     took = []
     with ExitStack() as stack:
-        # The next server waits while the present one is killed.
+        # The next server is already running when the present one is killed.
         servers = [stack.enter_context(boot(url)) for _ in range(2)]
         for _ in range(kills):
             present, spare = servers
@@ -91,7 +91,7 @@ async def watch_kills(url: str, kills: int) -> list[float]:
 
 
 def boot(url: str) -> AbstractContextManager[Server]:
-    """A server over the store at `url`, strict."""
+    """A strict server over the store at `url`."""
     return sluice({"m": export_model(HIDDEN)}, *flags("strict", url))
 
 
@@ -136,7 +136,7 @@ def main() -> None:
 
 
 def print_costs(figures: Figures, names: list[str]) -> None:
-    """Each durability beside none."""
+    """Print each durability compared with none."""
     rows = [
         [
             name,
@@ -152,7 +152,7 @@ def print_costs(figures: Figures, names: list[str]) -> None:
 
 
 def print_resumes(figures: Figures, names: list[str], recovered: int) -> None:
-    """How soon sequences go on after kill -9."""
+    """Print how soon sequences resume after kill -9."""
     rows = [
         [
             name,

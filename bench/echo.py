@@ -1,8 +1,8 @@
-"""A plain asyncio gRPC echo: what a message costs before anybody does anything with it.
+"""Serves a plain asyncio gRPC echo, which shows what a message costs without any work.
 
-`python -m bench.echo REPLY_BYTES [MODEL]` answers every message of a stream with so many
-bytes; with a model it also runs it bare, once a message, so that the run happens in the same
-rhythm as in a server: after a wait, not in a hot loop. Imports nothing of ours but bench.bare.
+`python -m bench.echo REPLY_BYTES [MODEL]` answers every message of a stream with that many
+bytes. With a model, it also runs the bare model once per message. The run then happens after a
+wait, as in a server, and not in a hot loop. It imports nothing of Sluice but bench.bare.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ from bench.bare import load, make_run
 def make_handler(
     reply: bytes, run: Callable[[], None] | None
 ) -> "grpc.GenericRpcHandler[Any, Any]":
-    """Answers /echo.Echo/Infer."""
+    """A handler of /echo.Echo/Infer."""
 
     async def infer(messages: AsyncIterator[bytes], context: Any) -> None:
         async for _ in messages:
@@ -34,7 +34,7 @@ def make_handler(
 
 
 async def serve(reply_bytes: int, model: str | None) -> None:
-    """Until the process is ended."""
+    """Serve until the process is ended."""
     run = make_run(load(model), 1) if model else None
     server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
     server.add_generic_rpc_handlers((make_handler(bytes(reply_bytes), run),))

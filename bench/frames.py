@@ -1,8 +1,8 @@
-"""A client of frames: whoever has been answered sends its next chunk, all of them in one message.
+"""Runs a client of frames: all sequences that were answered send their next chunk in one message.
 
 `python -m bench.frames ADDRESS PID MODEL FEATURES` keeps one stream to a Sluice server and
-answers one Order a line, with figures of the server's use beside its own. It is as light as
-Python allows, so that the server is what limits it.
+answers one Order per line with its own figures and the server's usage. It costs as little as
+Python allows, so that the server is the limit.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ _UNACKNOWLEDGED_STEPS_MAX = 1024
 
 @dataclass(frozen=True)
 class Order:
-    """What to do: open so many more sequences, then stream, or wait for that many to expire."""
+    """What to do: open `opens` more sequences, then stream, or wait for `expiries` to expire."""
 
     opens: int = 0
     in_flight: int = 0
@@ -43,7 +43,7 @@ class Order:
 
 @dataclass(frozen=True)
 class Figures:
-    """What came of it: `cpu_us` is the server's for each step, `seconds` what opening took."""
+    """The results: `cpu_us` is the server's CPU per step, `seconds` the time for opening."""
 
     seconds: float
     steps_per_second: float
@@ -84,7 +84,7 @@ class Client:
         return Figures(seconds, rate, cpu, self._usage().resident_bytes)
 
     async def _open(self, count: int) -> None:
-        """Open as a client that replays does: with ids and writers, and acknowledgements later."""
+        """Open as a client that replays: with ids and writers, and with acknowledgements later."""
         begin, self._count = self._count, self._count + count
         sending = asyncio.ensure_future(self._send_opens(begin))
         opened = 0
@@ -115,7 +115,7 @@ class Client:
             await self._call.write(message.SerializeToString())
 
     async def _stream(self, in_flight: int, sizes: Sizes, seconds: float) -> tuple[float, float]:
-        """Steps a second, and µs of the server's CPU a step, with so many chunks under way."""
+        """Steps per second, and µs of server CPU per step, with that many chunks in flight."""
         rotation = Rotation(self._generator, self._count)
         begin = time.perf_counter() + _WARMUP_SECONDS
         end = begin + seconds
@@ -129,7 +129,7 @@ class Client:
         return steps / passed, 1e6 * spent / max(1, steps)
 
     async def _exchange(self, rotation: Rotation, sizes: Sizes, until: float) -> int:
-        """Take answers and send what follows them; the steps that were answered."""
+        """Take answers and send the next chunks. Returns how many steps were answered."""
         steps = 0
         while time.perf_counter() < until:
             idle, answered = await self._take()
@@ -140,7 +140,7 @@ class Client:
         return steps
 
     async def _take(self) -> tuple[Integers, int]:
-        """One message: the lanes that have been answered in full, and the steps in it."""
+        """Read one response: the lanes whose chunks are complete, and the steps in it."""
         response = await self._read()
         if response.faults:
             raise RuntimeError(response.faults[0].message)
@@ -148,7 +148,7 @@ class Client:
         self._outstanding[lanes] -= counts
         self._unacknowledged += int(counts.max(initial=0))
         if self._unacknowledged >= _UNACKNOWLEDGED_STEPS_MAX:
-            # Long chunks are not run to their end otherwise.
+            # Without an acknowledgement, the server stops in the middle of long chunks.
             self._unacknowledged = 0
             acknowledgement = InferRequest(received_responses=self._responses)
             await self._call.write(acknowledgement.SerializeToString())
@@ -157,7 +157,7 @@ class Client:
         return idle, int(counts.sum())
 
     async def _send(self, lanes: Integers, sizes: Sizes) -> None:
-        """The next chunk of each of `lanes`, in one message."""
+        """Send the next chunk of each of `lanes` in one message."""
         steps = sizes.draw(self._generator, len(lanes))
         self._outstanding[lanes] = steps
         self._in_flight += len(lanes)

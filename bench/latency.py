@@ -1,4 +1,4 @@
-"""Latency of one sequence, one step at a time, beside an echo of the same bytes:
+"""Compares the latency of single steps of one sequence with an echo of the same bytes:
 `python -m bench.latency`.
 """
 

@@ -1,7 +1,7 @@
-"""Clients as they come and go: they close, park, come back, leave, break off, and send nonsense.
+"""Runs clients of many kinds: they close, park, resume, leave, break off, and send nonsense.
 
-`python -m bench.lives ADDRESS MODEL FEATURES` answers one Order a line with how often each kind
-of life was lived.
+`python -m bench.lives ADDRESS MODEL FEATURES` answers one Order per line with how often each kind
+of client has run.
 """
 
 import asyncio
@@ -41,21 +41,21 @@ _MIXED = Sizes.parse("1:6,7:2,64:2")
 # Many runs.
 _LONG = Sizes.parse("1000")
 _STEPS_MAX = 8 * 1000
-# What a client that reads slowly does before it reads at all, and before each response.
+# How long a slow client waits before it reads at all, and before each response.
 _SLEEP_SECONDS, _READ_SECONDS = 3.0, 0.002
-# Between a life and the next one of its kind.
+# The pause between two clients of the same kind.
 _PAUSE_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
 class Order:
-    """For how long to live."""
+    """For how long to run the clients."""
 
     seconds: float
 
 
 class World:
-    """What all lives share."""
+    """What all clients share."""
 
     def __init__(self, address: str, model: str, features: int) -> None:
         self.address = address
@@ -66,7 +66,7 @@ class World:
         self._rows = self.generator.standard_normal((_STEPS_MAX, features)).astype(np.float32)
 
     def connect(self) -> grpc.aio.Channel:
-        """A connection of its own."""
+        """A new connection."""
         return grpc.aio.insecure_channel(self.address, options=_OPTIONS)
 
     def wire(self, channel: grpc.aio.Channel | None = None) -> "Wire":
@@ -79,7 +79,7 @@ class World:
 
 
 class Wire:
-    """One Infer stream: it sends, reads, acknowledges, and counts what has come."""
+    """One Infer stream: it sends, reads, acknowledges, and counts what has arrived."""
 
     def __init__(self, world: World, channel: grpc.aio.Channel) -> None:
         self._world = world
@@ -96,7 +96,7 @@ class Wire:
         await self._call.write(InferRequest(**first, **fields, received_responses=self._responses))
 
     async def open(self, names: list[str], **fields: Any) -> None:
-        """Open sequences of these names, each with a writer of its own, on lanes from 0 on."""
+        """Open sequences with these names, each with its own writer, on the lanes from 0 on."""
         opens = [
             OpenSequence(lane=lane, sequence_id=name, writer=name.encode(), **fields)
             for lane, name in enumerate(names)
@@ -106,19 +106,19 @@ class Wire:
         await self.until(lambda: self.opened == opened)
 
     async def push(self, lanes: int, sizes: Sizes) -> None:
-        """A chunk on each of the lanes from 0 on, in one frame."""
+        """Send a chunk on each of the first `lanes` lanes, in one frame."""
         steps = sizes.draw(self._world.generator, lanes)
         inputs = [self._world.inputs(int(steps.sum()))]
         await self.send(lane=range(lanes), steps=steps.tolist(), inputs=inputs)
         self.due += int(steps.sum())
 
     async def step(self, lanes: int, sizes: Sizes) -> None:
-        """The same, and its outputs."""
+        """Push chunks and read their outputs."""
         await self.push(lanes, sizes)
         await self.until(lambda: self.steps == self.due)
 
     async def until(self, is_done: Callable[[], bool], *, pause: float = 0.0) -> None:
-        """Read on until then, with a pause before each response; acknowledge now and then."""
+        """Read until `is_done`, with a pause before each response. Acknowledge at intervals."""
         while not is_done():
             await asyncio.sleep(pause)
             response = await self._call.read()
@@ -129,25 +129,25 @@ class Wire:
                 await self.send()
 
     async def close(self, lanes: int) -> None:
-        """Close the lanes from 0 on, and end the stream."""
+        """Close the first `lanes` lanes and end the stream."""
         await self.send(close=range(lanes))
         closed = self.closed + lanes
         await self.until(lambda: self.closed == closed)
         await self.end()
 
     async def end(self) -> None:
-        """Send no more, and read what is left."""
+        """Send no more, and read the remaining responses."""
         await self._call.done_writing()
         while isinstance(response := await self._call.read(), InferResponse):
             self._note(response)
 
     async def fail(self, **fields: Any) -> None:
-        """Send what ends the stream with an error."""
+        """Send a request that ends the stream with an error."""
         await self._call.write(InferRequest(**fields))
         await _refused(self.end())
 
     def cut(self) -> None:
-        """Go without a word."""
+        """Cancel the stream."""
         self._call.cancel()
 
     def _note(self, response: InferResponse) -> None:
@@ -167,10 +167,10 @@ async def _refused(call: Awaitable[object]) -> None:
         await call
     except grpc.aio.AioRpcError:
         return
-    raise RuntimeError("what should have been refused was not")
+    raise RuntimeError("a wrong request was not refused")
 
 
-# The lives.
+# The kinds of clients.
 
 Kind = Callable[[World], Awaitable[None]]
 
@@ -185,7 +185,7 @@ async def close_when_done(world: World) -> None:
 
 
 async def park_and_come_back(world: World) -> None:
-    """Go on over another connection."""
+    """Park, and resume over another connection."""
     names, wire = _names(8), world.wire()
     await wire.open(names, attempt=1)
     await wire.step(8, _MIXED)
@@ -200,7 +200,7 @@ async def park_and_come_back(world: World) -> None:
 
 
 async def leave(world: World) -> None:
-    """End the stream in good order, and let the parked sequences expire."""
+    """End the stream properly and let the parked sequences expire."""
     wire = world.wire()
     await wire.open(_names(8))
     await wire.push(8, _MIXED)
@@ -208,7 +208,7 @@ async def leave(world: World) -> None:
 
 
 async def fall_asleep(world: World) -> None:
-    """Stay on the stream, and wait to be told that the sequences have expired."""
+    """Stay on the stream and wait until the server says that the sequences have expired."""
     wire = world.wire()
     await wire.open(_names(8))
     await wire.step(8, _MIXED)
@@ -217,7 +217,7 @@ async def fall_asleep(world: World) -> None:
 
 
 async def break_off(world: World) -> None:
-    """Go in the middle of long chunks, with outputs that nobody has read."""
+    """Cancel the stream in the middle of long chunks, with unread outputs."""
     async with world.connect() as channel:
         wire = world.wire(channel)
         await wire.open(_names(8))
@@ -237,7 +237,7 @@ async def step_singly(world: World) -> None:
 
 
 async def read_slowly(world: World) -> None:
-    """Ask for much, and leave it lying."""
+    """Ask for many outputs and read them slowly."""
     wire = world.wire()
     await wire.open(_names(4))
     await wire.push(4, _LONG)
@@ -247,7 +247,7 @@ async def read_slowly(world: World) -> None:
 
 
 async def send_nonsense(world: World) -> None:
-    """Inputs too short, numbers that are none, unknown lanes and models, bytes of nothing."""
+    """Send short inputs, NaN, unknown lanes and models, and bytes that are not protobuf."""
     wire = world.wire()
     await wire.open(_names(2))
     no_numbers = np.full(world.features, np.nan, np.float32).tobytes()
@@ -268,7 +268,7 @@ async def send_nonsense(world: World) -> None:
 
 
 async def be_asked_about(world: World) -> None:
-    """A state read and begun from, a fork, a list, and a close from outside."""
+    """Read a state and begin from it, fork, list, and close from outside."""
     stub, wire, (name,) = SequencesStub(world.channel), world.wire(), _names(1)
     await wire.open([name])
     await wire.step(1, _MIXED)
@@ -285,7 +285,7 @@ async def be_asked_about(world: World) -> None:
 
 
 async def speak_the_other_protocol(world: World) -> None:
-    """The Open Inference Protocol: calls of a sequence that ends, and a stream broken off."""
+    """Use the Open Inference Protocol: calls of a sequence that ends, and a cancelled stream."""
 
     def ask(name: str, number: int) -> bytes:
         message = ModelInferRequest(model_name=world.model)
@@ -307,7 +307,7 @@ async def speak_the_other_protocol(world: World) -> None:
     stream.cancel()
 
 
-# How many of each kind live at once.
+# How many clients of each kind run at the same time.
 KINDS: dict[Kind, int] = {
     close_when_done: 1,
     park_and_come_back: 2,
@@ -323,7 +323,7 @@ KINDS: dict[Kind, int] = {
 
 
 async def live(world: World, seconds: float) -> dict[str, int]:
-    """Live all kinds of lives, each again and again, for so long; how often each was lived."""
+    """Run clients of all kinds repeatedly for that long. Returns how often each has run."""
     lived = dict.fromkeys(KINDS, 0)
 
     async def repeat(kind: Kind) -> None:
@@ -332,7 +332,7 @@ async def live(world: World, seconds: float) -> dict[str, int]:
             lived[kind] += 1
             await asyncio.sleep(_PAUSE_SECONDS)
 
-    # Whoever is in the middle of it when time is over breaks off.
+    # Clients that still run when the time is over are cancelled.
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(seconds), asyncio.TaskGroup() as tasks:
             for kind, count in KINDS.items():

@@ -1,4 +1,4 @@
-"""The models that are measured: two layers of LSTM, 64 inputs, exported once and kept."""
+"""Exports the models that are measured, once: two layers of LSTM with 64 inputs."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ QUICK_HIDDEN = 128
 
 
 def export_model(hidden: int) -> Path:
-    """The ONNX file of the model with so many hidden units; made where it is not there yet."""
+    """The ONNX file of the model with that many hidden units; exported if it does not exist."""
     path = FOLDER / f"lstm-{INPUTS}-{hidden}x{LAYERS}.onnx"
     if not path.exists():
         _export(hidden, path)

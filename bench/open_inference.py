@@ -1,7 +1,7 @@
-"""Server CPU a request of the Open Inference Protocol: `python -m bench.open_inference`.
+"""Measures server CPU per request of the Open Inference Protocol: `python -m bench.open_inference`.
 
-Beside it: a plain echo of messages as long, the share of the runs themselves, and the native
-stream with one message a step.
+It is compared with a plain echo of messages of the same length, with the share of the runs
+themselves, and with the native stream at one message per step.
 """
 
 import asyncio
@@ -44,7 +44,7 @@ def make_request(sequence: int, features: int, *, is_start: bool = False) -> byt
 
 
 async def load_stream(channel: grpc.aio.Channel, sequences: int, seconds: float) -> int:
-    """Every answer sends the next step of its sequence; the answers counted."""
+    """Send the next step of a sequence after each answer. Returns the number of answers."""
     call: Stream = channel.stream_stream(f"{PATH}ModelStreamInfer", None, None)(None)
     for sequence in range(sequences):
         await call.write(make_request(sequence + 1, INPUTS, is_start=True))
@@ -59,7 +59,7 @@ async def load_stream(channel: grpc.aio.Channel, sequences: int, seconds: float)
 
 
 async def load_unary(channel: grpc.aio.Channel, sequences: int, seconds: float) -> int:
-    """One request of each sequence at a time; the answers counted."""
+    """Send one request of each sequence at a time. Returns the number of answers."""
     infer = channel.unary_unary(f"{PATH}ModelInfer", None, None)
     end = time.monotonic() + seconds
 
@@ -75,7 +75,7 @@ async def load_unary(channel: grpc.aio.Channel, sequences: int, seconds: float) 
 
 
 async def load_native(channel: grpc.aio.Channel, sequences: int, seconds: float) -> int:
-    """The native stream with one message a step, as many as answers came; steps counted."""
+    """Send one message per step on the native stream, one per answer. Returns the steps."""
     call: Stream = channel.stream_stream("/sluice.v1.Sequences/Infer", None, None)(None)
     lanes = [OpenSequence(lane=lane) for lane in range(sequences)]
     await call.write(InferRequest(model="model", open=lanes).SerializeToString())
@@ -106,7 +106,7 @@ class Spent:
 
 
 def read_run_seconds(server: Server) -> float:
-    """The seconds that a server has spent in runs; 0 for one that has none."""
+    """The seconds that a server has spent in runs; 0 for a server without metrics."""
     if not server.http:
         return 0.0
     with urllib.request.urlopen(f"http://{server.http}/metrics", timeout=30) as response:
@@ -115,7 +115,7 @@ def read_run_seconds(server: Server) -> float:
 
 
 def measure(server: Server, load: Load, sequences: int, seconds: float) -> Spent:
-    """What a request costs the server."""
+    """What a request costs the server, in CPU and in runs."""
 
     async def run() -> Spent:
         async with grpc.aio.insecure_channel(server.address) as channel:
@@ -159,7 +159,7 @@ def main() -> None:
 
 
 def print_requests(figures: Figures, counts: tuple[int, ...]) -> None:
-    """What a request costs, by kind of call."""
+    """Print what a request costs, by kind of call."""
     rows = []
     for kind, call in CALLS.items():
         for sequences in counts:

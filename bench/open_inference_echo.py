@@ -1,6 +1,6 @@
-"""A plain asyncio gRPC echo of both kinds of call, for requests of the Open Inference Protocol.
+"""Serves a plain asyncio gRPC echo for both kinds of call of the Open Inference Protocol.
 
-`python -m bench.open_inference_echo REPLY_BYTES` answers everything with so many bytes.
+`python -m bench.open_inference_echo REPLY_BYTES` answers every request with that many bytes.
 """
 
 import asyncio
@@ -14,7 +14,7 @@ import grpc.aio
 
 
 def make_handler(reply: bytes) -> "grpc.GenericRpcHandler[Any, Any]":
-    """Answers the two calls under the names the protocol gives them."""
+    """A handler of the two calls under their names in the protocol."""
 
     async def infer(data: bytes, context: Any) -> bytes:
         return reply

@@ -1,4 +1,4 @@
-"""Server CPU a step ÷ bare ONNX Runtime's, at the same batch: `python -m bench.overhead`."""
+"""Compares server CPU per step with bare ONNX Runtime's: `python -m bench.overhead`."""
 
 from contextlib import ExitStack
 
@@ -15,7 +15,7 @@ TARGETS = {(128, 256): 1.5, (512, 256): 1.15}
 
 
 def measure_server(server: Server, model: str, sequences: int, seconds: float) -> float:
-    """Microseconds of the server's CPU a step; all sequences in one stream, one step in flight."""
+    """Server CPU per step in µs. All sequences are on one stream, with one step in flight each."""
     plan = Plan(
         model=model,
         addresses=(server.address,),
@@ -33,7 +33,7 @@ def measure_server(server: Server, model: str, sequences: int, seconds: float) -
 
 
 def measure_bare(bare: Asked, sequences: int, seconds: float) -> float:
-    """Microseconds of CPU a step of the bare run at that batch."""
+    """CPU per step in µs of the bare run at that batch."""
     answer = bare.ask({"batch": sequences, "seconds": seconds / 2})
     return float(answer["cpu_us"]) / sequences
 

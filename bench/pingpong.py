@@ -1,7 +1,7 @@
-"""A client of bytes: on each stream one message is under way, and its answer brings the next one.
+"""Runs a client of bytes: each stream has one message in flight and sends the next when answered.
 
-`python -m bench.pingpong` answers one Question a line. It is the same for every server, so
-that what differs is the server.
+`python -m bench.pingpong` answers one Question per line. It is the same for every server, so
+all differences come from the servers.
 """
 
 import asyncio
@@ -33,15 +33,15 @@ Seconds = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Question:
-    """What to send where."""
+    """What to send, and where."""
 
     address: str
     pid: int
     method: str
     message: str  # in hex
-    opening: str = ""  # the first message of a stream, in hex; empty: none
-    is_unary: bool = False  # a call a message, in place of a stream
-    sequences: int = 0  # begin each message with the number of one of so many; 0: do not
+    opening: str = ""  # the first message of a stream, in hex; empty: no such message
+    is_unary: bool = False  # one call per message instead of a stream
+    sequences: int = 0  # put the number of a sequence in front of each message; 0: none
     streams: int = 1
     connections: int = 1
     seconds: float = 1.0
@@ -49,13 +49,13 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """What came of it, in microseconds."""
+    """The results, in microseconds."""
 
     messages: int
     p50: float
     p99: float
     max: float
-    server_cpu: float  # a message
+    server_cpu: float  # per message
 
 
 def make_step(features: int) -> bytes:
@@ -64,7 +64,7 @@ def make_step(features: int) -> bytes:
 
 
 def ask_sluice(server: Server, model: str, step: bytes) -> Question:
-    """A question to a Sluice server: one sequence a stream, one step a message."""
+    """A question to a Sluice server: one sequence per stream, one step per message."""
     message = InferRequest(lane=[0], inputs=[Tensor(data=step)])
     opening = InferRequest(model=model, open=[OpenSequence(lane=0)])
     return Question(
@@ -77,7 +77,7 @@ def ask_sluice(server: Server, model: str, step: bytes) -> Question:
 
 
 def ask_echo(server: Server, step: bytes) -> Question:
-    """The same bytes to an echo."""
+    """A question with the same bytes to an echo."""
     message = InferRequest(lane=[0], inputs=[Tensor(data=step)])
     return Question(server.address, server.pid, ECHO, message.SerializeToString().hex())
 
@@ -124,7 +124,7 @@ async def _ask(question: Question) -> Answer:
 
 
 async def _start(channel: grpc.aio.Channel, question: Question) -> Exchange:
-    """How to send a message and get its answer: over a stream of its own, or as calls."""
+    """A function that exchanges a message for its answer, over its own stream or by calls."""
     if question.is_unary:
         return channel.unary_unary(question.method, None, None)
     call = channel.stream_stream(question.method, None, None)(None)
@@ -145,7 +145,7 @@ async def _exchange(call: Stream, message: bytes | None = None) -> bytes:
 
 
 def _messages(question: Question, stream: int) -> Iterator[bytes]:
-    """What one stream sends, for ever."""
+    """The messages of one stream, without end."""
     message = bytes.fromhex(question.message)
     if not question.sequences:
         return itertools.repeat(message)
@@ -154,7 +154,7 @@ def _messages(question: Question, stream: int) -> Iterator[bytes]:
 
 
 async def _ping(exchange: Exchange, messages: Iterator[bytes], begin: float, end: float) -> Seconds:
-    """The seconds of each message that was answered between two instants, but of one at least."""
+    """The latencies in seconds of messages answered between two instants; at least one."""
     latencies = list[float]()
     while (sent := time.perf_counter()) < end or not latencies:
         await exchange(next(messages))

@@ -1,13 +1,13 @@
-"""What people write today: gRPC in front of ONNX Runtime, one run a message.
+"""Serves ONNX Runtime as people usually do: over gRPC, with one run per message.
 
 `python -m bench.plain MODEL asyncio|threads` has
 
-    /plain.Plain/Stream     a stream a client; the state in a dict by the sequence's number
-    /plain.Plain/Step       a call a step; the same dict
-    /plain.Plain/Stateless  a call a step; the client sends the state and gets the new one
+    /plain.Plain/Stream     one stream per client; the states are in a dict by sequence number
+    /plain.Plain/Step       one call per step; the same dict
+    /plain.Plain/Stateless  one call per step; the client sends the state and gets the new one
 
-Messages are raw bytes, which flatters it: the sequence's number (8 bytes) or its state, then
-the step. Imports nothing of ours but bench.bare.
+Messages are raw bytes, which is an advantage: the sequence's number (8 bytes) or its state, then
+the step. It imports nothing of Sluice but bench.bare.
 """
 
 import asyncio
@@ -40,7 +40,7 @@ class Plain:
         self._states: defaultdict[bytes, Any] = defaultdict(lambda: np.zeros((1, size), np.float32))
 
     def step(self, data: bytes) -> bytes:
-        """One step of a sequence whose state is here."""
+        """One step of a sequence whose state is in the dict."""
         number = data[:NUMBER_BYTES]
         y, self._states[number] = self._run(data, NUMBER_BYTES, self._states[number])
         return bytes(y)
@@ -58,7 +58,7 @@ class Plain:
         return found["y"], found["state_out"]
 
     def asyncio_handlers(self) -> "grpc.GenericRpcHandler[Any, Any]":
-        """For an asyncio server."""
+        """Handlers for an asyncio server."""
 
         async def stream(messages: AsyncIterator[bytes], context: Any) -> None:
             async for data in messages:
@@ -73,7 +73,7 @@ class Plain:
         return _handlers(stream, step, stateless)
 
     def thread_handlers(self) -> "grpc.GenericRpcHandler[Any, Any]":
-        """For a server with threads."""
+        """Handlers for a server with threads."""
 
         def stream(messages: Iterator[bytes], _: Any) -> Iterator[bytes]:
             for data in messages:
@@ -98,7 +98,7 @@ def _handlers(stream: Any, step: Any, stateless: Any) -> "grpc.GenericRpcHandler
 
 
 async def serve(path: str, kind: str) -> None:
-    """Until the process is ended."""
+    """Serve until the process is ended."""
     plain = Plain(path)
     options = [("grpc.so_reuseport", 0)]
     if kind == "threads":

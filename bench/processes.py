@@ -1,4 +1,4 @@
-"""Processes that are measured: started, waited for, asked, and ended with the block."""
+"""Starts the processes that are measured, asks them, and ends them with the block."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from sluice_cli.bench.watched import Usage, watch_process
 
 @dataclass(frozen=True)
 class Server:
-    """A server in a process of its own: where it listens, and what it uses."""
+    """A server in its own process: where it listens, and what it uses."""
 
     address: str
     pid: int
@@ -62,7 +62,7 @@ class Asked:
         return answer
 
     def kill(self) -> None:
-        """End it at once: its connections break off."""
+        """End it at once: its connections break."""
         self._process.kill()
         self._process.wait()
 
@@ -98,14 +98,14 @@ def _running(command: list[str], stderr: int | None = None) -> Iterator[subproce
 
 
 def _read_ready(process: subprocess.Popen[str]) -> dict[str, Any]:
-    """The line that says where a server listens. Raises RuntimeError with what came instead."""
+    """The line that says where a server listens. Raises RuntimeError with the log if none comes."""
     assert process.stdout is not None
     lines = []
     for line in process.stdout:
         lines.append(line)
         if '"ready"' in line:
             answer: dict[str, Any] = json.loads(line)
-            # A log that nobody reads would stop the server once the pipe is full.
+            # Read the rest of the log: a full pipe would stop the server.
             threading.Thread(target=process.stdout.read, daemon=True).start()
             return answer
     raise RuntimeError("the server did not start:\n" + "".join(lines))

@@ -1,4 +1,4 @@
-"""Chunks of one step and of many in one stream: `python -m bench.ragged`."""
+"""Measures mixtures of short and long chunks: `python -m bench.ragged`."""
 
 import re
 import urllib.request
@@ -16,13 +16,13 @@ from sluice_cli.bench.run import run_load
 HIDDEN = (128, 512)
 SEQUENCES = 256
 MIX, EQUAL = "1:90,64:10", "64"
-# Beside the single steps: sequences that push chunks of so many steps.
+# Sequences that push chunks of that many steps while single steps are measured.
 PUSHERS, PUSHED = 4, "10000"
 SINGLES, SINGLES_RATE = 16, 500.0
 
 
 def read_counts(server: Server, model: str) -> tuple[float, float]:
-    """Steps applied, and steps computed in vain, since the server began."""
+    """Steps applied, and padding steps computed, since the server started."""
     with urllib.request.urlopen(f"http://{server.http}/metrics", timeout=5) as response:
         page = response.read().decode()
     pattern = rf'^sluice_(steps|padding_steps)_total{{model="{model}"}} (\S+)$'
@@ -31,7 +31,7 @@ def read_counts(server: Server, model: str) -> tuple[float, float]:
 
 
 def measure_mix(client: Asked, sizes: str, effort: Effort) -> dict[str, float]:
-    """Steps a second and CPU a step, every sequence with one chunk in flight."""
+    """Steps per second and CPU per step, with one chunk of every sequence in flight."""
     order = Order(in_flight=SEQUENCES, sizes=sizes, seconds=effort.seconds)
     return client.ask(asdict(order))
 
@@ -92,7 +92,7 @@ def main() -> None:
 
 
 def print_mix(figures: Figures, hiddens: tuple[int, ...]) -> None:
-    """What a mix costs."""
+    """Print what a mixture costs."""
     rows = [
         [
             f"H={hidden}",
@@ -121,7 +121,7 @@ def print_mix(figures: Figures, hiddens: tuple[int, ...]) -> None:
 
 
 def print_singles(figures: Figures, hiddens: tuple[int, ...]) -> None:
-    """What long chunks do to single steps."""
+    """Print what long chunks do to single steps."""
     rows = [
         [
             f"H={hidden}",

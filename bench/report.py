@@ -20,7 +20,7 @@ _PACKAGES = ("onnxruntime", "grpcio", "numpy")
 
 
 def describe_machine() -> str:
-    """What the figures were measured on."""
+    """The machine on which the figures were measured."""
     found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     name = found[1] if found else platform.machine()
     packages = ", ".join(f"{package} {version(package)}" for package in _PACKAGES)
@@ -41,13 +41,13 @@ def place(text: str, name: str, content: str) -> str:
 
 
 def main() -> None:
-    """Run them one after another; what is done is written even if the next one fails."""
+    """Run the tables one after another. Each is written as soon as it is made."""
     for name in sys.argv[1:] or TABLES:
         if name not in TABLES:
-            sys.exit(f"{name!r} is no table; there are {', '.join(TABLES)}")
+            sys.exit(f"{name!r} is not a table; there are {', '.join(TABLES)}")
         command = [sys.executable, "-m", f"bench.{name}"]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        # What is told on the way, such as an export, is no part of the table.
+        # Messages before the table, such as that of an export, are not part of it.
         table = done.stdout[done.stdout.index("\n\n") :] if "|" in done.stdout else ""
         print(table, flush=True)
         text = place(README.read_text(), "machine", describe_machine())

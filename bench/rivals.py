@@ -1,4 +1,4 @@
-"""Steps per CPU second beside what people write today: `python -m bench.rivals`."""
+"""Compares steps per CPU second with the usual gRPC servers: `python -m bench.rivals`."""
 
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -12,7 +12,7 @@ from bench.table import Effort, Figures, bar, print_table, read_effort
 
 HIDDEN = (128, 512)
 SEQUENCES = (1, 256)
-# Of the rivals; the best of these counts for them.
+# How many messages of a rival are in flight; the best result counts.
 CONCURRENCIES = (4, 32, 256)
 NAMES = {
     "frames": "Sluice, in frames",
@@ -26,7 +26,7 @@ NAMES = {
 
 
 def rival_question(name: str, server: Server, state_bytes: int, sequences: int) -> Question:
-    """What a rival is asked, but for how much at a time."""
+    """The question to a rival, without the number of streams."""
     way = name.split(maxsplit=1)[0]
     step = make_step(INPUTS)
     message = bytes(state_bytes) + step if way == "stateless" else step
@@ -41,7 +41,7 @@ def rival_question(name: str, server: Server, state_bytes: int, sequences: int) 
 
 
 def measure_rival(client: Asked, question: Question, sequences: int, effort: Effort) -> float:
-    """Steps per CPU second of the server, at the concurrency that suits it best."""
+    """Steps per CPU second of the server, at its best concurrency."""
     found = []
     for concurrency in effort.pick(full=CONCURRENCIES, quick=CONCURRENCIES[-1:]):
         streams = min(concurrency, sequences)
@@ -54,7 +54,7 @@ def measure_rival(client: Asked, question: Question, sequences: int, effort: Eff
 
 
 def measure_streams(client: Asked, server: Server, sequences: int, effort: Effort) -> float:
-    """Steps per CPU second of a Sluice server, one message a step."""
+    """Steps per CPU second of a Sluice server, with one message per step."""
     question = replace(ask_sluice(server, "m", make_step(INPUTS)), streams=sequences)
     asking = replace(question, connections=min(sequences, 16), seconds=effort.seconds)
     return 1e6 / float(client.ask(asdict(asking))["server_cpu"])
@@ -63,7 +63,7 @@ def measure_streams(client: Asked, server: Server, sequences: int, effort: Effor
 def measure(
     hidden: int, names: list[str], counts: tuple[int, ...], figures: Figures, effort: Effort
 ) -> None:
-    """One model, all servers in turns."""
+    """Measure all servers alternately with one model."""
     model = export_model(hidden)
     (state,) = (value for value in load(str(model)).get_inputs() if value.name == "state")
     with ExitStack() as stack:

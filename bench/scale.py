@@ -1,4 +1,4 @@
-"""From a thousand to a hundred thousand live sequences, all active: `python -m bench.scale`."""
+"""Measures a thousand to a hundred thousand live, active sequences: `python -m bench.scale`."""
 
 import time
 from collections.abc import Callable
@@ -16,13 +16,13 @@ HIDDEN = 128
 COUNTS = (1_000, 10_000, 100_000)
 IN_FLIGHT = 256
 SEQUENCES_MAX = COUNTS[-1] + 10
-# Until the one more sequence has its connection and its pace.
+# How long the watched sequence takes to connect and to reach its pace.
 STARTING_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
 class Round:
-    """What one server was seen to do with so many sequences."""
+    """The results of one server with that many sequences."""
 
     open_seconds: float
     steps_per_second: float
@@ -32,7 +32,7 @@ class Round:
 
 @dataclass(frozen=True)
 class Worst:
-    """The worst step, in ms, of one more sequence while many others live quietly and do not."""
+    """The worst step in ms of a watched sequence, while many others rest, expire, open or break."""
 
     quiet: float
     expire: float
@@ -41,12 +41,12 @@ class Worst:
 
 
 def idle_seconds(effort: Effort) -> float:
-    """Long enough that nothing expires while it is still to be measured."""
+    """An idle limit that is long enough for the measurement before it."""
     return effort.pick(full=8, quick=3)
 
 
 def measure_count(count: int, effort: Effort) -> Round:
-    """Open, and stream through all of them in turns."""
+    """Open that many sequences and stream through all of them in turn."""
     with ExitStack() as stack:
         server = stack.enter_context(
             sluice({"m": export_model(HIDDEN)}, "--sequences-max", str(SEQUENCES_MAX))
@@ -67,13 +67,13 @@ def _client(server: Server) -> AbstractContextManager[Asked]:
 
 
 def _stream(count: int, effort: Effort) -> Order:
-    """Once through all of them first, so that each has been run."""
+    """An order that runs each sequence at least once."""
     passing = count / 40_000
     return Order(in_flight=min(IN_FLIGHT, count), seconds=passing + effort.seconds)
 
 
 class Watch:
-    """One more sequence, which goes on step by step and tells how long the worst one took."""
+    """A watched sequence that runs step by step and measures the worst step."""
 
     def __init__(self, server: Server, stack: ExitStack) -> None:
         self._pinger = stack.enter_context(asked("bench.pingpong"))
@@ -81,7 +81,7 @@ class Watch:
         self._question = ask_sluice(server, "m", make_step(INPUTS))
 
     def during(self, work: Callable[[], object], seconds: float) -> float:
-        """In ms, while `work` is done, which takes less than so many seconds."""
+        """The worst step in ms during `work`, which takes less than that many seconds."""
         question = asdict(replace(self._question, seconds=seconds))
         answer = self._threads.submit(self._pinger.ask, question)
         time.sleep(STARTING_SECONDS)
@@ -91,7 +91,7 @@ class Watch:
 
 
 def watch_lives(count: int, effort: Effort) -> Worst:
-    """What `count` sequences that come and go together do to another one."""
+    """Measure a watched sequence while `count` others open, expire and break together."""
     idle, model = idle_seconds(effort), {"m": export_model(HIDDEN)}
     seconds = effort.pick(full=12.0, quick=2.0)
     flags = ("--sequences-max", str(SEQUENCES_MAX))
@@ -134,7 +134,7 @@ def main() -> None:
 
 
 def print_rates(figures: Figures, counts: tuple[int, ...]) -> None:
-    """Steps a second over live sequences."""
+    """Print steps per second by the number of live sequences."""
     first = f"steps_per_second {counts[0]}"
     rows = [
         [
@@ -162,7 +162,7 @@ def print_rates(figures: Figures, counts: tuple[int, ...]) -> None:
 
 
 def print_lives(figures: Figures, counts: tuple[int, ...]) -> None:
-    """What one more sequence costs, and what their end does."""
+    """Print the memory of a sequence, and the worst steps."""
     few, many = counts[0], counts[-1]
     grown = figures.median(f"resident_bytes {many}") - figures.median(f"resident_bytes {few}")
     state = 4 * 2 * LAYERS * HIDDEN

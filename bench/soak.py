@@ -1,6 +1,6 @@
-"""Ten minutes at full load, of all that lives and dies in real use: `python -m bench.soak`.
+"""Runs all kinds of clients at full load for ten minutes: `python -m bench.soak`.
 
-Before it and after it the server comes to rest: nobody is there, and all has expired.
+Before and after, the server comes to rest: it has no clients, and all sequences have expired.
 """
 
 import argparse
@@ -22,16 +22,16 @@ from bench.table import bar, print_table
 
 HIDDEN = 128
 SEQUENCES, SIZES = 256, "1:90,64:10"
-# What is left alone is gone soon, and forgotten soon after.
+# Idle sequences and tombstones expire soon.
 FLAGS = ("--sequence-idle-seconds-max", "5", "--tombstone-seconds", "10")
-# What a run in progress takes comes and goes. What stays is the least of so many samples.
+# The memory of a run in progress comes and goes, so take the least of several samples.
 SAMPLE_SECONDS = 0.1
 FLOOR_SAMPLES = 50
-# Of a whole run: what is filled on the way (free lists, tables that double) is no leak.
+# The share of a run to ignore: free lists and growing tables fill then, which is no leak.
 WARMUP = 0.2
-# Until all has expired, is forgotten, and what is free has been given back.
+# Until everything has expired, is forgotten, and free memory has been given back.
 REST_SECONDS = 45.0
-# What may be noise.
+# The growth that may be noise.
 GROWN_MAX = 0.02
 
 
@@ -45,7 +45,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Part:
-    """What came of one part of the run: answers of the clients."""
+    """The clients' results in one part of the run."""
 
     frames: dict[str, Any]
     single: dict[str, Any]
@@ -53,7 +53,7 @@ class Part:
 
 
 class Sampler:
-    """Reads a server's memory again and again, and keeps the least of each few seconds."""
+    """Reads a server's memory periodically and keeps the least value of every few seconds."""
 
     def __init__(self, server: Server) -> None:
         self.samples: list[Sample] = []
@@ -81,7 +81,7 @@ class Sampler:
 
 @dataclass(frozen=True)
 class Plan:
-    """How long to run before the first rest, and between it and the last one, in seconds."""
+    """The duration in seconds of the warm-up, of each part, and of a rest; how many parts."""
 
     warmup: float
     parts: int
@@ -91,7 +91,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Found:
-    """What came of it: memory under load, minute by minute, and at rest before and after."""
+    """The results: memory under load by minute, and memory at rest before and after."""
 
     samples: list[Sample]
     parts: list[Part]
@@ -99,7 +99,7 @@ class Found:
 
 
 def soak(plan: Plan) -> Found:
-    """Run all clients, for a while, then for long; each time let everything come to rest."""
+    """Run all clients briefly, then for long, and let the server come to rest after each."""
     with ExitStack() as stack:
         server = stack.enter_context(sluice({"m": export_model(HIDDEN)}, *FLAGS))
         progress = stack.enter_context(bar())
@@ -114,13 +114,13 @@ def soak(plan: Plan) -> Found:
 
 
 def rest(server: Server, seconds: float) -> int:
-    """The server's memory after so long without a client."""
+    """The server's memory after that long without a client."""
     time.sleep(seconds)
     return server.usage().resident_bytes
 
 
 class _Clients(ExitStack):
-    """Everybody who loads the server; they go, without a word, with the block."""
+    """All clients of the server. They are killed at the end of the block."""
 
     def __init__(self, server: Server) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ class _Clients(ExitStack):
         self._framer.ask(asdict(frames.Order(opens=SEQUENCES)))
 
     def load(self, seconds: float) -> Part:
-        """All of them, for so long."""
+        """Run all of them for that long."""
         load = frames.Order(in_flight=SEQUENCES, sizes=SIZES, seconds=seconds)
         orders = (
             (self._framer, asdict(load)),
@@ -145,7 +145,7 @@ class _Clients(ExitStack):
 
 
 def fit(samples: list[Sample], after: float) -> float:
-    """Bytes a second: the least squares of the samples `after` so many seconds."""
+    """The growth in bytes per second: a least-squares fit to the samples after `after` seconds."""
     late = [sample for sample in samples if sample.seconds >= after]
     seconds = np.array([sample.seconds for sample in late])
     seconds -= seconds.mean()
@@ -154,7 +154,7 @@ def fit(samples: list[Sample], after: float) -> float:
 
 
 def mean_between(samples: list[Sample], begin: float, end: float) -> float:
-    """The memory, in MB, in one part of a run."""
+    """The mean memory in MB in one part of a run."""
     chosen = [one.resident_bytes for one in samples if begin <= one.seconds < end]
     return float(np.mean(chosen or [samples[-1].resident_bytes])) / 1e6
 
@@ -162,7 +162,9 @@ def mean_between(samples: list[Sample], begin: float, end: float) -> float:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="seconds, to see it work")
+    parser.add_argument(
+        "--quick", action="store_true", help="run for seconds, to check that it works"
+    )
     parser.add_argument("--minutes", type=int, default=10)
     given = parser.parse_args()
     plan = Plan(60.0, given.minutes, 60.0, REST_SECONDS)
@@ -173,7 +175,7 @@ def main() -> None:
 
 
 def print_parts(samples: list[Sample], parts: list[Part]) -> None:
-    """How it went, minute by minute."""
+    """Print the figures of each minute."""
     ends = np.linspace(0, samples[-1].seconds + 1, len(parts) + 1)
     rows = [
         [
@@ -203,7 +205,7 @@ def print_parts(samples: list[Sample], parts: list[Part]) -> None:
 
 
 def print_memory(found: Found) -> None:
-    """Whether memory grows."""
+    """Print how memory has grown."""
     samples = found.samples
     before, after = (resident / 1e6 for resident in found.rested)
     warm = WARMUP * samples[-1].seconds
@@ -220,7 +222,7 @@ def print_memory(found: Found) -> None:
 
 
 def print_lives(parts: list[Part]) -> None:
-    """How often everything was lived."""
+    """Print how often each kind of client has run."""
     rows = [[name, f"{sum(part.lives[name] for part in parts):,}"] for name in parts[0].lives]
     print_table("Lives", ["", "times"], rows)
 

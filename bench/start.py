@@ -1,4 +1,4 @@
-"""How soon a server is ready, beside the imports it cannot do without: `python -m bench.start`."""
+"""Compares the start of a server with its three largest imports: `python -m bench.start`."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from bench.table import Figures, bar, print_table, read_effort
 
 THREE = "import onnxruntime, grpc, numpy"
 RATIO_MAX = 2.0
-# What is imported on behalf of one of these is counted with it; the first come, the first charged.
+# A library is charged with all imports that it causes first.
 LIBRARIES = (
     *("onnxruntime", "grpc_reflection", "grpc", "numpy", "aiohttp", "pydantic", "typer"),
     *("structlog", "prometheus_client", "google.protobuf", "uvloop"),
@@ -35,7 +35,7 @@ def import_three(environment: dict[str, str]) -> tuple[float, float]:
 
 
 def start_server(model: Path, environment: dict[str, str], *options: str) -> tuple[float, str]:
-    """Seconds until a server of `model` is ready, and what it has said until then."""
+    """Seconds until a server of `model` is ready, and its log until then."""
     command = [sys.executable, *options, "-m", "sluice_cli", "serve", "--model", f"m={model}"]
     command += ["--listen", "127.0.0.1:0", "--http", "127.0.0.1:0"]
     begun = time.perf_counter()
@@ -52,10 +52,10 @@ def start_server(model: Path, environment: dict[str, str], *options: str) -> tup
 
 
 def split_imports(said: str) -> Counter[str]:
-    """Milliseconds of the imports that `-X importtime` has told of, by library."""
+    """Milliseconds of the imports in the output of `-X importtime`, by library."""
     spent = Counter[str]()
     owners = list[str]()  # by depth
-    # An import is told of after those that it has caused.
+    # The output lists an import after those that it has caused.
     for microseconds, indent, module in reversed(_LINE.findall(said)):
         depth = (len(indent) - 1) // 2
         del owners[depth:]
@@ -68,31 +68,31 @@ def split_imports(said: str) -> Counter[str]:
 
 
 def _library(module: str) -> str:
-    """The one of LIBRARIES that a module is part of; or nothing."""
+    """The one of LIBRARIES that a module is part of, or an empty string."""
     # pydantic_settings counts as pydantic.
     found = (name for name in LIBRARIES if f"{module}.".startswith((f"{name}.", f"{name}_")))
     return next(found, "")
 
 
 def _loading(said: str) -> float:
-    """Milliseconds in which the model was loaded, tested and warmed up."""
+    """How many milliseconds it took to load, test and warm up the model."""
     (line,) = (line for line in said.splitlines() if '"model_loaded"' in line)
     return 1000 * float(json.loads(line)["seconds"])
 
 
 def environment_of_installed(folder: str) -> dict[str, str]:
-    """Variables of a process whose modules are compiled, as an installed package has them."""
+    """The environment of a process whose modules are compiled, as in an installed package."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("SLUICE_")}
     kept.pop("PYTHONDONTWRITEBYTECODE", None)
     return {**kept, "PYTHONPYCACHEPREFIX": folder}
 
 
 def print_start(figures: Figures) -> None:
-    """The start beside the imports of the three."""
+    """Print the start compared with the imports of the three."""
     names = {
-        "imported": "the three imported",
-        "ended": "the three imported, and their process ended",
-        "ready": "`sluice serve` ready",
+        "imported": "importing the three",
+        "ended": "the same, and the end of its process",
+        "ready": "`sluice serve` until ready",
     }
     rows = [
         [
@@ -110,14 +110,14 @@ def print_start(figures: Figures) -> None:
 
 
 def print_parts(said: list[str]) -> None:
-    """What a start imports, in the fastest of a few."""
+    """Print what the fastest start imports."""
     parts = min(map(split_imports, said), key=lambda parts: sum(parts.values()))
     total = sum(parts.values())
     rows = [
         [name, f"{spent:.0f}", f"{100 * spent / total:.0f} %"]
         for name, spent in parts.most_common()
     ]
-    rows.append(["(the model, beside aiohttp)", f"{min(map(_loading, said)):.0f}", ""])
+    rows.append(["(the model, in a thread)", f"{min(map(_loading, said)):.0f}", ""])
     print_table("Imports of a start, by `-X importtime`", ["", "ms", "of all imports"], rows)
 
 
@@ -128,13 +128,13 @@ def main() -> None:
     figures = Figures()
     with tempfile.TemporaryDirectory() as folder, bar() as progress:
         environment = environment_of_installed(folder)
-        start_server(model, environment)  # has everything compiled
+        start_server(model, environment)  # compiles all modules
         for _ in progress.track(range(effort.rounds), description="start"):
             imported, ended = import_three(environment)
             figures.add("imported", imported)
             figures.add("ended", ended)
             figures.add("ready", start_server(model, environment)[0])
-        repeats = effort.pick(full=5, quick=1, smoke=1)
+        repeats = effort.pick(full=5, quick=1)
         said = [start_server(model, environment, "-X", "importtime")[1] for _ in range(repeats)]
     print_start(figures)
     print_parts(said)

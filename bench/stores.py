@@ -1,7 +1,7 @@
-"""What a store holds against: claims and checkpoints a second: `python -m bench.stores`.
+"""Measures the claims and checkpoints per second of each store: `python -m bench.stores`.
 
-SQLite writes into the folder for temporary files, and Redis is one of this command's own
-beside it: both are as fast as that disk makes a write durable.
+SQLite and a Redis that this command starts write into the folder for temporary files. Both are as
+fast as that disk makes a write durable.
 """
 
 import asyncio
@@ -36,7 +36,7 @@ AT_ONCE = 1000
 ROW_BYTES = 2048
 ALONE = 200
 FSYNCS = ("everysec", "always")
-# No two alike, so that nothing is gained by leaving equal pages alone.
+# All different, so that no store gains by not writing equal pages.
 ROWS = [secrets.token_bytes(ROW_BYTES) for _ in range(64)]
 _REDIS_SECONDS_MAX = 30
 
@@ -44,13 +44,13 @@ Claims = list[tuple[Key, bytes]]
 
 
 def batches(items: Sequence[Key] | Claims) -> Iterator[Sequence]:
-    """The items, so many at once."""
+    """The items in batches."""
     for start in range(0, len(items), AT_ONCE):
         yield items[start : start + AT_ONCE]
 
 
 async def claim_all(store: Store, keys: Sequence[Key], mode: OpenSequence) -> Claims:
-    """Claim every sequence, as a server that knows none of them."""
+    """Claim every sequence, as a server that knows none of them does."""
     claims = Claims()
     for some in batches(keys):
         requests = [ClaimRequest(key, mode, Packed(0, random.choice(ROWS))) for key in some]
@@ -61,14 +61,14 @@ async def claim_all(store: Store, keys: Sequence[Key], mode: OpenSequence) -> Cl
 
 
 async def write_all(store: Store, claims: Claims, step: int) -> None:
-    """A newer checkpoint of every sequence."""
+    """Write a newer checkpoint of every sequence."""
     for some in batches(claims):
         writes = [Write(key, claim_id, Packed(step, random.choice(ROWS))) for key, claim_id in some]
         assert await store.write(writes) == [Verdict.DONE] * len(writes)
 
 
 async def measure(name: str, url: str, effort: Effort, figures: Figures) -> None:
-    """One round of one store, with sequences of its own."""
+    """Measure one round of one store, with new sequences."""
     count = effort.pick(full=SEQUENCES, quick=AT_ONCE, smoke=ALONE)
     keys = [Key("m", secrets.token_hex(16)) for _ in range(count)]
     opening = OpenSequence(mode=START, writer=secrets.token_bytes(16), attempt=1)
@@ -99,7 +99,7 @@ async def measure(name: str, url: str, effort: Effort, figures: Figures) -> None
 
 @asynccontextmanager
 async def opened(url: str) -> AsyncIterator[Store]:
-    """The store at a URL, as a server that starts finds it."""
+    """Open the store at a URL, as a server does when it starts."""
     store = open_store(url, tombstone_seconds=600, record_seconds=600)
     deadline = time.monotonic() + _REDIS_SECONDS_MAX
     while True:
@@ -119,7 +119,7 @@ async def opened(url: str) -> AsyncIterator[Store]:
 
 @contextmanager
 def redis_server(folder: Path, fsync: str) -> Iterator[str]:
-    """The URL of a Redis whose append-only file is synchronized like that."""
+    """Start a Redis with that `appendfsync`; its URL."""
     program = shutil.which("redis-server")
     if program is None:
         sys.exit("there is no redis-server here: `make tools` unpacks Debian's; see `make bench`")
@@ -166,7 +166,7 @@ def main() -> None:
 
 
 def show(figures: Figures, name: str) -> str:
-    """The middle one of a figure's rounds."""
+    """The median of a figure's rounds."""
     value = figures.median(name)
     return f"{value:,.0f}" if value >= 100 else f"{value:.2f}"
 

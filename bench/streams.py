@@ -1,4 +1,4 @@
-"""One message a step, every sequence on a stream of its own, beside an echo of the same bytes:
+"""Compares one message per step, each sequence on its own stream, with an echo of the same bytes:
 `python -m bench.streams`.
 """
 
@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def questions(server: Server, echo: Server, running: Server) -> dict[str, Question]:
-    """What is asked of each server, in turns."""
+    """The question to each server."""
     step = make_step(INPUTS)
     return {
         "echo": ask_echo(echo, step),

@@ -1,4 +1,4 @@
-"""Figures of several rounds, and the tables made of them."""
+"""Collects figures of several rounds and prints tables of them."""
 
 import argparse
 import statistics
@@ -16,27 +16,33 @@ Size = Literal["full", "quick", "smoke"]
 
 @dataclass(frozen=True)
 class Effort:
-    """How long and how often each thing is measured, and how much of a table."""
+    """How long and how often to measure, and how much of a table."""
 
     rounds: int
     seconds: float
     size: Size = "full"
 
     def pick(self, *, full: T, quick: T, smoke: T | None = None) -> T:
-        """What is measured at this size; a smoke run takes that of a quick one without its own."""
+        """The value for this size. A smoke run without its own value takes the quick one."""
         if self.size == "full":
             return full
         return quick if self.size == "quick" or smoke is None else smoke
 
 
 def read_effort(description: str, *, rounds: int = 5, seconds: float = 1.5) -> Effort:
-    """What the command line asks for."""
+    """Read the effort from the command line."""
     parser = argparse.ArgumentParser(description=description)
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help="one short round, to see it work")
-    size.add_argument("--smoke", action="store_true", help="one row, to see that it can be made")
+    size.add_argument(
+        "--quick", action="store_true", help="one short round, to check that it works"
+    )
+    size.add_argument(
+        "--smoke", action="store_true", help="one row, to check that the table can be made"
+    )
     parser.add_argument("--rounds", type=int, default=rounds)
-    parser.add_argument("--seconds", type=float, default=seconds, help="of one measurement")
+    parser.add_argument(
+        "--seconds", type=float, default=seconds, help="duration of one measurement"
+    )
     given = parser.parse_args()
     if given.quick:
         return Effort(1, 1.0, "quick")
@@ -46,7 +52,7 @@ def read_effort(description: str, *, rounds: int = 5, seconds: float = 1.5) -> E
 
 
 class Figures:
-    """Values of many rounds by name. What is compared is measured in turns, A B A B."""
+    """Values of many rounds by name. Compared values are measured alternately, A B A B."""
 
     def __init__(self) -> None:
         self._values: dict[str, list[float]] = defaultdict(list)
@@ -56,35 +62,35 @@ class Figures:
         self._values[name].append(value)
 
     def last(self, name: str) -> float:
-        """That of the latest round."""
+        """The value of the latest round."""
         return self._values[name][-1]
 
     def least(self, name: str) -> float:
-        """The smallest: CPU time is only ever too large, by what others did to the caches."""
+        """The smallest value. Errors only ever increase CPU time: others disturb the caches."""
         return min(self._values[name])
 
     def median(self, name: str) -> float:
-        """The middle one."""
+        """The median."""
         return statistics.median(self._values[name])
 
     def percentile(self, name: str, percent: float) -> float:
-        """The value that so many of a hundred do not exceed."""
+        """The value that `percent` of all values do not exceed."""
         ordered = sorted(self._values[name])
         return ordered[min(len(ordered) - 1, int(len(ordered) * percent / 100))]
 
     def ratio(self, name: str, by: str) -> float:
-        """The middle one of the rounds' own ratios: each compares neighbours in time."""
+        """The median of the ratios of each round, which compare neighbours in time."""
         pairs = zip(self._values[name], self._values[by], strict=True)
         return statistics.median(a / b for a, b in pairs)
 
     def excess(self, name: str, over: str) -> float:
-        """The middle one of the rounds' own differences."""
+        """The median of the differences of each round."""
         pairs = zip(self._values[name], self._values[over], strict=True)
         return statistics.median(a - b for a, b in pairs)
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table as Markdown, so that it can be kept as it is."""
+    """Print a table as Markdown."""
     cells = [list(columns), *map(list, rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(columns))]
     print(f"\n{title}\n")
@@ -101,7 +107,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 
 
 def bar() -> Progress:
-    """A progress bar on standard error, gone when the table is there."""
+    """A progress bar on standard error that disappears when the table is printed."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),

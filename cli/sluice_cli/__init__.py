@@ -1,1 +1,1 @@
-"""`sluice`: one file a command."""
+"""The program `sluice`: one file per command."""

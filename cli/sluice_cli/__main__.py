@@ -1,4 +1,4 @@
-"""`python -m sluice_cli` is `sluice`."""
+"""Runs `sluice` as `python -m sluice_cli`."""
 
 from sluice_cli.main import main
 

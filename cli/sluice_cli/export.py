@@ -1,4 +1,4 @@
-"""`sluice export`: from a PyTorch module, or an ONNX file of others, to one proven ONNX file."""
+"""`sluice export`: exports a PyTorch module, or an ONNX file made elsewhere, to a proven file."""
 
 import warnings
 from pathlib import Path
@@ -18,7 +18,7 @@ from sluice_cli.options import (
 )
 from sluice_cli.proofs import progress_bar, show_proofs
 
-HELP: Final = """Export a PyTorch module, or an ONNX file made by others, to one that Sluice serves.
+HELP: Final = """Export a PyTorch module, or an ONNX file made elsewhere, to one that Sluice serves.
 
 The factory makes the module, and the checkpoint has its weights. The file is written
 only after it is proven equal to the module: on whole sequences, step by step, in
@@ -32,7 +32,7 @@ Examples:
     sluice export models.speech:make --arg hidden=256 --arg layers=2 \\
         --checkpoint weights.pt --input audio:float32:1,10,80 --output speech.onnx
 
-The checkpoint is what `torch.save(module.state_dict(), path)` wrote. Where forward
+The checkpoint is what `torch.save(module.state_dict(), path)` wrote. If forward
 takes one tensor, its shape is guessed from the layers; otherwise describe each
 argument with --input, in the module's own layout.
 
@@ -69,7 +69,7 @@ def export(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="An ONNX file made by others, instead of a factory.",
+            help="An ONNX file made elsewhere, instead of a factory.",
             show_default=False,
         ),
     ] = None,
@@ -185,13 +185,13 @@ def _check_source(
     has_module_options: bool,
     has_file_options: bool,
 ) -> None:
-    """Raise BadParameter unless there is one source, and no option of the other kind."""
+    """Raise BadParameter unless there is one source and only options that belong to it."""
     if onnx is not None and factory is not None:
-        raise typer.BadParameter("give PACKAGE.MODULE:FACTORY or --onnx FILE, one of the two")
+        raise typer.BadParameter("give either PACKAGE.MODULE:FACTORY or --onnx FILE")
     if onnx is None and factory is None and checkpoint is None:
         raise typer.BadParameter(
-            "give PACKAGE.MODULE:FACTORY or --onnx FILE, one of the two, or the --checkpoint of "
-            "a recurrent layer alone"
+            "give PACKAGE.MODULE:FACTORY, --onnx FILE, or the --checkpoint of a single recurrent "
+            "layer"
         )
     if onnx is None and has_file_options:
         raise typer.BadParameter("--state and --set need --onnx")

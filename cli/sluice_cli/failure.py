@@ -1,4 +1,4 @@
-"""Ends a command that cannot go on, with a message that names the fix."""
+"""Ends a command that cannot continue, with a message that names the fix."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ def fail(message: str) -> NoReturn:
 
 @contextmanager
 def require_export_extra(command: str) -> Iterator[None]:
-    """End `command` where an import in the block fails: it needs sluice-serving[export]."""
+    """End `command` if an import in the block fails: it needs sluice-serving[export]."""
     try:
         yield
     except ModuleNotFoundError as error:

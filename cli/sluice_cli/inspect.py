@@ -1,4 +1,4 @@
-"""`sluice inspect`: the contract of an exported model."""
+"""`sluice inspect`: shows the contract of an exported model."""
 
 import math
 from pathlib import Path

@@ -1,6 +1,6 @@
 """Runs whole sequences, each alone, with plain ONNX Runtime: the reference for streamed outputs.
 
-Imports nothing of Sluice, so that it is independent. `python offline.py MODEL INPUTS OUTPUTS`.
+It imports nothing of Sluice, so it is independent: `python offline.py MODEL INPUTS OUTPUTS`.
 """
 
 import json
@@ -16,7 +16,7 @@ Contract = dict[str, Any]
 
 
 def run_offline(model: Path, inputs: Path, outputs: Path) -> None:
-    """Read `inputs`, write `outputs`, both .npz: `SEQUENCE/NAME` is [steps, …] of that tensor."""
+    """Read `inputs` and write `outputs`, both .npz with tensors [steps, …] as `SEQUENCE/NAME`."""
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
     written = session.get_modelmeta().custom_metadata_map.get("sluice.contract")
     if written is None:
@@ -40,9 +40,9 @@ def run_offline(model: Path, inputs: Path, outputs: Path) -> None:
 def run_sequence(
     session: onnxruntime.InferenceSession, contract: Contract, arrays: Arrays
 ) -> Arrays:
-    """The outputs of one sequence from the initial state: arrays [steps, …] by name, as the inputs.
+    """The outputs of one sequence from the initial state. Arrays are [steps, …] by name.
 
-    Where exact bits need a larger batch or length, the sequence is repeated and padded with
+    If exact bits need a larger batch or length, the sequence is repeated and padded with
     zeros.
     """
     steps = len(next(iter(arrays.values())))

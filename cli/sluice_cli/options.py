@@ -1,4 +1,4 @@
-"""Reads the options of `sluice export` and `sluice verify` that have a form of their own."""
+"""Reads the options of `sluice export` and `sluice verify` that have a special form."""
 
 import ast
 from collections.abc import Callable, Sequence
@@ -27,9 +27,9 @@ def module_loader(
     checkpoint: Path | None,
     inputs: Sequence[str] | None,
 ) -> Callable[[], tuple[Any, Any]]:
-    """A function that makes (module, example inputs) as the options say.
+    """A function that makes (module, example inputs) from the options.
 
-    Raises BadParameter at once for an option in a wrong form.
+    Raises BadParameter at once if an option has a wrong form.
     """
     from sluice_export import InputError
     from sluice_export.torch.example_inputs import guess_inputs, parse_input
@@ -49,7 +49,7 @@ def module_loader(
 
 
 def parse_argument(text: str) -> tuple[str, Any]:
-    """NAME=VALUE; the value as a Python literal, or else as text."""
+    """NAME=VALUE. A value that is not a Python literal is text."""
     name, equals, value = text.partition("=")
     if not name or not equals:
         raise typer.BadParameter(f"{text!r} is not NAME=VALUE, such as hidden=256")

@@ -1,4 +1,4 @@
-"""Pipes rows of text through sequences of one model, in the order in which they come."""
+"""Pipes rows of text through sequences of one model and keeps their order."""
 
 import asyncio
 import contextlib
@@ -15,30 +15,30 @@ from sluice_cli.rows import CsvRows, JsonRows, RowError, Rows
 from sluice_client import AsyncClient, Mode, SluiceError
 from sluice_protos.contract_pb2 import ModelContract
 
-# Rows that may be under way: read, and their output not yet written.
+# How many rows may have been read without their output having been written.
 _AHEAD: Final = 1024
 
 
 class RowFailedError(Exception):
-    """What is wrong with which row; ends the command."""
+    """A row has failed; the message names the row and the cause."""
 
 
 @dataclass
 class _Track:
-    """One sequence: its inputs on their way in, and who waits for each output."""
+    """One sequence: the inputs to send, and a future for each output."""
 
     inputs: "asyncio.Queue[dict[str, Any] | None]" = field(default_factory=asyncio.Queue)
     outputs: "deque[asyncio.Future[Any]]" = field(default_factory=deque)
     task: "asyncio.Task[None] | None" = None
 
     async def arrive(self) -> AsyncIterator[Any]:
-        """The inputs until there are no more."""
+        """Yield the inputs until there are no more."""
         while (x := await self.inputs.get()) is not None:
             yield x
 
 
 class Pipe:
-    """Rows in, rows out, in the order in which they came."""
+    """Sends each row to its sequence and writes the outputs in the order of the rows."""
 
     def __init__(self, model: str, source: str, sequence_id: str | None, key: str | None) -> None:
         self._model = model
@@ -47,11 +47,11 @@ class Pipe:
         self._key = key
         self._room = threading.Semaphore(_AHEAD)
         self._tracks: dict[str, _Track] = {}
-        # (row number, key, output to come) for each row that was read.
+        # (row number, key, future output) for each row that was read.
         self._written: asyncio.Queue[tuple[int, str, asyncio.Future[Any]] | None] = asyncio.Queue()
 
     async def run(self, address: list[str], *, is_json: bool) -> None:
-        """Pipe everything. Raises RowFailedError, SluiceError, OSError."""
+        """Pipe all rows. Raises RowFailedError, SluiceError, OSError."""
         async with AsyncClient(address) as client:
             contract = await client.model(self._model)
             kind = JsonRows if is_json else CsvRows
@@ -73,7 +73,7 @@ class Pipe:
                 await asyncio.gather(reader, *tasks, return_exceptions=True)
 
     async def _read(self, client: AsyncClient, rows: Rows) -> None:
-        """Hand each row to its sequence."""
+        """Read rows and pass each to its sequence."""
         loop = asyncio.get_running_loop()
         number = 0
         try:
@@ -106,7 +106,7 @@ class Pipe:
         return track
 
     async def _follow(self, client: AsyncClient, track: _Track, key: str) -> None:
-        """Stream one sequence from its open to its end."""
+        """Stream one sequence from its open to its close or park."""
         name, mode = self._sequence_id, Mode.START
         if name is not None:
             mode = Mode.START_OR_RESUME
@@ -124,7 +124,7 @@ class Pipe:
             _refuse(track.outputs.popleft(), error)
 
     async def _write(self, rows: Rows, contract: ModelContract) -> None:
-        """Write each output in its turn."""
+        """Write the outputs in the order of the rows."""
         is_first = True
         while (item := await self._written.get()) is not None:
             number, key, output = item
@@ -141,12 +141,12 @@ class Pipe:
             self._room.release()
 
     async def _lines(self) -> AsyncIterator[str]:
-        """The lines of the source as they come, read by a thread: a file may block."""
+        """Yield the lines of the source. A thread reads them, because reading may block."""
         loop = asyncio.get_running_loop()
         lines: asyncio.Queue[str | Exception | None] = asyncio.Queue()
 
         def hand_over(line: str | Exception | None) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
+            with contextlib.suppress(RuntimeError):  # the loop has ended in the meantime
                 loop.call_soon_threadsafe(lines.put_nowait, line)
 
         def read() -> None:
@@ -155,7 +155,7 @@ class Pipe:
                     for line in file:
                         self._room.acquire()
                         hand_over(line)
-            except Exception as error:  # whatever it is, nobody may wait for more
+            except Exception as error:  # report every error, so that no reader waits for ever
                 hand_over(error)
             hand_over(None)
 
@@ -167,9 +167,9 @@ class Pipe:
 
 
 def _open(source: str) -> TextIO:
-    """UTF-8, with or without a mark in front; bytes that are none are kept for `_require_text`."""
+    """Open as UTF-8, with or without a BOM. `_require_text` finds bytes that are not UTF-8."""
     if source == "-":
-        # Not sys.stdin: at exit Python would wait for the thread that reads it.
+        # sys.stdin itself would make Python wait at exit for the thread that reads it.
         return os.fdopen(
             sys.stdin.fileno(), encoding="utf-8-sig", errors="surrogateescape", closefd=False
         )
@@ -177,13 +177,15 @@ def _open(source: str) -> TextIO:
 
 
 def _require_text(line: str) -> None:
-    """Raise RowError where bytes of `line` are not UTF-8."""
+    """Raise RowError if bytes of `line` are not UTF-8."""
     try:
         line.encode()
     except UnicodeEncodeError:
-        raise RowError("is not UTF-8; convert it, such as: iconv -f latin1 -t utf-8") from None
+        raise RowError(
+            "is not UTF-8; convert it, for example with: iconv -f latin1 -t utf-8"
+        ) from None
 
 
 def _refuse(output: "asyncio.Future[Any]", error: Exception) -> None:
     output.set_exception(error)
-    output.exception()  # seen: an earlier row may end the command first
+    output.exception()  # mark it as seen: an earlier row may end the command first

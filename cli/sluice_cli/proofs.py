@@ -1,4 +1,4 @@
-"""Shows proofs: a progress bar while they are made, and a table of their figures."""
+"""Shows proofs: a progress bar while they are made, then a table of their figures."""
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def progress_bar() -> Iterator[Callable[[str, float], None]]:
-    """A bar on standard error, moved by calling what is yielded; ExportError ends the command."""
+    """Show a bar on standard error; call the yielded function to move it. Ends on ExportError."""
     from sluice_export import ExportError
 
     columns = (BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())

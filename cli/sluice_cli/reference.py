@@ -1,4 +1,4 @@
-"""Runs whole sequences offline, in a process that imports nothing of Sluice."""
+"""Runs whole sequences offline in a process that imports nothing of Sluice."""
 
 import subprocess
 import sys
@@ -15,11 +15,11 @@ _PROGRAM = Path(__file__).with_name("offline.py")
 
 
 class OfflineError(Exception):
-    """The offline run failed; the message is its last line."""
+    """The offline run failed; the message is the last line that it printed."""
 
 
 def run_offline(model: Path, sequences: Sequence[Arrays]) -> list[dict[str, NDArray[Any]]]:
-    """The outputs of each sequence, alone in plain ONNX Runtime: arrays [steps, …] by name.
+    """The outputs of each sequence, run alone in plain ONNX Runtime: arrays [steps, …] by name.
 
     `sequences` has the inputs of each: arrays [steps, …] by name. Raises OfflineError.
     """
@@ -32,7 +32,7 @@ def run_offline(model: Path, sequences: Sequence[Arrays]) -> list[dict[str, NDAr
         }
         np.savez(inputs, **arrays)
         done = subprocess.run(
-            # -P: modules in the folder of the program must not shadow libraries.
+            # -P keeps modules in the folder of the program from shadowing libraries.
             [sys.executable, "-P", _PROGRAM, model, inputs, outputs],
             capture_output=True,
             text=True,

@@ -25,23 +25,24 @@ class Rows(Protocol):
     """One format: lines in, lines out."""
 
     def read(self, line: str) -> tuple[str, dict[str, Array]] | None:
-        """The key and the inputs of one step by name; None: the line is no row. Raises RowError."""
+        """The key and the inputs of one step by name; None for a header. Raises RowError."""
         ...
 
     def write(self, key: str, outputs: Mapping[str, Array]) -> str:
-        """One line, without its end."""
+        """One line, without the line break."""
         ...
 
     def head(self) -> str | None:
-        """What comes before the first row that is written, if anything."""
+        """The header to write before the first row, if there is one."""
         ...
 
 
 class CsvRows:
-    """The values of all inputs side by side; a first line that is not numbers names the columns.
+    """Reads and writes CSV. A line has the values of all inputs side by side.
 
-    Named columns may come in any order, among others: `x` for an input of one value,
-    `x.0`, `x.1`, … for one of several. Truths are 0, 1, false and true.
+    A first line that is not numbers names the columns. Named columns may be in any order, with
+    other columns in between: `x` for an input of one value, `x.0`, `x.1`, … for several values.
+    Booleans are 0, 1, false and true.
     """
 
     def __init__(self, contract: ModelContract, key: str | None) -> None:
@@ -49,10 +50,10 @@ class CsvRows:
         self._outputs = list(contract.outputs)
         self._key = key
         self._columns = [name for spec in self._inputs for name in _columns(spec)]
-        # Where in a line each of `_columns` stands, and the key.
+        # The position of each of `_columns` in a line, and of the key.
         self._order: list[int] | None = None
         self._key_at = -1
-        # How many columns the first line names, where it does.
+        # The number of columns that the first line names, if it names any.
         self._width: int | None = None
         _require_free(key, [name for spec in self._outputs for name in _columns(spec)])
 
@@ -88,7 +89,7 @@ class CsvRows:
         return _join([*([self._key] if self._key is not None else []), *names])
 
     def _is_header(self, values: Sequence[str]) -> bool:
-        """Learn the columns from the first line; True when it names them."""
+        """Learn the columns from the first line; True if it names them."""
         if all(map(_is_value, values)):
             if self._key is None:
                 self._order = list(range(len(self._columns)))
@@ -114,7 +115,7 @@ class CsvRows:
 
 
 class JsonRows:
-    """One JSON value a line: the input itself, or an object with a value for each input."""
+    """Reads and writes JSON lines: the input itself, or an object with a value for each input."""
 
     def __init__(self, contract: ModelContract, key: str | None) -> None:
         self._inputs = list(contract.inputs)
@@ -158,9 +159,9 @@ class JsonRows:
 
 
 def _require_free(key: str | None, taken: Sequence[str]) -> None:
-    """Raise RowError where the key would stand under the name of an output."""
+    """Raise RowError if an output has the name of the key."""
     if key in taken:
-        raise RowError(f"--key {key!r} is the name of an output too; rename that column")
+        raise RowError(f"--key {key!r} is also the name of an output; rename that column")
 
 
 def _columns(spec: TensorSpec) -> list[str]:
@@ -203,9 +204,9 @@ def _join(cells: Sequence[str]) -> str:
 
 
 def _plain(array: Array) -> Any:
-    """Nested lists of Python's numbers; a float32 keeps the digits that tell it apart.
+    """Nested lists of Python numbers. A float32 gets the fewest digits that identify it.
 
-    JSON has no name for what is not a finite number (RFC 8259, 6): None.
+    NaN and infinity become None: JSON has no numbers for them (RFC 8259, 6).
     """
     if array.ndim:
         return [_plain(part) for part in array]

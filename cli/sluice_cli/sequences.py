@@ -1,4 +1,4 @@
-"""`sluice sequences`: what lives at a server, one row each; look at one, copy it, drop it."""
+"""`sluice sequences`: lists, shows, copies and drops the live sequences of a server."""
 
 import json
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from sluice_client import Client
     from sluice_protos.sequences_pb2 import SequenceInfo
 
-HELP: Final = """List the sequences that live at a server, look at one, copy it, drop it.
+HELP: Final = """List, show, copy and drop the live sequences of a server.
 
     sluice sequences list
 
@@ -26,25 +26,29 @@ HELP: Final = """List the sequences that live at a server, look at one, copy it,
     sluice sequences close lstm sensor-7
 """
 
-# No server answers at once what it cannot answer in this time.
+# A server that runs answers well within this time.
 _RECONNECT_SECONDS_MAX: Final = 5.0
 
 Address = Annotated[
     list[str],
-    typer.Option(help="HOST:PORT of the server; given again: the next is tried.", metavar="A"),
+    typer.Option(
+        metavar="HOST:PORT", help="The server. Repeat the option to name others to try in turn."
+    ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="For programs.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 Model = Annotated[str, typer.Argument(help="The model's name at the server.")]
-SequenceId = Annotated[str, typer.Argument(metavar="ID", help="Which sequence.")]
+SequenceId = Annotated[str, typer.Argument(metavar="ID", help="The id of the sequence.")]
 HERE: Final = ["127.0.0.1:8001"]
 
 
 def list_sequences(
-    model: Annotated[str | None, typer.Argument(help="Of this model; left out: of all.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="Only sequences of this model. All models by default.")
+    ] = None,
     address: Address = HERE,
     as_json: AsJson = False,
 ) -> None:
-    """List what lives, one row each."""
+    """List the live sequences, one per row."""
     with _reach(address) as client:
         found = sorted(client.sequences(model), key=lambda info: (info.model, info.sequence_id))
     if as_json:
@@ -68,7 +72,7 @@ def list_sequences(
             f"{info.idle_seconds:,.0f} s",
             f"{info.held_steps:,}",
         )
-    _console().print(table if found else "no sequence is alive")
+    _console().print(table if found else "there are no live sequences")
 
 
 def show(
@@ -102,17 +106,17 @@ def fork(
     model: Model,
     sequence_id: SequenceId,
     to: Annotated[
-        str | None, typer.Option(metavar="ID", help="Of the copy; left out: one is drawn.")
+        str | None, typer.Option(metavar="ID", help="The id of the copy. Random by default.")
     ] = None,
     address: Address = HERE,
 ) -> None:
-    """Copy a sequence; the copy waits for whoever goes on with it, and its id is printed."""
+    """Copy a sequence and print the id of the copy. The copy is parked."""
     with _reach(address) as client:
         typer.echo(client.fork(model, sequence_id, to).sequence_id)
 
 
 def close(model: Model, sequence_id: SequenceId, address: Address = HERE) -> None:
-    """Drop a sequence, whoever has it."""
+    """Drop a sequence, also one that another client has open."""
     with _reach(address) as client:
         step = client.close_sequence(model, sequence_id)
     typer.echo(f"closed after {step:,} steps")
@@ -130,7 +134,7 @@ def add_to(app: typer.Typer) -> None:
 
 @contextmanager
 def _reach(address: list[str]) -> "Iterator[Client]":
-    """A client, whose errors end the command in one line."""
+    """A client. Its errors end the command with one line."""
     from sluice_client import Client, SluiceError
 
     try:
@@ -146,7 +150,7 @@ def _facts(info: "SequenceInfo") -> dict[str, Any]:
     facts: dict[str, Any] = json_format.MessageToDict(
         info, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
     )
-    # JSON of protobuf has 64-bit numbers as text.
+    # Protobuf's JSON writes 64-bit numbers as text.
     return {
         name: int(value) if name in ("step", "epoch", "held_steps") else value
         for name, value in facts.items()

@@ -1,4 +1,4 @@
-"""`sluice serve`: the server, its flags made from its settings."""
+"""`sluice serve`: runs the server, with a flag for each setting."""
 
 import gc
 import inspect
@@ -37,10 +37,10 @@ _ANY_ARGUMENTS = {"allow_extra_args": True, "ignore_unknown_options": True}
 def serve(**flags: Any) -> None:
     """Serve models over gRPC until SIGTERM."""
     settings = _read_settings(flags)
-    # The collector finds nothing in what imports make, and takes a tenth of their time.
+    # Imports create no garbage, and collecting would take a tenth of their time.
     gc.disable()
     with _hidden("rich"):
-        # structlog would import it, for tracebacks in colour that no log line has.
+        # structlog would import rich for coloured tracebacks, which no log line has.
         import_module("structlog")
     import uvloop
 
@@ -59,7 +59,7 @@ def serve(**flags: Any) -> None:
 
 
 def _read_settings(flags: dict[str, Any]) -> "Settings":
-    """The settings of flags, environment and file; ends the command where they are wrong."""
+    """The settings from flags, environment and file. Ends the command if they are wrong."""
     from pydantic import ValidationError
     from pydantic_settings import SettingsError
 
@@ -82,11 +82,11 @@ def _read_settings(flags: dict[str, Any]) -> "Settings":
 
 @contextmanager
 def _hidden(module: str) -> Iterator[None]:
-    """Let what is imported inside find no such module, unless it is there already."""
+    """Hide a module from imports in the block, unless it has been imported before."""
     if module in sys.modules:
         yield
         return
-    sys.modules[module] = cast("ModuleType", None)  # `import` takes it for a module that is missing
+    sys.modules[module] = cast("ModuleType", None)  # makes `import` fail
     yield
     del sys.modules[module]
 
@@ -103,12 +103,12 @@ def add_to(app: typer.Typer) -> None:
 
 
 def say_what_is_missing() -> None:
-    """Name the install that has a server."""
+    """Name the extra that installs the server."""
     _fail("the server is not installed; install it with: pip install 'sluice-serving[service]'")
 
 
 def _parameters() -> list[inspect.Parameter]:
-    """A flag for each field of the settings: its help, default and variable."""
+    """A flag for each field of the settings, with its help, default and variable."""
     from sluice_service.settings import Settings
 
     parameters = []
@@ -134,7 +134,7 @@ def _parameters() -> list[inspect.Parameter]:
 
 
 def _metavar(name: str, annotation: Any) -> str:
-    """What a value looks like."""
+    """The placeholder for a setting's value."""
     named = {"model": "NAME=PATH", "config": "FILE", "listen": "HOST:PORT", "http": "HOST:PORT"}
     named["store"] = "URL"
     named["model_repository"] = "DIR"
@@ -144,10 +144,10 @@ def _metavar(name: str, annotation: Any) -> str:
 
 
 def _explain(error: "ValidationError") -> str:
-    """Each wrong setting on a line, by the name of its flag."""
+    """One line for each wrong setting, with the name of its flag."""
     lines = []
     for problem in error.errors():
-        # A problem of several settings together names its flags itself.
+        # The message of a problem that concerns several settings already names their flags.
         flag = "".join(f"--{name}: ".replace("_", "-") for name in problem["loc"][:1])
         lines.append(flag + problem["msg"].removeprefix("Value error, "))
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""`sluice stream`: rows of text through a model, one row in, one row out, as they come."""
+"""`sluice stream`: streams rows of text through a model."""
 
 import asyncio
 import os
@@ -8,12 +8,12 @@ from typing import Annotated, Final, NoReturn
 
 import typer
 
-HELP: Final = """Stream rows of text through a model: one row in, one row out, as they come.
+HELP: Final = """Stream rows of text through a model: each row is answered with one row at once.
 
-A row is one step. Rows of CSV hold the values of all inputs side by side; a first
-line that is not numbers names the columns, in any order. Rows of JSON are the
-input itself, or an object with a value for each input; outputs that are no finite
-numbers are null there. Text is UTF-8.
+A row is one step. A CSV row has the values of all inputs side by side. If the first
+line is not numbers, it names the columns, in any order. A JSON row is the
+input itself, or an object with a value for each input. In JSON, outputs that are NaN or
+infinite are null. Text is UTF-8.
 
     tail -f sensor.csv | sluice stream lstm
 
@@ -21,17 +21,17 @@ numbers are null there. Text is UTF-8.
 
     sluice stream lstm --input all.csv --key device        # a sequence for each device
 
-    sluice stream tokens --format jsonl --id chat-7        # goes on where chat-7 stood
+    sluice stream tokens --format jsonl --id chat-7        # continues the sequence chat-7
 
-Without --id the sequence is closed at the end; with it, it stays at the server for
-the next command. A row that is refused ends the command with its number on stderr.
+Without --id, the sequence is closed at the end. With --id, it stays at the server for
+the next command. A refused row ends the command, with the row's number on stderr.
 """
 
-_BROKEN_PIPE: Final = 141  # what a shell shows of a command that SIGPIPE has ended
+_BROKEN_PIPE: Final = 141  # the status that a shell shows for a command that SIGPIPE has ended
 
 
 class Format(StrEnum):
-    """How rows are written as text."""
+    """The format of the rows."""
 
     CSV = "csv"
     JSONL = "jsonl"
@@ -41,22 +41,28 @@ def stream(
     model: Annotated[str, typer.Argument(help="The model's name at the server.")],
     address: Annotated[
         list[str],
-        typer.Option(help="HOST:PORT of the server; given again: the next is tried.", metavar="A"),
-    ] = ["127.0.0.1:8001"],  # noqa: B006 - typer reads the default, nobody changes it
+        typer.Option(
+            metavar="HOST:PORT", help="The server. Repeat the option to name others to try in turn."
+        ),
+    ] = ["127.0.0.1:8001"],  # noqa: B006 - typer only reads the default
     text_format: Annotated[
         Format | None,
-        typer.Option("--format", help="Left out: by the name of the input, else CSV."),
+        typer.Option("--format", help="By default from the name of the input file, else CSV."),
     ] = None,
     source: Annotated[
-        str, typer.Option("--input", "-i", metavar="FILE", help="The rows; - is stdin.")
+        str, typer.Option("--input", "-i", metavar="FILE", help="The file to read; - is stdin.")
     ] = "-",
     sequence_id: Annotated[
         str | None,
-        typer.Option("--id", help="The sequence to go on with, or to begin and leave there."),
+        typer.Option(
+            "--id", help="The sequence to continue or start. It is not closed at the end."
+        ),
     ] = None,
     key: Annotated[
         str | None,
-        typer.Option(metavar="COLUMN", help="A sequence of its own for each value of this."),
+        typer.Option(
+            metavar="COLUMN", help="Stream each value of this column as its own sequence."
+        ),
     ] = None,
 ) -> None:
     """Stream rows of text through a model."""
@@ -70,7 +76,7 @@ def stream(
         pipe = Pipe(model, source, sequence_id, key)
         asyncio.run(pipe.run(address, is_json=text_format is Format.JSONL))
     except BrokenPipeError:
-        # Whoever reads has had enough; Python would complain when it flushes at exit.
+        # The reader of our output has gone. Python would report an error when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(_BROKEN_PIPE) from None
     except (SluiceError, RowFailedError, OSError) as error:

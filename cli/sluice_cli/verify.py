@@ -1,4 +1,4 @@
-"""`sluice verify`: the proofs of a file, made again where it will be served."""
+"""`sluice verify`: repeats the proofs of a file on the machine that will serve it."""
 
 from pathlib import Path
 from typing import Annotated, Final
@@ -11,9 +11,9 @@ from sluice_cli.proofs import progress_bar, show_proofs
 
 HELP: Final = """Repeat the proofs of an exported model on this machine.
 
-The file is compared with the PyTorch module that it was made from (--against) or,
-without it, with itself: rows alone, in batches, in chunks, ragged, padded and over
-10,000 steps. The exit status is 1 where a proof fails that held when the file was
+With --against, the file is compared with the PyTorch module that it was made from. Without
+it, the file is compared with itself: rows alone, in batches, in chunks, ragged, padded and
+over 10,000 steps. The exit status is 1 if a proof fails that held when the file was
 written.
 
 Examples:
@@ -65,7 +65,10 @@ def verify(
     held_before = {proof.name: proof.passed for proof in contract.proofs}
     lost = [p.name for p in proofs if not p.passed and held_before.get(p.name, True)]
     if lost:
-        fail(f"{', '.join(lost)} held when the file was written and does not here; export it here")
+        fail(
+            f"{', '.join(lost)} held when the file was written and does not here; export it again "
+            "on this machine"
+        )
 
 
 def add_to(app: typer.Typer) -> None:

@@ -1,7 +1,7 @@
-"""An ONNX file with its contract, run as a function of inputs, lengths and state.
+"""Runs an ONNX file with its contract as a function of inputs, lengths and state.
 
-The exporter proves a model with this package and the server serves it with this
-package: what is proven is what serves.
+The exporter proves models with this package and the server serves them with it, so the
+code that is proven is the code that serves.
 """
 
 from sluice_model.contract import (

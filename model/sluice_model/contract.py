@@ -1,4 +1,4 @@
-"""Reads, writes and checks the contract that an exported ONNX file carries inside."""
+"""Reads, writes and checks the contract inside an exported ONNX file."""
 
 import hashlib
 import math
@@ -19,10 +19,10 @@ from sluice_protos.datatypes import DTYPES
 METADATA_KEY: Final = "sluice.contract"
 SCHEMA_VERSION: Final = 1
 
-# Beyond what any kernel needs; every run is padded up to them.
+# The largest allowed minimum. No kernel needs more, and every run is padded up to the minimum.
 _MINIMUM_MAX: Final = 64
 
-# Told whether something holds, and the problem where it does not: then ContractError.
+# Raises ContractError with the given problem if the given condition does not hold.
 _Require = Callable[[bool, str], None]
 
 _ELEMENT_TYPES: Final[dict[int, str]] = {
@@ -42,10 +42,9 @@ _ELEMENT_TYPES: Final[dict[int, str]] = {
 
 
 def load_proto(path: Path) -> ModelProto:
-    """Parse an ONNX file that is whole.
+    """Parse an ONNX file that contains all of its weights.
 
-    Raises NotAModelError when it is missing, is not ONNX, or keeps weights in
-    files beside it.
+    Raises NotAModelError if it is missing, is not ONNX, or has weights in other files.
     """
     proto = parse_proto(path)
     if any(tensor.data_location == TensorProto.EXTERNAL for tensor in _tensors(proto)):
@@ -57,15 +56,15 @@ def load_proto(path: Path) -> ModelProto:
 
 
 def parse_proto(path: Path) -> ModelProto:
-    """Parse an ONNX file, without what it keeps in other files.
+    """Parse an ONNX file without reading the weights that it has in other files.
 
-    Raises NotAModelError when it is missing or is not ONNX.
+    Raises NotAModelError if it is missing or is not ONNX.
     """
     try:
         proto = ModelProto.FromString(path.read_bytes())
     except OSError as error:
         raise NotAModelError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except Exception as error:  # protobuf's DecodeError, or whatever parsing meets first
+    except Exception as error:  # DecodeError of protobuf, or any other error of parsing
         raise NotAModelError(
             f"{path}: is not an ONNX file; `sluice export` writes one from a PyTorch module"
         ) from error
@@ -78,7 +77,7 @@ def parse_proto(path: Path) -> ModelProto:
 
 
 def compute_digest(proto: ModelProto) -> str:
-    """SHA-256, in hex, of graph and weights: metadata, doc strings and producer do not count."""
+    """SHA-256, in hex, of graph and weights, without metadata, doc strings and producer."""
     bare = ModelProto()
     bare.CopyFrom(proto)
     del bare.metadata_props[:]
@@ -98,7 +97,7 @@ def compute_digest(proto: ModelProto) -> str:
 def write_contract(proto: ModelProto, contract: ModelContract) -> None:
     """Put `contract` into `proto`, with the schema version and the digest filled in.
 
-    Raises ContractError when the contract does not describe the graph.
+    Raises ContractError if the contract does not describe the graph.
     """
     contract.schema_version = SCHEMA_VERSION
     contract.digest = compute_digest(proto)
@@ -119,7 +118,7 @@ def read_contract(path: Path) -> ModelContract:
 
 
 def parse_contract(proto: ModelProto, *, name: str) -> ModelContract:
-    """The contract inside `proto`, checked. `name` is what errors call the file."""
+    """The contract inside `proto`, checked. Errors call the file `name`."""
     texts = [entry.value for entry in proto.metadata_props if entry.key == METADATA_KEY]
     if not texts:
         raise ContractError(
@@ -158,7 +157,7 @@ def initial_row(contract: ModelContract) -> NDArray[np.float32]:
 
 
 def count_parameters(proto: ModelProto) -> int:
-    """The floats of a graph's weights."""
+    """The number of floats in a graph's weights."""
     floats = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE}
     return sum(
         math.prod(tensor.dims) for tensor in proto.graph.initializer if tensor.data_type in floats
@@ -166,12 +165,12 @@ def count_parameters(proto: ModelProto) -> int:
 
 
 def part_size(part: StatePart) -> int:
-    """The floats of one state part."""
+    """The number of floats in one part of the state."""
     return math.prod(part.shape)
 
 
 def _tensors(message: Message) -> Iterator[TensorProto]:
-    """Every tensor inside: of graphs, of the branches of their nodes, of functions."""
+    """Every tensor inside, also those in the branches of nodes and in functions."""
     for field, value in message.ListFields():
         if field.message_type is None:
             continue
@@ -183,7 +182,7 @@ def _tensors(message: Message) -> Iterator[TensorProto]:
 
 
 def _check(proto: ModelProto, contract: ModelContract, *, name: str) -> None:
-    """Raise ContractError unless names, types and state layout are the graph's."""
+    """Raise ContractError unless names, types and state layout match the graph."""
 
     def require(is_true: bool, problem: str) -> None:
         if not is_true:
@@ -231,7 +230,7 @@ def _check_state(
     contract: ModelContract,
     require: _Require,
 ) -> None:
-    """Check the layout of the state row, and what carries it through the graph."""
+    """Check the layout of the state row, and the tensors that carry it through the graph."""
     offset = 0
     for part in contract.state:
         require(part.offset == offset, f"leaves a gap before state part {part.name!r}")
@@ -277,7 +276,7 @@ def _check_tensor(
         dtype = DTYPES[spec.datatype]
         require(dtype.kind in "iu", f"limits the values of {spec.name!r}, which is {spec.datatype}")
         limits = np.iinfo(dtype)
-        # The last may lie beyond: a byte can index a table of more than 256 rows.
+        # The last value may exceed the type: a byte can index a table of more than 256 rows.
         require(
             limits.min <= spec.valid.min <= min(spec.valid.max, limits.max),
             f"has no valid values for {spec.name!r}: {spec.valid.min} to {spec.valid.max}",

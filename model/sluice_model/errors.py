@@ -1,8 +1,8 @@
-"""What can be wrong with a model file or with one run of it.
+"""Defines the errors of model files and of their runs.
 
 ModelError
 ├── NotAModelError   the file is missing, unreadable or not ONNX
-├── ContractError    it is ONNX, but its contract is absent or untrue
+├── ContractError    it is ONNX, but its contract is missing or wrong
 └── RunError         ONNX Runtime refused or failed a run
 """
 

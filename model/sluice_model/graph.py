@@ -13,20 +13,20 @@ Array = NDArray[Any]
 
 
 def open_session(data: bytes, *, name: str, threads: int = 1) -> onnxruntime.InferenceSession:
-    """Load a serialized ONNX model as every model of ours is loaded.
+    """Load a serialized ONNX model with the options that Sluice always uses.
 
-    `threads` is what one run may use inside an operator. Raises NotAModelError
-    when ONNX Runtime cannot load the graph.
+    `threads` is how many threads one run may use inside an operator. Raises NotAModelError
+    if ONNX Runtime cannot load the graph.
     """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
-    # A thread that spins between runs takes the core from the next decode.
+    # A thread that spins between runs takes the core from the code that reads messages.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    # Denormals stay: flushing them would differ from a plain run of the file.
+    # Keep denormals: a plain run of the file does not flush them either.
     options.add_session_config_entry("session.set_denormal_as_zero", "0")
-    options.log_severity_level = 4  # what fails is raised, and need not be printed too
+    options.log_severity_level = 4  # failures are raised, so do not print them as well
     try:
         return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     except Exception as error:
@@ -34,7 +34,7 @@ def open_session(data: bytes, *, name: str, threads: int = 1) -> onnxruntime.Inf
 
 
 class Graph:
-    """An ONNX graph without contract, run by the names of its tensors."""
+    """An ONNX graph without a contract; tensors are given by name."""
 
     def __init__(self, data: bytes, *, name: str) -> None:
         """Load a serialized ONNX model. Raises NotAModelError."""

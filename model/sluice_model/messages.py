@@ -1,6 +1,6 @@
-"""The protobuf messages of ONNX, without the rest of the onnx package.
+"""Imports the protobuf messages of ONNX without the rest of the onnx package.
 
-Importing the whole package takes twenty times as long, at each start of a server.
+Importing the whole package takes twenty times as long, at every start of a server.
 """
 
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 else:
 
     def _load_messages() -> ModuleType:
-        """The module of the messages; protobuf has one class for each, whoever loads it."""
+        """The module with the messages. Protobuf has one class for each, however it is loaded."""
         package = find_spec("onnx")
         if package is None or not package.submodule_search_locations:
             raise ModuleNotFoundError("No module named 'onnx'", name="onnx")

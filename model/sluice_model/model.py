@@ -16,31 +16,31 @@ from sluice_protos.datatypes import DTYPES
 
 Array = NDArray[Any]
 
-# Of the inputs and outputs of a run that nobody asked for.
+# The limit for inputs and outputs together of a run that the self-test makes.
 _VALUES_MAX = 2**25
 
-# The lengths of most runs: a view of them costs less than an array made anew.
+# Most runs take their lengths from here: a view costs less than a new array.
 _ONES = np.ones(4096, np.int32)
 _ONES.flags.writeable = False
 
 
 class Model:
-    """An ONNX file with a contract, loaded.
+    """A loaded ONNX file with a contract.
 
-    Safe to run from several threads at once: nothing of a run stays behind.
+    Several threads may run it at the same time, because a run leaves no state behind.
     """
 
     def __init__(self, data: bytes, contract: ModelContract, *, threads: int = 1) -> None:
         """Load a serialized ONNX model whose contract has been checked.
 
-        `threads` is what one run may use inside an operator. Raises
-        NotAModelError when ONNX Runtime cannot load the graph.
+        `threads` is how many threads one run may use inside an operator. Raises
+        NotAModelError if ONNX Runtime cannot load the graph.
         """
         self._session = open_session(data, name=contract.name, threads=threads)
         self.contract = contract
         self.initial_state = initial_row(contract)
         self._bytes = len(data)
-        # What every run asks of the contract, looked up once: protobuf fields cost time.
+        # Values that every run needs of the contract. Protobuf fields are slow, so read them once.
         self._is_one_step = contract.is_one_step
         self._inputs = [(spec.name, self._axes(spec)) for spec in contract.inputs]
         self._output_axes = [self._axes(spec) for spec in contract.outputs]
@@ -51,7 +51,7 @@ class Model:
         if self._state_input:
             self._output_names.append(contract.state_output)
         self._batch_max = contract.batch_max
-        # Without lengths a graph would carry the state on through the padding.
+        # Without lengths, a graph would update the state with the padding.
         self._is_whole = not self._is_one_step and bool(
             self._lengths_input or not self._state_input
         )
@@ -73,12 +73,12 @@ class Model:
         """Run each row `lengths[b]` steps on from `state[b]`.
 
         inputs   one [batch, steps, …] for each input, in the contract's order;
-                 what lies beyond a row's length does not matter
+                 values beyond a row's length have no effect
         lengths  [batch] int32, each from 1 to steps; None: every row runs all steps
         state    [batch, state_size] float32
 
-        Returns one [batch, steps, …] for each output, meaningless beyond a row's
-        length, and the new state. Raises RunError; nothing has changed then.
+        Returns one [batch, steps, …] for each output, which is undefined beyond a row's
+        length, and the new state. Raises RunError; then nothing has changed.
         """
         batch, steps = inputs[0].shape[:2]
         if lengths is None:
@@ -87,7 +87,7 @@ class Model:
         elif len(lengths) and (lengths.min() < 1 or lengths.max() > steps):
             raise RunError(f"a run needs rows of 1 to {steps} steps; it was given {lengths}")
         if batch < 1 or steps < 1:
-            # ONNX Runtime would abort the process at batch 0, zero a state at length 0.
+            # ONNX Runtime aborts the process at batch 0, and sets a state to zero at length 0.
             raise RunError(f"a run needs rows and steps; it was given {batch} rows of {steps}")
         if not self._is_whole and (self._is_one_step or int(lengths.min()) < steps):
             return self._run_pieces(inputs, lengths, state)
@@ -98,7 +98,7 @@ class Model:
     def _run_pieces(
         self, inputs: Sequence[Array], lengths: NDArray[np.int32], state: NDArray[np.float32]
     ) -> tuple[list[Array], NDArray[np.float32]]:
-        """As `run`, in as many runs of the graph as its limits ask for."""
+        """As `run`, with as many runs of the graph as its limits require."""
         state = state.copy()
         outputs: list[Array] = []
         for rows, steps in self._pieces(lengths):
@@ -113,7 +113,7 @@ class Model:
         return outputs, state
 
     def _pieces(self, lengths: NDArray[np.int32]) -> Iterator[tuple[NDArray[np.intp], slice]]:
-        """Which rows run which steps together, in an order that carries each row's state."""
+        """Which rows run which steps together, with the steps of each row in order."""
         for rows, steps in self._groups(lengths):
             size = self._batch_max or len(rows)
             for start in range(0, len(rows), size):
@@ -132,7 +132,7 @@ class Model:
     def _run_graph(
         self, inputs: Sequence[Array], lengths: NDArray[np.int32], state: NDArray[np.float32]
     ) -> tuple[list[Array], NDArray[np.float32]]:
-        """As `run`, in one run of the graph, padded up to its smallest batch and length."""
+        """As `run`, with one run of the graph, padded to its smallest batch and length."""
         batch, steps = inputs[0].shape[:2]
         is_small = batch < self._batch_min or steps < self._length_min
         if is_small:
@@ -162,18 +162,18 @@ class Model:
         return outputs, state_out
 
     def affordable_cells(self, multiplications: int, *, at_least: int) -> int:
-        """How many rows × steps a run may have that is to take about so many multiply-adds.
+        """How many rows × steps a run of about that many multiply-adds may have.
 
-        `at_least` so many, if not so many that inputs and outputs would fill the memory.
+        The result is `at_least` that many, unless inputs and outputs would take too much memory.
         """
         specs = (*self.contract.inputs, *self.contract.outputs)
         values = sum(math.prod(spec.shape) for spec in specs)
-        # A step multiplies with each weight once, and each has four bytes.
+        # A step uses each weight once, and a weight has four bytes.
         affordable = max(at_least, multiplications * 4 // self._bytes)
         return max(1, min(affordable, _VALUES_MAX // max(1, values)))
 
     def _axes(self, spec: TensorSpec) -> tuple[int, int | None] | None:
-        """Where the graph has the batch and, if any, the time axis; None: first and second."""
+        """The graph's batch axis and its time axis, if it has one; None: first and second."""
         if self._is_one_step:
             return spec.batch_axis, None
         axes = spec.batch_axis, spec.time_axis
@@ -202,14 +202,14 @@ def example_inputs(
 
 
 def _pad(array: Array, batch: int, steps: int) -> Array:
-    """`array` with zero rows and steps behind it, up to [batch, steps, …]."""
+    """`array` padded with zero rows and steps to [batch, steps, …]."""
     padded = np.zeros((batch, steps, *array.shape[2:]), array.dtype)
     padded[: array.shape[0], : array.shape[1]] = array
     return padded
 
 
 def _to_graph(array: Array, axes: tuple[int, int | None] | None) -> Array:
-    """[batch, steps, …] with the axes where the graph has them."""
+    """[batch, steps, …] with its axes in the graph's order."""
     if axes is None:
         return array
     batch, time = axes

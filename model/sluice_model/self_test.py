@@ -1,4 +1,4 @@
-"""Tests, on the machine that will serve, that a model gives the same bits however it is run."""
+"""Tests on the serving machine that a model gives the same bits however it is run."""
 
 import hashlib
 import itertools
@@ -10,20 +10,21 @@ from sluice_model.model import Array, Model, example_inputs
 
 _LENGTHS = np.array([64, 7, 3, 1, 33, 5, 7], np.int32)
 _CUT = 4
-# The proof that bits depend on no size of a run.
+# The proof that bits do not depend on the size of a run.
 _SIZES = "bits.sizes"
-# As large as the runs of a server may be, and odd: operators that compute several values at a
-# time, or in several threads, round what is left over, or where two threads meet, another way.
+# As large as the runs of a server may be, and odd. Operators that compute several values at a
+# time, or in several threads, may round the remaining values, or those at the border between two
+# threads, differently.
 _ROWS_MAX = 1021
-# Of the largest run: about as long as a server lets one run take.
+# The largest run takes about as long as a server lets one run take.
 _MULTIPLICATIONS_MAX = 2**28
 
 
 @dataclass(frozen=True)
 class SelfTest:
-    """What a self-test found."""
+    """The result of a self-test."""
 
-    # Alone, batched, padded and chunked runs agreed bit for bit.
+    # Whether alone, batched, padded and chunked runs agreed bit for bit.
     is_bit_exact: bool
     # SHA-256, in hex, of known outputs: equal hashes, equal bits on two machines.
     arithmetic: str
@@ -37,7 +38,7 @@ def run_self_test(model: Model) -> SelfTest:
     initial = np.tile(model.initial_state, (len(lengths), 1))
     batched, state = model.run(inputs, lengths, initial)
     digest = hashlib.sha256(state.tobytes())
-    # An export that found operators of which a sample seldom sees a differing value says so.
+    # Some operators differ too rarely for a sample. The export looked for them and noted it.
     is_bit_exact = all(proof.passed for proof in model.contract.proofs if proof.name == _SIZES)
     for row, length in enumerate(lengths):
         together = [array[row, :length] for array in batched]
@@ -59,9 +60,9 @@ def run_self_test(model: Model) -> SelfTest:
 def _run_few_and_many(
     model: Model, inputs: list[Array], cells: int
 ) -> tuple[list[Array], list[Array]]:
-    """What a run of few rows and one of copies of them, as many as `cells` allow, give each copy.
+    """Run a few rows, and then as many copies of them as `cells` allow.
 
-    The outputs and the last state.
+    Returns outputs and last states of both runs, arranged so that each copy can be compared.
     """
     count, steps_max = inputs[0].shape[:2]
     rows_max = min(cells, model.contract.batch_max or _ROWS_MAX, _ROWS_MAX)

@@ -80,21 +80,21 @@ class SequencesServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Fork(self, request, context):
-        """Copies a live sequence to a new id: the copy goes on from the same state.
+        """Copies a live sequence to a new id. The copy continues from the same state.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CloseSequence(self, request, context):
-        """Drops a live sequence, whoever holds it.
+        """Drops a live sequence, also one that another client has open.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListSequences(self, request, context):
-        """The live sequences, one message each: those of this server, and after them
+        """The live sequences, one message each: first those of this server, then
         those that only the store knows.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -1,1 +1,1 @@
-"""The server: live sequences in one arena, all ready ones in one run."""
+"""The server: it keeps the state of live sequences and runs all ready ones together."""

@@ -1,4 +1,4 @@
-"""Chunks of different lengths as flat rows, and as the padded batch of a run."""
+"""Converts chunks of different lengths between flat rows and the padded batch of a run."""
 
 from collections.abc import Sequence
 from typing import Any, Final, TypeAlias
@@ -8,12 +8,12 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 Integers = NDArray[np.int64]
-# The rows for each input of a model, in whatever they came.
+# The rows for each input of a model, as any kind of sequence.
 Buffers: TypeAlias = "Sequence[bytes | Array]"
 
-# Most chunks are of one step: views of these cost less than arrays made anew.
+# Most chunks have one step: views of these cost less than new arrays.
 _CACHED = 65_536
-# Values up to which one product is cheaper than two passes; beyond it BLAS would use threads.
+# Up to this many values, one product is cheaper than two passes. Beyond, BLAS uses threads.
 _SMALL = 8192
 _ZEROS: Final = np.zeros(_SMALL, np.float32)
 _ONES: Final = np.ones(_CACHED, np.int64)
@@ -22,17 +22,17 @@ _ONES.flags.writeable = _COUNT.flags.writeable = False
 
 
 def ones(count: int) -> Integers:
-    """[1, 1, …]; not to be written to."""
+    """[1, 1, …], read-only."""
     return _ONES[:count] if count <= _CACHED else np.ones(count, np.int64)
 
 
 def is_ones(lengths: Integers) -> bool:
-    """True when these are `ones` as they were made: no value needs to be looked at."""
+    """True if these are a view of `ones`, so that no value needs to be read."""
     return lengths.base is _ONES
 
 
 def numbers(count: int) -> Integers:
-    """[0, 1, 2, …]; not to be written to."""
+    """[0, 1, 2, …], read-only."""
     return _COUNT[:count] if count <= _CACHED else np.arange(count)
 
 
@@ -55,20 +55,20 @@ def is_finite(array: Array) -> bool:
     if array.size <= _SMALL and array.dtype == np.float32:
         # 0 times NaN or infinity is NaN, 0 times all else is 0.
         return bool(np.vdot(array, _ZEROS[: array.size]) == 0)
-    # Extremes carry NaN and infinity along, and make no array of booleans.
+    # NaN and infinity show in the extremes, which need no array of booleans.
     return bool(np.isfinite(array.max()) and np.isfinite(array.min()))
 
 
 def is_whole(lengths: Integers, steps: int) -> bool:
-    """True when every length is `steps`, the longest there is."""
+    """True if every length is `steps`, the longest one."""
     return steps == 1 or int(lengths.min()) == steps
 
 
 def pad(rows: Array, starts: Integers, lengths: Integers, steps: int) -> Array:
     """[batch, steps, …] of the chunks that begin at `starts` [batch] in `rows` [n, …].
 
-    Behind a chunk's end its last row is repeated: whatever a model makes of it is
-    dropped, but it stays a value the model accepts, such as a valid token.
+    A chunk is padded with its last row, because that is a value that the model accepts,
+    such as a valid token. The outputs of the padding are dropped.
     """
     if steps == 1:
         return rows.take(starts, axis=0)[:, np.newaxis]
@@ -105,7 +105,7 @@ def pad_frames(
 def unpad(padded: Array, lengths: Integers, *, is_whole: bool) -> Array:
     """The rows [sum(lengths), …] of a padded batch [batch, steps, …], chunk after chunk.
 
-    `is_whole` where every chunk is as long as the batch.
+    `is_whole` if every chunk is as long as the batch.
     """
     batch, steps = padded.shape[:2]
     if is_whole:
@@ -116,8 +116,8 @@ def unpad(padded: Array, lengths: Integers, *, is_whole: bool) -> Array:
 def choose_steps(lengths: Integers, *, useful_share: float = 0.9) -> int:
     """The most steps to run at once so that at most 1 − `useful_share` of them is padding.
 
-    Chunks longer than that are cut; running the shortest length wastes nothing,
-    so there always is an answer.
+    Longer chunks are cut. Running only the shortest length needs no padding, so there is
+    always an answer.
     """
     ordered = np.sort(lengths)
     if ordered[0] == ordered[-1]:

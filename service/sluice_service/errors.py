@@ -1,4 +1,4 @@
-"""Every error a client can be told, each with its gRPC status.
+"""Defines every error that clients get, each with its gRPC status.
 
     ServiceError
     ├── ModelNotFoundError        NOT_FOUND            ends the call
@@ -26,8 +26,8 @@
         ├── StoreDownError        UNAVAILABLE
         └── DataLossError         DATA_LOSS
 
-Anything else that is raised becomes INTERNAL with a fixed text, and a traceback
-in the log only.
+Any other exception becomes INTERNAL with a fixed text. Its traceback is only in the
+log.
 """
 
 from typing import ClassVar
@@ -38,12 +38,12 @@ _MESSAGE_CHARACTERS_MAX = 1000
 
 
 class ServiceError(Exception):
-    """Something the client can be told; the message names the fix."""
+    """An error for the client; the message names the fix."""
 
     status: ClassVar[StatusCode] = StatusCode.INTERNAL
 
     def __init__(self, message: str) -> None:
-        # A message quotes what a client sent, which may be megabytes.
+        # A message may quote megabytes that a client sent.
         is_long = len(message) > _MESSAGE_CHARACTERS_MAX
         super().__init__(message[:_MESSAGE_CHARACTERS_MAX] + " …" if is_long else message)
 
@@ -55,7 +55,7 @@ class ModelNotFoundError(ServiceError):
 
 
 class RequestError(ServiceError):
-    """A message that cannot be read as what the call expects."""
+    """A message that is not what the call expects."""
 
     status = StatusCode.INVALID_ARGUMENT
 
@@ -79,7 +79,7 @@ class RepositoryError(ServiceError):
 
 
 class LaneError(ServiceError):
-    """A fault of one lane; a CONFLICT tells the `epoch`, a loss the last durable step."""
+    """A fault of one lane. CONFLICT has the `epoch`, a loss has the last durable step."""
 
     # The name that clients and metrics know the error by: of sluice.v1.Fault.Reason.
     reason: ClassVar[str] = "UNSPECIFIED"
@@ -161,21 +161,21 @@ class FencedError(LaneError):
 
 
 class StaleError(LaneError):
-    """A later attempt of this writer has come already."""
+    """A later attempt of this writer has already arrived."""
 
     status = StatusCode.ABORTED
     reason = "STALE"
 
 
 class ConflictError(LaneError):
-    """Ask again with the epoch this error carries."""
+    """Open again with the epoch of this error."""
 
     status = StatusCode.ABORTED
     reason = "CONFLICT"
 
 
 class OutOfRangeError(LaneError):
-    """Outputs the client asks for are no longer held."""
+    """The outputs that the client asks for are no longer held."""
 
     status = StatusCode.OUT_OF_RANGE
     reason = "OUT_OF_RANGE"

@@ -1,4 +1,4 @@
-"""Log lines: one JSON object each, or text for eyes, on standard error."""
+"""Writes log lines to standard error, as JSON objects or as text for people."""
 
 import logging
 import sys
@@ -9,7 +9,7 @@ from sluice_service.settings import Settings
 
 
 def set_up_logs(settings: Settings) -> None:
-    """Send structlog's lines where and how the settings say."""
+    """Configure structlog as the settings say."""
     level = logging.getLevelNamesMapping()[settings.log_level.upper()]
     renderer: structlog.typing.Processor = (
         structlog.processors.JSONRenderer()

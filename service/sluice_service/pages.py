@@ -1,6 +1,6 @@
-"""The HTTP side: /metrics for Prometheus, /healthz and /readyz for what supervises the process.
+"""Serves the HTTP pages: /metrics for Prometheus, /healthz and /readyz for supervisors.
 
-aiohttp takes longer to import than a small model to load, so this module is imported
+Importing aiohttp takes longer than loading a small model, so this module is imported
 while models load.
 """
 
@@ -14,7 +14,7 @@ _SCRAPE_SECONDS_MAX = 5.0
 
 
 class Pages:
-    """The pages on one port, made anew for each request."""
+    """The pages on one port. Each request makes its page anew."""
 
     def __init__(
         self,
@@ -24,7 +24,7 @@ class Pages:
     ) -> None:
         """`expose` gives (body, content type) for what a scrape accepts.
 
-        `trouble` tells what an operator should know of a server that is ready, or nothing.
+        `trouble` is what an operator should know of a ready server, or an empty string.
         """
         self._expose = expose
         self._is_ready = is_ready
@@ -61,7 +61,7 @@ class Pages:
 
 
 async def scrape(addresses: Sequence[str]) -> list[str]:
-    """The metrics page at each HOST:PORT; empty where none answers or the address is empty."""
+    """The metrics page at each HOST:PORT; empty if none answers or the address is empty."""
     timeout = aiohttp.ClientTimeout(total=_SCRAPE_SECONDS_MAX)
     async with aiohttp.ClientSession(timeout=timeout) as session:
 

@@ -72,7 +72,7 @@ class Settings(BaseSettings):
         title="Sequences",
         description="Live sequences of one model. Beyond this limit new sequences are "
         "refused, or wait as --backlog-sequences-max allows. No live sequence is evicted. "
-        "Memory is used only by sequences that are alive.",
+        "Only live sequences use memory.",
     )
     backlog_sequences_max: Annotated[int, Field(ge=0)] = Field(
         default=1024,
@@ -110,7 +110,7 @@ class Settings(BaseSettings):
         default="restart",
         title="Sequences",
         description="What the START flag of the Open Inference Protocol does to a sequence "
-        "that is already alive: restart it from the initial state, or refuse the request.",
+        "that is already live: restart it from the initial state, or refuse the request.",
     )
     store: str | None = Field(
         default=None,
@@ -131,8 +131,8 @@ class Settings(BaseSettings):
     checkpoint_seconds: Seconds = Field(
         default=1,
         title="Durability",
-        description="With --durability periodic: write a checkpoint this long after a sequence "
-        "has gone on, at the latest.",
+        description="With --durability periodic: write a checkpoint of a sequence at most this "
+        "long after it has advanced.",
     )
     checkpoint_steps: Count = Field(
         default=1024,
@@ -236,7 +236,7 @@ class Settings(BaseSettings):
     @model_validator(mode="before")
     @classmethod
     def _use_the_store(cls, values: Any) -> Any:
-        """A store is named in order to be used."""
+        """With a store, the default durability is periodic."""
         if isinstance(values, dict) and values.get("store"):
             return {"durability": "periodic", **values}
         return values

@@ -1,7 +1,7 @@
 """Runs a server until a signal stops it: in this process, or as several worker processes.
 
-Workers share one port and one store; the process that started them restarts those that
-die, and shows the pages of all as one.
+Workers share one port and one store. The parent process restarts workers that die, and
+serves the pages of all of them as one.
 """
 
 import asyncio
@@ -25,8 +25,8 @@ from sluice_service.store import StoreError, StoreSetupError
 
 log = structlog.get_logger()
 
-# The pause before a worker that died is started again: the first, and the longest. It doubles
-# each time, unless the worker has lived for long: one that dies at every start must not keep the
+# The first and the longest pause before a worker that died is started again. It doubles each time,
+# unless the worker has lived for long, so that one that dies at every start does not keep the
 # machine busy.
 _RESTART_SECONDS = (0.1, 10.0)
 _LIVED_LONG_SECONDS = 60.0
@@ -52,7 +52,7 @@ class Worker:
             try:
                 receiver = self._start()
             except OSError as error:
-                # The machine has no room for it now. The others go on, and it is tried again.
+                # The machine has no resources for it now. Try again while the others continue.
                 if not has_started.is_set():
                     raise
                 log.error("worker_not_started", worker=self.number, reason=str(error))
@@ -90,9 +90,9 @@ class Worker:
         return receiver
 
     async def _watch(self, receiver: "Connection[str, str]") -> None:
-        """Wait until the process serves, and then until it ends."""
+        """Wait until the process serves, then until it ends."""
         assert self._process is not None
-        # By descriptors, not in threads: there may be more workers than a pool has threads.
+        # Wait on descriptors, not in threads: there may be more workers than threads in a pool.
         await _is_readable(receiver.fileno())
         with contextlib.suppress(EOFError):
             self.http = receiver.recv()
@@ -139,7 +139,7 @@ async def _work(settings: Settings, sender: "Connection[str, str]") -> None:
     server = Server(settings, shares_port=True)
     stopping = _stop_signal()
     if (parent := multiprocessing.parent_process()) is not None:
-        # A worker whose parent has died stops: nobody else would make it give the port back.
+        # A worker stops when its parent has died, because nothing else would make it free the port.
         asyncio.get_running_loop().add_reader(parent.sentinel, stopping.set)
 
     def tell() -> None:
@@ -175,7 +175,7 @@ class Workers:
         require_free("listen", settings.listen)
         require_free("http", settings.http)
         self._settings = settings
-        # Bound but not listening: it keeps the port for the workers, and accepts no call.
+        # Bound but not listening: it reserves the port for the workers and accepts no calls.
         self._port = _reserve(settings.listen)
         host = settings.listen.rpartition(":")[0]
         self.grpc_port = self._port.getsockname()[1]

@@ -5,7 +5,7 @@ from typing import Any
 
 
 def forget_duplicates() -> None:
-    """V7: steps that are applied already are applied again."""
+    """Apply steps again that have already been applied."""
     from sluice_service.batching.queues import Kind
     from sluice_service.batching.scheduler import Scheduler
 
@@ -22,7 +22,7 @@ def forget_duplicates() -> None:
 
 
 def forget_claims() -> None:
-    """A checkpoint is written whoever owns the record."""
+    """Write a checkpoint without checking who owns the record."""
     from sluice_service.store.sqlite import store as sqlite
 
     for name in ("_OWNED", "_WRITE", "_RENEW_LEASE"):
@@ -32,7 +32,7 @@ def forget_claims() -> None:
 
 
 def forget_outputs() -> None:
-    """V11: outputs that have not been acknowledged are not sent again."""
+    """Do not send unacknowledged outputs again."""
     from sluice_service.serving.outputs import OutputBuffer
 
     def forget(self: Any, stream: Any, sequence: Any, lane: int) -> None:
@@ -42,7 +42,7 @@ def forget_outputs() -> None:
 
 
 def forget_durability() -> None:
-    """V12: outputs of strict sequences leave before the store has them."""
+    """Send outputs of strict sequences before the store has them."""
     from sluice_service.serving.outputs import OutputBuffer
 
     OutputBuffer._is_gated = lambda self, outputs: None

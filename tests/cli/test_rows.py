@@ -78,5 +78,5 @@ def test_what_is_written_is_json_even_where_outputs_are_no_numbers():
 
 @pytest.mark.parametrize("kind, key", [(JsonRows, "y"), (CsvRows, "y.1")])
 def test_a_key_that_an_output_would_hide_is_refused(kind, key):
-    with pytest.raises(RowError, match="is the name of an output too; rename that column"):
+    with pytest.raises(RowError, match="is also the name of an output; rename that column"):
         kind(contract(), key)

@@ -59,7 +59,7 @@ def test_the_list_is_there_for_programs(client, sequences) -> None:
 
 
 def test_an_empty_list_says_so(sequences) -> None:
-    assert "no sequence is alive" in sequences("list")
+    assert "there are no live sequences" in sequences("list")
     assert json.loads(sequences("list", "--json")) == []
 
 

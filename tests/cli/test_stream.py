@@ -104,7 +104,7 @@ def test_each_output_comes_before_the_next_row_is_written(server) -> None:
         ("[1\n", ["sum", "--format", "jsonl"], "row 1: is not JSON"),
         ("[1, 2]\n", ["sum", "--format", "jsonl"], "takes float32 [1]"),
         ("[1]\n", ["multi", "--format", "jsonl"], "is not an object with 'features', 'tokens'"),
-        ("y,x\n1,2\n", ["sum", "--key", "y"], "--key 'y' is the name of an output too"),
+        ("y,x\n1,2\n", ["sum", "--key", "y"], "--key 'y' is also the name of an output"),
         ("1\n", ["nothing"], "nothing"),
         ("", ["sum", "--input", "no-such-file.csv"], "no-such-file.csv"),
     ],

@@ -118,8 +118,8 @@ def test_a_file_of_others_is_exported_from_the_command_line(run, tmp_path):
 @pytest.mark.parametrize(
     "arguments, hint",
     [
-        ([], "one of the two"),
-        (["a:b", "--onnx", "x.onnx"], "one of the two"),
+        ([], "give PACKAGE.MODULE:FACTORY, --onnx FILE"),
+        (["a:b", "--onnx", "x.onnx"], "give either PACKAGE.MODULE:FACTORY or --onnx FILE"),
         (["--onnx", "x.onnx", "--set", "sr"], "such as"),
         (["--onnx", "x.onnx", "--set", "sr=fast"], "sr=16000"),
         (["--onnx", "x.onnx", "--state", "h"], "h=h_out"),

@@ -101,7 +101,7 @@ class Writer:
         self.is_strict = False
 
     def leave(self) -> None:
-        """Process nothing of an abandoned stream (C6)."""
+        """Process nothing of an abandoned stream."""
         self.stream = self.host = None
         self.sent = -1
 
@@ -196,7 +196,7 @@ class Durability(RuleBasedStateMachine):
 
     @rule(number=st.integers(0, WRITERS - 1), place=st.integers(0, SERVERS - 1))
     def take_over(self, number: int, place: int) -> None:
-        """A new handle, which knows nothing of an older one's outputs (C1)."""
+        """Take over with a new handle, which knows nothing of an older handle's outputs."""
         self._begin_anew(number)
         for _ in range(2):  # the first time it learns the epoch
             self.move(number, place)

@@ -1,4 +1,4 @@
-"""`sluice bench`: sends a load to a server and tells what it takes."""
+"""`sluice bench`: sends a load to a server and measures it."""
 
 import contextlib
 import json
@@ -15,10 +15,11 @@ if TYPE_CHECKING:
 
 HELP: Final = """Measure a running server: steps a second, latency, CPU time and memory.
 
-Two kinds of load. CLOSED LOOP (no --rate): every sequence sends its next chunk when the
-last one is answered; this finds the most a server can do. OPEN LOOP (--rate): chunks are due
-at random times at that rate, whatever has become of those before, and latency counts from when
-a chunk was due; this finds what users will see. Choose a rate well below the most.
+There are two kinds of load. CLOSED LOOP (without --rate): every sequence sends its next chunk
+when the previous one is answered. This measures the highest rate of the server. OPEN LOOP
+(--rate): chunks are due at random times at that rate, whether or not earlier ones are answered,
+and latency counts from the time at which a chunk is due. This measures what users see. Choose a
+rate well below the highest.
 
     sluice bench lstm                                    # 64 sequences, one step each in flight
 
@@ -28,20 +29,20 @@ a chunk was due; this finds what users will see. Choose a rate well below the mo
 
     sluice bench lstm --streams 64                       # every sequence on a stream of its own
 
-    sluice bench lstm --verify lstm.onnx --json          # every bit compared; for programs
+    sluice bench lstm --verify lstm.onnx --json          # compare every bit; print JSON
 
-Sequences that share a stream share messages: as many streams as sequences is what separate
-clients without this library do. The server's CPU time and memory come from its metrics page
-(--http) or from its process (--pid), for a server on this machine.
+Sequences that share a stream share messages. To measure the traffic of separate clients, use
+as many streams as sequences. The server's CPU time and memory are read from its metrics page
+(--http), or from its process (--pid) if the server runs on this machine.
 
-With --json the result is one object: steps_per_second; latency_ms (of a step: it waits for
-the chunk it is in) and chunk_latency_ms with p50, p90, p99, p999; server_cpu_us_per_step and
-server_rss_bytes (null where the server is not watched); verified_steps; and more.
+With --json the result is one object: steps_per_second; latency_ms (of a step, which waits for
+its whole chunk) and chunk_latency_ms with p50, p90, p99, p999; server_cpu_us_per_step and
+server_rss_bytes (null if neither --http nor --pid is known); verified_steps; and more.
 """
 
 DEFAULT_ADDRESS: Final = "127.0.0.1:8001"
 DEFAULT_PAGE: Final = "127.0.0.1:8002"
-# Steps that --verify compares, of all sequences together.
+# How many steps --verify compares, over all sequences.
 _KEPT_STEPS: Final = 32_768
 
 
@@ -49,46 +50,49 @@ def bench(
     model: Annotated[str, typer.Argument(help="The model's name at the server.")],
     address: Annotated[
         list[str],
-        typer.Option(help="HOST:PORT; given again: processes take turns.", metavar="A"),
-    ] = [DEFAULT_ADDRESS],  # noqa: B006 - typer reads the default, nobody changes it
+        typer.Option(
+            metavar="HOST:PORT",
+            help="The server. Repeat the option to divide the processes among several servers.",
+        ),
+    ] = [DEFAULT_ADDRESS],  # noqa: B006 - typer only reads the default
     sequences: Annotated[int, typer.Option(min=1, help="Live sequences.")] = 64,
     in_flight: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="Closed loop: sequences with a chunk under way at a time, in turns. "
-            "Left out: all.",
+            help="Closed loop: sequences that have a chunk in flight at the same time. "
+            "All by default.",
             show_default=False,
         ),
     ] = None,
     steps: Annotated[
-        str, typer.Option(help="Steps of a chunk, or several with weights: 1:90,64:10.")
+        str, typer.Option(help="Steps of a chunk, or several sizes with weights: 1:90,64:10.")
     ] = "1",
     rate: Annotated[
         float | None,
         typer.Option(
             min=0.001,
-            help="Open loop: steps a second, all together. Left out: closed loop.",
+            help="Open loop: steps a second of all sequences. Without it: closed loop.",
             show_default=False,
         ),
     ] = None,
-    duration: Annotated[float, typer.Option(min=0.1, help="Seconds that are measured.")] = 10,
-    warmup: Annotated[float, typer.Option(min=0, help="Seconds before that.")] = 1,
+    duration: Annotated[float, typer.Option(min=0.1, help="Seconds to measure.")] = 10,
+    warmup: Annotated[float, typer.Option(min=0, help="Seconds to send before measuring.")] = 1,
     streams: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="Streams, each with a connection, that share the sequences. "
-            "Left out: one a process.",
+            help="Streams, each with its own connection, among which the sequences are divided. "
+            "One per process by default.",
             show_default=False,
         ),
     ] = None,
-    processes: Annotated[int, typer.Option(min=1, help="Processes that send.")] = 1,
+    processes: Annotated[int, typer.Option(min=1, help="Client processes.")] = 1,
     verify: Annotated[
         Path | None,
         typer.Option(
             metavar="MODEL.ONNX",
-            help="Compare outputs, bit for bit, with offline runs of this file.",
+            help="Compare outputs bit for bit with offline runs of this file.",
             show_default=False,
         ),
     ] = None,
@@ -96,14 +100,14 @@ def bench(
         str | None,
         typer.Option(
             metavar="HOST:PORT",
-            help=f"The server's metrics page. Left out: {DEFAULT_PAGE}, "
-            "for a server at the default address.",
+            help="Where the server's metrics page is. "
+            f"{DEFAULT_PAGE} by default, if the server has the default address.",
             show_default=False,
         ),
     ] = None,
     pid: Annotated[
         int | None,
-        typer.Option(help="The server's process, in place of --http.", show_default=False),
+        typer.Option(help="The server's process, instead of --http.", show_default=False),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -153,9 +157,9 @@ def bench(
     for note in report.notes(result):
         console.print(note)
     if watch is None:
-        console.print("Name the server's --http or --pid to see its CPU time and memory.")
+        console.print("Give the server's --http or --pid to measure its CPU time and memory.")
     if verified:
-        console.print(f"{verified:,} steps are, bit for bit, those of an offline run.")
+        console.print(f"{verified:,} steps equal those of an offline run, bit for bit.")
 
 
 def add_to(app: typer.Typer) -> None:
@@ -164,7 +168,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 def _find_server(plan: "Plan", http: str | None, pid: int | None) -> "Watch | None":
-    """How to read what the server uses; None where it is not known."""
+    """A function that reads the server's usage; None if there is no way to read it."""
     from sluice_cli.bench.watched import watch_page, watch_process
 
     try:
@@ -181,7 +185,7 @@ def _find_server(plan: "Plan", http: str | None, pid: int | None) -> "Watch | No
 
 
 def _send(plan: "Plan", watch: "Watch | None") -> "Result":
-    """Send the load beside a progress bar."""
+    """Send the load and show a progress bar."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -204,7 +208,7 @@ def _send(plan: "Plan", watch: "Watch | None") -> "Result":
 
 
 def _verify(model: Path, result: "Result") -> int:
-    """The steps that were compared. Ends the command where one differs."""
+    """Compare steps and return how many. Ends the command if one differs."""
     from sluice_cli.bench.verification import DifferenceError, verify
 
     try:

@@ -1,4 +1,4 @@
-"""The inputs of every sequence, drawn from a seed, so that nobody needs to remember them."""
+"""Draws the inputs of every sequence from a seed, so that they can be computed again later."""
 
 from typing import Any
 
@@ -15,18 +15,18 @@ _ROWS = 4096
 
 
 class Inputs:
-    """A pool of random rows; step t of a sequence takes row `offset + t`, around and around."""
+    """A pool of random rows; step t of a sequence takes row `offset + t`, modulo the pool."""
 
     def __init__(self, contract: ModelContract, seed: int) -> None:
         generator = np.random.default_rng(seed)
         self._pools = {field.name: _draw(generator, field) for field in Signature(contract).inputs}
 
     def offsets(self, generator: np.random.Generator, sequences: int) -> Integers:
-        """Where in the pool each of some new sequences begins: [sequences]."""
+        """Draw where in the pool each new sequence begins: [sequences]."""
         return generator.integers(0, _ROWS, sequences)
 
     def take(self, offsets: Integers, steps: int) -> list[Array]:
-        """The next `steps` rows from each of `offsets` [n] on: [n × steps, …] for each input."""
+        """The next `steps` rows from each of `offsets` [n]: [n × steps, …] for each input."""
         index = offsets if steps == 1 else (offsets[:, np.newaxis] + np.arange(steps)).ravel()
         return [pool.take(index, axis=0, mode="wrap") for pool in self._pools.values()]
 

@@ -1,4 +1,4 @@
-"""What load to send: how many sequences, chunks of which sizes, how fast, from where."""
+"""Describes a load: how many sequences, which sizes of chunks, which rate, which processes."""
 
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ class Sizes:
 
     @classmethod
     def parse(cls, text: str) -> "Sizes":
-        """Read `64`, or `1:90,64:10`: 90 chunks of one step to 10 of 64. Raises ValueError."""
+        """Read `64`, or `1:90,64:10`: 90 chunks of 1 step for each 10 of 64. Raises ValueError."""
         steps, weights = [], []
         for part in text.split(","):
             size, _, weight = part.partition(":")
@@ -35,12 +35,12 @@ class Sizes:
 
     @property
     def is_fixed(self) -> bool:
-        """True where every chunk has the same steps."""
+        """True if every chunk has the same number of steps."""
         return len(self.steps) == 1
 
     @property
     def mean(self) -> float:
-        """Steps of a chunk on average."""
+        """The average number of steps of a chunk."""
         return float(np.average(self.steps, weights=self.weights))
 
     def draw(self, generator: np.random.Generator, count: int) -> Integers:
@@ -53,7 +53,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Plan:
-    """A load, as every process of it knows it. Times are in seconds, the rate in steps a second."""
+    """A load, known to all of its processes. Times are in seconds, the rate in steps a second."""
 
     model: str
     addresses: tuple[str, ...]
@@ -65,7 +65,7 @@ class Plan:
     rate: float | None
     warmup: float
     duration: float
-    # Outputs that are kept for the verification, in steps of all sequences together.
+    # How many steps of outputs to record for the verification, over all sequences.
     kept_steps: int
     seed: int = 0
 
@@ -74,5 +74,5 @@ class Plan:
         return list(range(process, self.streams, self.processes))
 
     def share(self, total: int, stream: int) -> int:
-        """What falls to one stream of something that all streams share."""
+        """One stream's share of a total that is divided among all streams."""
         return total // self.streams + (stream < total % self.streams)

@@ -1,4 +1,4 @@
-"""Tells what a load measured: as a table for people, as one object for programs."""
+"""Reports what a load measured: as a table for people, as one object for programs."""
 
 from typing import Any
 
@@ -7,12 +7,12 @@ from rich.table import Table
 from sluice_cli.bench.run import Result
 from sluice_cli.bench.tally import QUANTILES
 
-# A generator that is later than this share of a latency has measured itself.
+# If the generator's own delay exceeds this share of the latency, the latency is unreliable.
 _LATE_SHARE_MAX = 0.25
 
 
 def as_object(result: Result, verified_steps: int) -> dict[str, Any]:
-    """All figures; those of the server are null where it was not watched."""
+    """All figures; those of the server are null if its usage was not read."""
     plan, tally = result.plan, result.tally
     cpu = result.server_cpu_per_step
     return {
@@ -51,7 +51,7 @@ def as_table(result: Result) -> Table:
 
 
 def notes(result: Result) -> list[str]:
-    """Sentences beside the table: the server's use, and what to doubt."""
+    """Sentences for below the table: the server's usage, and warnings."""
     tally, said = result.tally, []
     if result.usage is not None:
         cpu, usage = result.server_cpu_per_step or 0.0, result.usage
@@ -62,20 +62,20 @@ def notes(result: Result) -> list[str]:
         )
     if tally.unanswered:
         said.append(
-            f"{tally.unanswered:,} chunks were not answered in time; their latencies count as what "
-            "they had become. The rate is more than the server, or this generator, can do."
+            f"{tally.unanswered:,} chunks were not answered in time; their latencies are counted "
+            "up to the end. The rate is too high for the server, or for this generator."
         )
     late = tally.generator_late()
     if late > _LATE_SHARE_MAX * tally.of_chunks()["p99"]:
         said.append(
-            f"This generator was up to {late:,.3f} ms late itself (p99); latencies include that. "
+            f"This generator was up to {late:,.3f} ms late (p99); latencies include this delay. "
             "Use more --processes or fewer steps a second to measure the server alone."
         )
     return said
 
 
 def headline(result: Result) -> str:
-    """What the server did, in a line."""
+    """The result in one line."""
     plan = result.plan
     streams = "1 stream" if plan.streams == 1 else f"{plan.streams:,} streams"
     return (

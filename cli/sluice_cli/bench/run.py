@@ -1,4 +1,4 @@
-"""Runs a load: starts its processes, times them, watches the server, puts the figures together."""
+"""Runs a load: starts and times its processes, measures the server, and merges the figures."""
 
 import multiprocessing
 import time
@@ -13,10 +13,10 @@ from sluice_cli.bench.watched import Usage, Watch
 from sluice_cli.bench.worker import Failed, Finished, Message, Opened, Progress, Recording, work
 from sluice_protos.contract_pb2 import ModelContract
 
-# From the word to all processes until the first chunk.
+# From the start signal to all processes until the first chunk.
 _START_SECONDS = 0.1
 
-# Told what is going on, the share of the load that is done (0 to 1), and steps answered so far.
+# Called with the current phase, the share of the load done (0 to 1), and the answered steps.
 Tell = Callable[[str, float, int], None]
 
 
@@ -31,14 +31,14 @@ class Result:
     plan: Plan
     tally: Tally
     open_seconds: float
-    # At the begin and the end of the measured time; None: the server is not watched.
+    # At the begin and the end of the measured time; None if the usage is not read.
     usage: tuple[Usage, Usage] | None
     recordings: list[Recording]
     contract: ModelContract
 
     @property
     def steps_per_second(self) -> float:
-        """Outputs that came, per second of the measured time."""
+        """Outputs received per second of the measured time."""
         return self.tally.steps_done / self.plan.duration
 
     @property
@@ -51,7 +51,7 @@ class Result:
 
 
 def run_load(plan: Plan, watch: Watch | None = None, tell: Tell | None = None) -> Result:
-    """Send the load, return what was measured. Raises LoadError."""
+    """Send the load and return what was measured. Raises LoadError."""
     tell = tell or (lambda what, share, steps: None)
     started = time.monotonic()
     with _processes(plan) as parents:
@@ -98,8 +98,8 @@ def run_load(plan: Plan, watch: Watch | None = None, tell: Tell | None = None) -
 
 @contextmanager
 def _processes(plan: Plan) -> Iterator[list[Connection]]:
-    """The processes of a load, ended with the block; a connection to each."""
-    # A fork would take over the threads and locks of whoever has used gRPC before.
+    """The processes of a load, each with a connection to it; ended with the block."""
+    # A fork would inherit threads and locks if this process has used gRPC before.
     context = multiprocessing.get_context("spawn")
     parents, processes = [], []
     try:
@@ -120,7 +120,7 @@ def _processes(plan: Plan) -> Iterator[list[Connection]]:
 
 
 def _gather_opened(parents: list[Connection]) -> ModelContract:
-    """Wait until all processes have opened their sequences; the contract they met."""
+    """Wait until all processes have opened their sequences. Returns the contract."""
     contract = ModelContract()
     for parent in parents:
         message = _receive(parent)

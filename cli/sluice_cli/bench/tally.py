@@ -1,4 +1,4 @@
-"""What a load measured: counts and latencies, in one process or put together from several."""
+"""Holds what a load measured: counts and latencies, of one process or merged from several."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ class Tally:
     """Latencies in seconds, one entry for chunks that were sent and answered together.
 
     latencies   [entries] from the time a chunk was to be sent until all its outputs had come
-    chunks      [entries] how many chunks that was
-    steps       [entries] the steps of each of them
+    chunks      [entries] the number of these chunks
+    steps       [entries] the steps of each of these chunks
     lateness    [sends] how late the generator itself was
-    steps_done  outputs that came within the measured time
-    unanswered  chunks that had no answer when the load gave up waiting; their latencies
-                are in the list as what they had become by then
+    steps_done  outputs that arrived within the measured time
+    unanswered  chunks without an answer when the load stopped waiting; their latencies are
+                counted up to that time
     """
 
     latencies: Floats
@@ -32,7 +32,7 @@ class Tally:
 
     @classmethod
     def merge(cls, tallies: "Iterable[Tally]") -> "Tally":
-        """All of them as one."""
+        """Merge several tallies into one."""
         parts = list(tallies)
         return cls(
             np.concatenate([part.latencies for part in parts]),
@@ -44,21 +44,21 @@ class Tally:
         )
 
     def of_steps(self) -> dict[str, float]:
-        """Milliseconds at each quantile, every step counted; a step waits for its chunk."""
+        """Latency in ms at each quantile, over steps; a step waits for its whole chunk."""
         return quantiles(self.latencies, self.chunks * self.steps)
 
     def of_chunks(self, steps: int | None = None) -> dict[str, float]:
-        """Milliseconds at each quantile, every chunk counted, or those with that many steps."""
+        """Latency in ms at each quantile, over all chunks or those with that many steps."""
         chosen = np.ones(len(self.steps), bool) if steps is None else self.steps == steps
         return quantiles(self.latencies[chosen], self.chunks[chosen])
 
     def generator_late(self) -> float:
-        """Milliseconds that the generator was late at the 99th percentile."""
+        """How many ms the generator was late, at the 99th percentile."""
         return quantiles(self.lateness, np.ones(len(self.lateness)))["p99"]
 
 
 def quantiles(seconds: Floats, weights: Floats) -> dict[str, float]:
-    """Milliseconds at each of QUANTILES: [entries] and [entries]; 0 where there is nothing."""
+    """Milliseconds at each of QUANTILES; 0 without entries. Both arrays are [entries]."""
     if not len(seconds):
         return dict.fromkeys(QUANTILES, 0.0)
     order = np.argsort(seconds)

@@ -1,6 +1,6 @@
-"""The chunks of one stream: which sequence sends next, when, and what became of it.
+"""Sends the chunks of one stream and notes their latencies.
 
-Works on the client's stream itself, below the handles: a generator that costs more
+It uses the client's stream directly, below the handles, because a generator that costs more
 than the server would measure itself.
 """
 
@@ -21,14 +21,14 @@ from sluice_cli.bench.tally import Tally
 from sluice_client.errors import SluiceError
 from sluice_client.load import Call, LoadStream
 
-# How long after the end an answer may still come.
+# How long to wait for answers after the end.
 _PATIENCE_SECONDS = 10.0
 _DRAWN_AT_ONCE = 4096
 _KEPT_ROWS_MAX = 64
 
 
 class Rotation:
-    """The rows of a stream in a random order that repeats; rows taken are given back."""
+    """The rows of a stream in a random order that repeats; `give` returns rows to it."""
 
     def __init__(self, generator: np.random.Generator, rows: int) -> None:
         self._rows = generator.permutation(rows)
@@ -41,7 +41,7 @@ class Rotation:
         return self._rows.take(index, mode="wrap")
 
     def give(self, rows: Integers) -> None:
-        """Put rows [n] behind all others; the inverse of `take`."""
+        """Put rows [n] at the end; the inverse of `take`."""
         index = np.arange(self._stop, self._stop + len(rows))
         self._stop += len(rows)
         self._rows.put(index, rows, mode="wrap")
@@ -63,7 +63,7 @@ class Kept:
         self._is_full = not rows
 
     def add(self, rows: Integers, steps: int, outputs: list[NDArray[Any]]) -> None:
-        """Keep the next `steps` outputs of `rows` [n], where there is room: [n × steps, …] each."""
+        """Record the next `steps` outputs of `rows` [n] while there is room: [n × steps, …]."""
         if self._is_full:
             return
         chosen = np.flatnonzero(rows < len(self.counts))
@@ -82,7 +82,7 @@ class Kept:
 
 
 class Traffic:
-    """The sequences of one stream and what they send."""
+    """Sends chunks for the sequences of one stream and measures their answers."""
 
     def __init__(self, plan: Plan, number: int, stream: LoadStream, inputs: Inputs) -> None:
         self._plan = plan
@@ -102,7 +102,7 @@ class Traffic:
         self._is_over = False
         self.steps_done = 0
         self.error: SluiceError | None = None
-        # What was measured between these instants of the monotonic clock counts.
+        # Only chunks due between these instants of the monotonic clock are measured.
         self._begin = self._end = float("inf")
         self._steps_measured = 0
         self._entries = array("d")
@@ -153,20 +153,20 @@ class Traffic:
         )
 
     def _send_first(self) -> None:
-        """Have as many sequences as may be in flight send; each answer brings the next chunk."""
+        """Send a chunk for as many sequences as may be in flight. Each answer triggers the next."""
         now = time.monotonic()
         if self._plan.sizes.is_fixed:
-            # Whoever steps in step leaves together: what independent callers come to as well.
+            # Sequences in lockstep share messages. Independent callers end up in lockstep, too.
             self._send(self._rotation.take(self._in_flight), self._plan.sizes.steps[0], now)
         else:
             for steps in self._draw(self._in_flight):
                 self._send(self._rotation.take(1), steps, now)
 
     async def _send_at_rate(self, rate: float, start: float, end: float) -> None:
-        """Send chunks when they are due, whatever has become of those before: Poisson arrivals.
+        """Send chunks when they are due, answered or not, with Poisson arrivals.
 
-        Chunks that are due together and have the same size leave together. Latency
-        counts from when a chunk was due, not from when it left (Tene, "How NOT to
+        Chunks that are due at the same time and have the same size are sent together. Latency
+        counts from when a chunk was due, not from when it was sent (Tene, "How NOT to
         Measure Latency": coordinated omission).
         """
         sizes = self._plan.sizes
@@ -181,7 +181,7 @@ class Traffic:
             while position < len(dues) and self.error is None:
                 await _sleep_until(dues[position])
                 stop = int(np.searchsorted(dues, time.monotonic(), "right"))
-                # No sequence twice in one call.
+                # A sequence may be in a call only once.
                 stop = max(position + 1, min(stop, position + self._count))
                 self._send_due(dues[position:stop], steps[position:stop])
                 position = stop
@@ -201,14 +201,14 @@ class Traffic:
         return drawn
 
     def _send(self, rows: Integers, steps: int, intended: float | NDArray[np.float64]) -> None:
-        """Give the next chunk of each of `rows`."""
+        """Send the next chunk of each of `rows`."""
         inputs = self._inputs.take(self._offsets[rows] + self._sent[rows], steps)
         self._sent[rows] += steps
         call = self._stream.submit(self._lanes[rows], steps, inputs, self._answered)
         self._pending[call.number] = (rows, steps, np.atleast_1d(intended))
 
     def _answered(self, call: Call) -> None:
-        """Called by the client in the midst of a message: note it, act on it a little later."""
+        """Note an answer. The client calls this while it handles a message, so send later."""
         rows, steps, intended = self._pending.pop(call.number)
         if call.errors:
             self.error = self.error or call.errors[min(call.errors)]
@@ -228,13 +228,13 @@ class Traffic:
             self._all_done.set()
 
     def _note(self, now: float, chunks: int, steps: int, intended: NDArray[np.float64]) -> None:
-        """Note the latency of chunks: all due at once, or each at a time of its own."""
+        """Note the latency of chunks: all due at one time, or each at its own time."""
         measured = intended[(self._begin <= intended) & (intended < self._end)]
         for due in measured.tolist():
             self._entries.extend((now - due, chunks / len(intended), steps))
 
     def _go_on(self) -> None:
-        """The closed loop: whoever was answered makes room for the next."""
+        """The closed loop: send one chunk for each that was answered."""
         done, self._done = self._done, []
         if time.monotonic() >= self._end:
             self._is_over = True

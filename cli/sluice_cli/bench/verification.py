@@ -1,4 +1,4 @@
-"""Compares what a server answered, bit for bit, with offline runs of whole sequences."""
+"""Compares a server's outputs, bit for bit, with offline runs of whole sequences."""
 
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,11 @@ from sluice_cli.reference import OfflineError, run_offline
 
 
 class DifferenceError(Exception):
-    """What was answered is not what the file gives; the message says where."""
+    """The server's outputs differ from those of the file; the message says where."""
 
 
 def verify(model: Path, result: Result) -> int:
-    """Compare all that was recorded; the steps that were compared. Raises DifferenceError."""
+    """Compare all recorded outputs and return how many steps. Raises DifferenceError."""
     inputs = Inputs(result.contract, result.plan.seed)
     answered = []
     sequences = []

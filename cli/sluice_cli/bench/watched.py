@@ -1,4 +1,4 @@
-"""What a server on this machine uses: CPU time and memory, from /proc or its metrics page."""
+"""Reads a server's CPU time and memory, from /proc or from its metrics page."""
 
 import os
 import urllib.error
@@ -21,10 +21,10 @@ Watch = Callable[[], Usage]
 
 
 def watch_process(pid: int) -> Watch:
-    """Read a process's usage from /proc. Raises OSError where there is none to be read."""
+    """Read a process's usage from /proc. Raises OSError if it cannot be read."""
 
     def read() -> Usage:
-        # What follows the command, which is in brackets and may hold anything (proc(5)).
+        # The fields after the command, which is in brackets and may contain anything (proc(5)).
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         ticks = int(fields[11]) + int(fields[12])
         return Usage(ticks / os.sysconf("SC_CLK_TCK"), int(fields[21]) * os.sysconf("SC_PAGE_SIZE"))
@@ -34,7 +34,7 @@ def watch_process(pid: int) -> Watch:
 
 
 def watch_page(address: str) -> Watch:
-    """Read a server's usage from its metrics page. Raises OSError where it does not answer."""
+    """Read a server's usage from its metrics page. Raises OSError if it cannot be read."""
 
     def read() -> Usage:
         try:
@@ -51,8 +51,8 @@ def watch_page(address: str) -> Watch:
             raise OSError(f"http://{address}/metrics has no {missing}") from None
         except (HTTPException, ValueError) as error:
             raise OSError(
-                f"http://{address}/metrics is no page of metrics ({error}); give the HOST:PORT of "
-                "the server's --http"
+                f"http://{address}/metrics is not a page of metrics ({error}); give the HOST:PORT "
+                "of the server's --http"
             ) from error
 
     read()

@@ -1,4 +1,4 @@
-"""One client process of a load: connects, opens, sends, and tells the parent what it measured."""
+"""Runs one client process of a load: connects, opens, sends, and reports to the parent."""
 
 import asyncio
 import selectors
@@ -22,7 +22,7 @@ _PROGRESS_SECONDS = 0.2
 
 @dataclass
 class Recording:
-    """The first outputs of some sequences: where their inputs begin, and how many there are."""
+    """The first outputs of some sequences, with the offsets of their inputs and their counts."""
 
     offsets: Integers
     counts: Integers
@@ -31,7 +31,7 @@ class Recording:
 
 @dataclass
 class Opened:
-    """All sequences of a process are open; what the model takes and gives, serialized."""
+    """All sequences of a process are open. Carries the model's contract, serialized."""
 
     contract: bytes
 
@@ -45,7 +45,7 @@ class Progress:
 
 @dataclass
 class Finished:
-    """All that a process has to tell."""
+    """The results of a process."""
 
     tally: Tally
     recordings: list[Recording]
@@ -53,7 +53,7 @@ class Finished:
 
 @dataclass
 class Failed:
-    """Why there is no result."""
+    """A process has failed; the message says why."""
 
     message: str
 
@@ -62,9 +62,9 @@ Message = Opened | Progress | Finished | Failed
 
 
 def work(plan: Plan, process: int, parent: Connection) -> None:
-    """Do one process's share of `plan`; sends Messages, receives (start, begin, end)."""
+    """Do one process's share of `plan`. Sends Messages and receives (start, begin, end)."""
     try:
-        # epoll would round every wait up to a millisecond.
+        # epoll rounds every wait up to a millisecond.
         with asyncio.Runner(
             loop_factory=lambda: asyncio.SelectorEventLoop(selectors.SelectSelector())
         ) as runner:
@@ -72,7 +72,7 @@ def work(plan: Plan, process: int, parent: Connection) -> None:
     except SluiceError as error:
         parent.send(Failed(str(error)))
     except (EOFError, BrokenPipeError, KeyboardInterrupt):
-        pass  # the parent has gone or has had enough
+        pass  # the parent has ended or was interrupted
 
 
 async def _work(plan: Plan, process: int, parent: Connection) -> None:

@@ -1,4 +1,4 @@
-"""`sluice demo`: the whole path, from training to streaming, on real text, by itself."""
+"""`sluice demo`: runs the whole path on real text, from training to streaming."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,13 +8,15 @@ import typer
 
 def demo(
     train_seconds: Annotated[
-        float, typer.Option(min=1, help="How long the two models are trained, side by side.")
+        float, typer.Option(min=1, help="How long to train the two models, in parallel.")
     ] = 60,
-    sequences: Annotated[int, typer.Option(min=1, help="Sequences that stream at once.")] = 64,
+    sequences: Annotated[
+        int, typer.Option(min=1, help="Sequences to stream at the same time.")
+    ] = 64,
     characters: Annotated[int, typer.Option(min=16, help="Steps of each sequence.")] = 400,
-    output: Annotated[Path, typer.Option(help="Where the models are left.")] = Path("demo-output"),
+    output: Annotated[Path, typer.Option(help="A folder for the models.")] = Path("demo-output"),
 ) -> None:
-    """Two minutes: train two models, serve them, stream 64 sequences, compare every bit."""
+    """Train two models, serve them, stream 64 sequences, compare every bit (two minutes)."""
     from rich.console import Console
 
     console = Console(highlight=False)

@@ -1,4 +1,4 @@
-"""Shows what the demo found: pictures, tables and words, made from arrays."""
+"""Shows the results of the demo: plots, tables and text, made from arrays."""
 
 import re
 from collections.abc import Iterator
@@ -17,22 +17,22 @@ from rich.text import Text
 
 CHARACTERS = "⏎" + "".join(map(chr, range(32, 127)))
 PLOT_WIDTH, PLOT_HEIGHT = 24, 10
-# The end of the first passage: by then the state has built up.
+# The end of the first passage, where the state has seen much text.
 SAMPLE, SAMPLE_WIDTH = slice(-180, None), 60
 
 
 @dataclass(frozen=True)
 class Result:
-    """What one model gave. Arrays are [sequences, steps, …]."""
+    """The results of one model. Arrays are [sequences, steps, …]."""
 
     name: str
     codes: NDArray[np.int64]  # [sequences, steps + 1]
     logits: NDArray[np.float32]
     stateless: NDArray[np.float32]  # logits, with the state dropped at each step
-    equal_floats: int  # of `logits`, bit for bit those of the offline run
+    equal_floats: int  # how many of `logits` equal those of the offline run, bit for bit
     seconds: float
     latencies: NDArray[np.float64]  # seconds of each step
-    metrics: str  # the page /metrics while all sequences lived
+    metrics: str  # the page /metrics while all sequences were live
 
     @cached_property
     def bits(self) -> NDArray[np.float64]:
@@ -46,14 +46,14 @@ class Result:
 
     @property
     def is_bit_exact(self) -> bool:
-        """Every streamed float is that of the offline run."""
+        """True if every streamed float equals that of the offline run."""
         return self.equal_floats == self.logits.size
 
 
 def bits_per_character(
     logits: NDArray[np.float32], codes: NDArray[np.int64]
 ) -> NDArray[np.float64]:
-    """-log2 of what [sequences, steps, characters] give to the characters that came."""
+    """-log2 of the probability of each character that came next: [sequences, steps]."""
     x = logits.astype(np.float64)
     x -= x.max(axis=-1, keepdims=True)
     chosen = np.take_along_axis(x, codes[..., np.newaxis], axis=-1)[..., 0]
@@ -62,18 +62,18 @@ def bits_per_character(
 
 
 def opening(sequences: int, characters: int) -> RenderableType:
-    """What is going to happen."""
+    """What the demo is about to do."""
     return Text.from_markup(
         "[bold]Sluice demo[/bold]: about two minutes, all of it on this machine.\n\n"
-        "Two processes train a character model each, an LSTM and a GRU of 256 units, on the "
-        "English text inside Python, and export it to ONNX with proofs. A server loads both. "
+        "Two processes each train a character model, an LSTM and a GRU of 256 units, on the "
+        "English help texts in Python, and export it to ONNX with proofs. A server loads both. "
         f"This process then streams {sequences} held-out passages of {characters} characters "
-        "through each of them, all at once, a character at a time.\n"
+        "through each model: all passages at the same time, one character at a time.\n"
     )
 
 
 def findings(results: list[Result]) -> Iterator[RenderableType]:
-    """Everything that was found, part by part."""
+    """All results, part by part."""
     yield ""
     yield Columns([_plot(result) for result in results], equal=True)
     yield _sample(results[0])
@@ -84,7 +84,7 @@ def findings(results: list[Result]) -> Iterator[RenderableType]:
 
 
 def ending(command: str, output: Path, seconds: float) -> Text:
-    """Where things are, and what to try next."""
+    """Commands to try next."""
     lstm, gru = output / "lstm.onnx", output / "gru.onnx"
     commands = (
         f"{command} inspect {lstm}",
@@ -125,7 +125,7 @@ def _plot(result: Result) -> RenderableType:
 
 
 def _sample(result: Result) -> RenderableType:
-    """A passage, and the characters of it that were foretold."""
+    """A passage, and which of its characters were predicted."""
     text = result.codes[0, 1:][SAMPLE]
     rows = {"the text": ("", np.ones(len(text), bool))}
     for name, logits, colour in (
@@ -143,13 +143,13 @@ def _sample(result: Result) -> RenderableType:
             shown.append(f"{name:<16}", "dim").append(f"{marks}\n", colour)
         shown.append("\n")
     shown.rstrip()
-    title = f"Characters of one passage that the {result.name.upper()} foretold (· wrong)"
+    title = f"Characters of one passage that the {result.name.upper()} predicted (· wrong)"
     return Panel(shown, title=title, width=SAMPLE_WIDTH + 20)
 
 
 def _metrics_table(results: list[Result]) -> RenderableType:
-    """What /metrics said while all sequences of a model were alive."""
-    table = Table(title="From /metrics, with all sequences alive")
+    """The values of /metrics while all sequences of a model were live."""
+    table = Table(title="From /metrics, with all sequences live")
     table.add_column("metric")
     for result in results:
         table.add_column(result.name.upper(), justify="right")
@@ -175,7 +175,7 @@ def _metrics_table(results: list[Result]) -> RenderableType:
 
 
 class _Metrics:
-    """The values of one model on a page of Prometheus' text format."""
+    """The values of one model on a page in Prometheus' text format."""
 
     def __init__(self, page: str, model: str) -> None:
         pattern = rf'^sluice_(\w+){{model="{model}"}} (\S+)$'
@@ -185,7 +185,7 @@ class _Metrics:
         return float(self._values[name])
 
     def mean(self, name: str) -> float:
-        """Of a histogram's observations."""
+        """The mean of a histogram's observations."""
         return self[f"{name}_sum"] / self[f"{name}_count"]
 
 
@@ -196,7 +196,7 @@ def _summary(results: list[Result]) -> RenderableType:
         table.add_column(result.name.upper(), justify="right")
     rows = {
         "bits per character with state": [f"{result.bits.mean():.2f}" for result in results],
-        "… state dropped at each step": [
+        "bits per character without state": [
             f"{result.stateless_bits.mean():.2f}" for result in results
         ],
         "steps streamed": [f"{result.latencies.size:,}" for result in results],

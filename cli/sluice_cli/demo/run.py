@@ -1,4 +1,4 @@
-"""Goes through the demo: train, export, serve, stream, compare with an offline run."""
+"""Runs the demo: train, export, serve, stream, compare with an offline run."""
 
 import asyncio
 import json
@@ -45,7 +45,7 @@ class Server:
 def run_demo(
     console: Console, output: Path, *, train_seconds: float, sequences: int, characters: int
 ) -> None:
-    """Go through the whole demo, leaving models and logs in `output`. Raises DemoError."""
+    """Run the whole demo and write models and logs to `output`. Raises DemoError."""
     from sluice_cli.demo.training import encode, read_corpus
 
     output.mkdir(parents=True, exist_ok=True)
@@ -55,7 +55,7 @@ def run_demo(
 
 
 def cut(codes: Codes, sequences: int, characters: int) -> Codes:
-    """Passages of a text, evenly apart: [sequences, characters + 1], the last only predicted."""
+    """Evenly spaced passages of a text: [sequences, characters + 1]; the last is only predicted."""
     last = len(codes) - characters - 1
     starts = np.linspace(0, last, sequences).astype(int)
     return np.stack([codes[start : start + characters + 1] for start in starts])
@@ -70,7 +70,9 @@ async def _demo(console: Console, output: Path, codes: Codes, train_seconds: flo
     async with _server(console, output) as server:
         with _bars(console) as bars:
             streams = [await _stream(server, kind, codes, bars) for kind in MODELS]
-        console.print("\nThe same texts offline: plain ONNX Runtime, each whole sequence alone …")
+        console.print(
+            "\nRunning the same texts offline: plain ONNX Runtime, each whole sequence alone …"
+        )
         for kind, (logits, seconds, latencies, metrics) in zip(MODELS, streams, strict=True):
             offline = await _run_offline(kind, output, codes[:, :-1])
             results.append(
@@ -89,7 +91,7 @@ async def _demo(console: Console, output: Path, codes: Codes, train_seconds: flo
     for part in page.findings(results):
         console.print(part)
     if not all(result.is_bit_exact for result in results):
-        raise DemoError("what was streamed is not what the offline run gave, bit for bit")
+        raise DemoError("the streamed outputs differ from those of the offline run")
     ending = page.ending(_own_command(), output, time.monotonic() - start)
     console.print(ending, soft_wrap=True)
 
@@ -106,7 +108,7 @@ def _bars(console: Console) -> Progress:
 
 
 async def _train(kind: str, output: Path, seconds: float, bars: Progress) -> None:
-    """Train and export one model in a process of its own."""
+    """Train and export one model in its own process."""
     task = bars.add_task("starting", total=1.0, name=kind)
     model, log = output / f"{kind}.onnx", output / f"train-{kind}.log"
     command = [sys.executable, "-m", "sluice_cli.demo.training", kind, "--json"]
@@ -116,7 +118,7 @@ async def _train(kind: str, output: Path, seconds: float, bars: Progress) -> Non
             assert process.stdout
             async for line in process.stdout:
                 at = json.loads(line)
-                # Exporting is the last tenth of the bar.
+                # The export is the last tenth of the bar.
                 share = at["share"] * 0.9 if at["phase"] == "train" else 0.9 + at["share"] * 0.1
                 bars.update(task, completed=share, description=f"{at['phase']}: {at['text']}")
             if await process.wait():
@@ -178,10 +180,10 @@ def _is_ready(server: Server) -> bool:
 async def _stream(
     server: Server, model: str, codes: Codes, bars: Progress
 ) -> tuple[Logits, float, NDArray[np.float64], str]:
-    """Stream every sequence, one character at a time, all at once.
+    """Stream all sequences at the same time, one character at a time.
 
-    Returns logits [sequences, steps, characters], the seconds it took, each step's
-    seconds [sequences, steps], and /metrics as it is while all sequences live.
+    Returns logits [sequences, steps, characters], the total seconds, each step's
+    seconds [sequences, steps], and the page /metrics while all sequences are live.
     """
     from sluice_client import AsyncClient
 
@@ -213,10 +215,10 @@ async def _stream(
 
 
 async def _stream_stateless(server: Server, model: str) -> Logits:
-    """What the model says after each character alone: [characters, characters].
+    """The model's logits after each single character: [characters, characters].
 
-    A state that is dropped at each step leaves nothing but the character, so one
-    sequence of one step for each character answers for all texts.
+    If the state is dropped at each step, the output depends on one character only. So one
+    sequence of one step for each character is enough for all texts.
     """
     from sluice_client import AsyncClient
 
@@ -236,7 +238,7 @@ def _read_metrics(server: Server) -> str:
 
 
 async def _run_offline(kind: str, output: Path, codes: Codes) -> Logits:
-    """Run the reference, in a process that imports nothing of Sluice."""
+    """Run the reference in a process that imports nothing of Sluice."""
     sequences = [{"x": row} for row in codes]
     try:
         found = await asyncio.to_thread(run_offline, output / f"{kind}.onnx", sequences)
@@ -246,7 +248,7 @@ async def _run_offline(kind: str, output: Path, codes: Codes) -> Logits:
 
 
 def _own_command() -> str:
-    """How this program was called, for commands that can be copied."""
+    """The command that started this program, for commands that can be copied."""
     called = Path(sys.argv[0])
     if called.name != "sluice":
         return shlex.join([sys.executable, "-m", "sluice_cli"])

@@ -18,28 +18,28 @@ from torch import Tensor, nn
 
 from sluice_export import export
 
-# Codes are newline, then the printable characters of ASCII in their order.
+# The codes are newline, then the printable characters of ASCII in order.
 CHARACTERS: Final = "\n" + "".join(map(chr, range(32, 127)))
 BATCH: Final = 64
 WINDOW: Final = 64
 LEARNING_RATE: Final = 1e-2
 GRADIENT_NORM_MAX: Final = 1.0
-# The share of rows that start from a zero state at each window, so that the model learns
-# beginnings too.
+# The share of rows whose state is set to zero at each window, so that the model also learns
+# how texts begin.
 RESTART_SHARE: Final = 0.05
 
 Kind = Literal["lstm", "gru"]
 State = tuple[Tensor, Tensor] | Tensor
-# Called with the phase, the share of it that is done (0 to 1), and a figure.
+# Called with the phase, the share of it that is done (0 to 1), and a text.
 Show = Callable[[str, float, str], None]
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a training has come."""
+    """The progress of a training."""
 
-    share: float  # of the time it may take
-    characters: int  # read so far
+    share: float  # of the training time
+    characters: int  # characters read
     bits: float  # per character, in the latest window
 
 
@@ -47,8 +47,8 @@ class CharacterModel(nn.Module):
     """Embedding, one recurrent layer, and a linear map to the logits of the next character."""
 
     def __init__(self, kind: Kind = "lstm", units: int = 256, *, dropout: float = 0.0) -> None:
-        """`dropout` is of the recurrent layer's input and output, the same at every step of a
-        window (Gal & Ghahramani, arXiv 1512.05287, without the recurrent part).
+        """`dropout` applies to the recurrent layer's input and output, the same at every step of
+        a window (Gal & Ghahramani, arXiv 1512.05287, without the recurrent part).
         """
         super().__init__()
         self.embedding = nn.Embedding(len(CHARACTERS), 64)
@@ -58,7 +58,7 @@ class CharacterModel(nn.Module):
         self.dropout = dropout
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """x [batch, steps] codes → logits [batch, steps, characters], the state after."""
+        """x [batch, steps] codes → logits [batch, steps, characters], the new state."""
         embedded = self._drop(self.embedding(x))
         y, state = self.recurrent(embedded, state)
         return self.head(self._drop(y)), state
@@ -72,7 +72,7 @@ class CharacterModel(nn.Module):
 
 
 def encode(text: str) -> NDArray[np.int64]:
-    """The codes of a text's characters: [characters]. What has no code becomes "?"."""
+    """The codes of a text's characters: [characters]. Other characters become "?"."""
     codes = np.frombuffer(text.encode("ascii", "replace"), np.uint8).astype(np.int64) - 31
     is_printable = (codes > 0) & (codes < len(CHARACTERS))
     return np.where(codes == ord("\n") - 31, 0, np.where(is_printable, codes, ord("?") - 31))
@@ -84,7 +84,7 @@ def decode(codes: NDArray[np.int64]) -> str:
 
 
 def read_corpus() -> tuple[str, str]:
-    """The English help texts in Python: (to train on, held out), in whole topics."""
+    """The English help texts in Python, split by topic: (training text, held-out text)."""
     from pydoc_data.topics import topics
 
     plain = str.maketrans({"“": '"', "”": '"', "‘": "'", "’": "'", "–": "-", "—": "-", "…": "..."})
@@ -107,8 +107,8 @@ def train(
 ) -> CharacterModel:
     """A character model of `text`, trained for `seconds` by truncated backpropagation through time.
 
-    The text is read as several long streams side by side, and the state is carried from window
-    to window, as when the model is served. Raises ValueError when the text is too short.
+    The text is read as several long streams in parallel. The state is carried from window
+    to window, as when the model is served. Raises ValueError if the text is too short.
     """
     torch.manual_seed(seed)
     model = CharacterModel(kind, units, dropout=dropout)
@@ -136,13 +136,13 @@ def train(
 
 
 def _windows(codes: NDArray[np.int64]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Without end: x and y, each [batch, window], where y is x one character later.
+    """Endless pairs x and y, each [batch, window], where y is x one character later.
 
     Row b of one window continues in row b of the next.
     """
     length = (len(codes) - 1) // BATCH
     if length < WINDOW:
-        raise ValueError(f"a text to train on has at least {BATCH * WINDOW + 1} characters")
+        raise ValueError(f"the training text must have at least {BATCH * WINDOW + 1} characters")
     streams = torch.from_numpy(codes[: length * BATCH].reshape(BATCH, length).copy())
     following = torch.from_numpy(codes[1 : length * BATCH + 1].reshape(BATCH, length).copy())
     while True:
@@ -151,7 +151,7 @@ def _windows(codes: NDArray[np.int64]) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _carry(state: State | None) -> State | None:
-    """The state for the next window: detached, and zero for a few rows."""
+    """The state for the next window: detached, and zero in a few rows."""
     if state is None:
         return None
     if isinstance(state, tuple):
@@ -171,11 +171,11 @@ def main(
     units: Annotated[int, typer.Option(min=1, help="Units of the recurrent layer.")] = 256,
     dropout: Annotated[
         float,
-        typer.Option(min=0, max=0.9, help="The share of values dropped, the same at every step."),
+        typer.Option(min=0, max=0.9, help="The share of values to drop, the same at every step."),
     ] = 0.0,
-    seed: Annotated[int, typer.Option(help="The seed of the first weights.")] = 0,
+    seed: Annotated[int, typer.Option(help="The seed of the initial weights.")] = 0,
     threads: Annotated[int, typer.Option(min=1, help="How many cores to use.")] = 1,
-    is_json: Annotated[bool, typer.Option("--json", help="Progress as JSON lines.")] = False,
+    is_json: Annotated[bool, typer.Option("--json", help="Print progress as JSON lines.")] = False,
 ) -> None:
     """Train a character model and export it to an ONNX file that Sluice serves."""
     torch.set_num_threads(threads)
@@ -203,7 +203,7 @@ def main(
 
 @contextmanager
 def _show_lines() -> Iterator[Show]:
-    """For programs: one JSON object a line."""
+    """Print one JSON object per line, for programs."""
     yield lambda phase, share, text: print(
         json.dumps({"phase": phase, "share": share, "text": text}), flush=True
     )
@@ -211,7 +211,7 @@ def _show_lines() -> Iterator[Show]:
 
 @contextmanager
 def _show_bar() -> Iterator[Show]:
-    """For people: one bar for each phase."""
+    """Show one progress bar for each phase, for people."""
     with rich.progress.Progress() as bars:
         tasks = {phase: bars.add_task(phase, total=1.0) for phase in ("train", "export")}
         yield lambda phase, share, text: bars.update(

@@ -1,26 +1,26 @@
-"""Judges whether messages that are about to arrive are worth waiting for, without a timer.
+"""Decides whether to wait a few turns of the event loop for more messages, without a timer.
 
-Clients have many messages under way, and few of them are read in one turn of the event
-loop: a run of each alone would cost several times what they cost together.
+Clients have many messages in flight, but one turn of the event loop reads only a few of them.
+A run for each of them alone would cost several times as much as one run for all.
 """
 
-_QUIET_TURNS = 8  # where waiting pays, a run waits for this many turns that bring nothing …
-_TURNS_MAX = 128  # … and for this many turns in all
-_TRIED_AGAIN = 32  # where it does not pay, it is tried again after this many runs
+_QUIET_TURNS = 8  # where waiting helps, a run waits until this many turns have brought nothing …
+_TURNS_MAX = 128  # … and for this many turns at most
+_TRIED_AGAIN = 32  # where waiting does not help, it is tried again after this many runs
 
 
 class Arrivals:
-    """Whether it is worth a few turns of the event loop to wait for more messages."""
+    """Learns from past runs whether waiting for more messages helps."""
 
     def __init__(self) -> None:
         self.count = 0
         self._seen = self._first = 0
         self._turns = self._quiet = 0
         self._is_patient = False
-        self._runs = 0  # until waiting is tried again
+        self._runs = 0  # runs until waiting is tried again
 
     def may_bring_more(self) -> bool:
-        """Asked once per turn while messages wait: True to wait for another turn."""
+        """True to wait for another turn. Call it once per turn while messages wait."""
         if not self._turns:
             self._first = self._seen = self.count
             self._is_patient = self._is_patient or self._runs <= 0

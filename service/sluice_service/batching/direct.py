@@ -1,8 +1,8 @@
-"""The direct path: what has arrived is the next run, as it is.
+"""The direct path: makes a run of all chunks that have arrived, without queues.
 
-Where every chunk that arrived since the last run is the next one of its sequence, and all are
-equally long, they go directly into a run. That is what closed-loop traffic sends, and it costs a
-few array operations per run, however many sequences there are.
+If every chunk that arrived since the last run is the next one of its sequence, and all are equally
+long, they become the next run. Closed-loop traffic always does. The cost is a few array operations
+per run for any number of sequences.
 """
 
 import itertools
@@ -25,7 +25,7 @@ class DirectPath:
         self._table = table
         self._rules = rules
         self._sizes = sizes
-        # All of one kind: messages of one chunk of the same steps, or others.
+        # Either messages of one chunk with the same steps, or frames.
         self._singles: list[Single] = []
         self._frames: list[Frame] = []
         self._rank = np.zeros(table.slots, np.int64)  # scratch
@@ -47,28 +47,28 @@ class DirectPath:
             singles.append(single)
 
     def take(self) -> list[Frame]:
-        """Everything that has arrived, taken out."""
+        """Take out everything that has arrived."""
         self._as_frames()
         frames, self._frames = self._frames, []
         return frames
 
     def compose(self) -> Run | None:
-        """The next run of all that has arrived; None where the queues have to sort it out.
+        """The next run, of all chunks that have arrived; None if they need the queues.
 
-        Nothing has changed then.
+        None changes nothing.
         """
         if self._singles:
             return self._compose_singles()
         return self._compose_frames() if self._frames else None
 
     def _as_frames(self) -> None:
-        """Make frames of all messages of one chunk."""
+        """Convert all messages of one chunk to frames."""
         if self._singles:
             self._frames += [single.as_frame(self._rules) for single in self._singles]
             self._singles = []
 
     def _compose_singles(self) -> Run | None:
-        """A run of messages of one chunk; None where one is not the next of its sequence."""
+        """A run of messages of one chunk; None if one is not the next of its sequence."""
         singles, table = self._singles, self._table
         count, steps = len(singles), singles[0].steps
         if not self._fits(count, steps):
@@ -76,7 +76,7 @@ class DirectPath:
         slots = np.array([single.slot for single in singles])
         step = table.step[slots]
         if count == 1:
-            # Numbers, where arrays of one would cost ten times as much.
+            # Plain numbers: arrays of one element cost ten times as much.
             slot, named, now = singles[0].slot, singles[0].first, int(step[0])
             is_next = table.is_direct[slot] and now + steps <= table.limit[slot]
             if not is_next or named not in (NONE, now):
@@ -98,7 +98,7 @@ class DirectPath:
         return self._run(slots, step, steps, rows, lanes, streams, arrived, [1] * count)
 
     def _compose_frames(self) -> Run | None:
-        """A run of frames; None where a chunk is not the next one of its sequence."""
+        """A run of frames; None if a chunk is not the next one of its sequence."""
         frames, table = self._frames, self._table
         steps = frames[0].steps_each
         for frame in frames:
@@ -126,14 +126,14 @@ class DirectPath:
         return self._run(slots, step, steps, rows, lanes, streams, arrived, weights)
 
     def _fits(self, count: int, steps: int) -> bool:
-        """True when so many chunks of so many steps may be one run."""
+        """True if one run may have that many chunks of that many steps."""
         if not 1 <= steps <= min(self._sizes.steps_max, self._rules.chunk_steps_max):
             return False
         is_small = steps == 1 or count * steps <= self._sizes.cells_max
         return is_small and count <= self._sizes.sequences_max
 
     def _are_next(self, slots: Slots, step: Integers, steps: int) -> bool:
-        """True when all of `slots` [n] are different, wait for nothing and may run `steps`."""
+        """True if `slots` [n] are all different, wait for nothing and may run `steps`."""
         table = self._table
         return (
             bool(table.is_direct[slots].all())
@@ -152,7 +152,7 @@ class DirectPath:
         arrived: list[float],
         weights: list[int],
     ) -> Run:
-        """A run of chunks of `steps` steps that have been in no queue; `rows` [n × steps, …]."""
+        """A run of chunks of `steps` steps that were in no queue; `rows` [n × steps, …]."""
         count = len(slots)
         self._table.note_direct(slots, step + steps)
         lengths = ones(count) if steps == 1 else np.full(count, steps)
@@ -166,7 +166,7 @@ def _join(parts: Sequence[Buffers]) -> list[bytes]:
 
 
 def _borders(parts: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The streams of consecutive parts and their ends, neighbours of one stream as one."""
+    """The streams of consecutive parts and their ends; adjacent parts of a stream are merged."""
     following = [number for number, _ in parts[1:]]
     return [part for part, after in zip(parts, [*following, None], strict=True) if part[0] != after]
 

@@ -1,4 +1,4 @@
-"""Executes runs of one version of a model: one call, failures narrowed to their rows."""
+"""Executes runs of one version of a model, and finds the rows at fault if a call fails."""
 
 import time
 from dataclasses import dataclass
@@ -21,24 +21,24 @@ _REPEATS = 5
 
 @dataclass(slots=True)
 class Outcome:
-    """What became of a run."""
+    """The outcome of a run."""
 
     outputs: list[Array]  # [batch, steps, …] each
     states: NDArray[np.float32]  # [batch, state_size]
-    errors: dict[int, LaneError]  # of the rows, by index, that must not be applied
+    errors: dict[int, LaneError]  # by index, of rows that must not be applied
     seconds: float
 
 
 class Engine:
-    """Runs one model, and knows from its warm-up how long a run takes."""
+    """Runs one model, and estimates from its warm-up how long a run takes."""
 
     def __init__(self, model: Model, *, refuses_non_finite: bool) -> None:
-        """Runs nothing yet: `warm_up` comes before the first estimate."""
+        """Does not run the model. Call `warm_up` before the first estimate."""
         self._model = model
         self._refuses_non_finite = refuses_non_finite
 
     def warm_up(self) -> None:
-        """Run the model a few times, to measure it and to have its buffers ready."""
+        """Run the model a few times, to measure it and to allocate its buffers."""
         self._call_seconds, self._cell_seconds = self._measure()
 
     def estimate(self, sequences: int, steps: int) -> float:
@@ -50,9 +50,9 @@ class Engine:
         return max(1, int((seconds - self._call_seconds) / self._cell_seconds))
 
     def execute(self, run: Run, states: NDArray[np.float32]) -> Outcome:
-        """Run it from `states` [batch, state_size]; where it fails, narrow it to the rows at fault.
+        """Run it from `states` [batch, state_size]; if it fails, find the rows at fault.
 
-        Changes nothing but `states`: to apply the outcome is the run loop's.
+        This changes only `states`. The run loop applies the outcome.
         """
         started = time.monotonic()
         errors: dict[int, LaneError] = {}
@@ -68,7 +68,7 @@ class Engine:
         return Outcome(outputs, states, errors, time.monotonic() - started)
 
     def failed(self, run: Run) -> Outcome:
-        """The outcome of a run that broke through a defect of the server: a fault for each row."""
+        """The outcome of a run that failed through a defect of the server: a fault for each row."""
         count = len(run.slots)
         error = RunFailedError("an error inside the server; its log has the traceback")
         return Outcome(
@@ -87,7 +87,7 @@ class Engine:
         rows: range,
         errors: dict[int, LaneError],
     ) -> None:
-        """Run `rows` in two halves, those in halves again where they fail; fill in what works."""
+        """Run `rows` in two halves, and a failing half in halves again; fill in the successes."""
         half = len(rows) // 2
         for part in (rows[:half], rows[half:]) if half else (rows,):
             chosen = slice(part.start, part.stop)
@@ -126,14 +126,14 @@ class Engine:
         ]
 
     def _measure(self) -> tuple[float, float]:
-        """Seconds of a call, and of each sequence × step in it."""
+        """Seconds per call, and per sequence × step in it."""
         took = [self._time(sequences, steps) for sequences, steps in _PROBES]
         cells = np.array([sequences * steps for sequences, steps in _PROBES])
         cell, call = np.polyfit(cells, took, 1)
         return max(float(call), 1e-6), max(float(cell), 1e-8)
 
     def _time(self, sequences: int, steps: int) -> float:
-        """Seconds of the fastest of a few runs of that size: slower ones shared the machine."""
+        """Seconds of the fastest of a few runs of that size; slower ones shared the machine."""
         inputs = example_inputs(self._model.contract, sequences, steps)
         lengths = np.full(sequences, steps, np.int32)
         states = np.tile(self._model.initial_state, (sequences, 1))

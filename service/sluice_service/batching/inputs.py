@@ -1,4 +1,4 @@
-"""Judges what clients send against the contract: datatype, shape, size and value."""
+"""Checks clients' inputs against the contract: datatype, shape, size and value."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -15,7 +15,7 @@ STEPS_MAX = 1 << 61
 
 
 class Tensor(Protocol):
-    """Rows of one input as they came: sluice.v1.Tensor has these fields."""
+    """Rows of one input as they arrived; sluice.v1.Tensor has these fields."""
 
     @property
     def name(self) -> str: ...
@@ -28,7 +28,7 @@ class Tensor(Protocol):
 
 
 class _Rule:
-    """What one input must be: its spec, looked up once, because protobuf fields cost time."""
+    """Checks one input. It reads the spec once, because protobuf fields are slow."""
 
     __slots__ = ("datatype", "dtype", "name", "range", "refuses_non_finite", "row_bytes", "shape")
 
@@ -61,7 +61,7 @@ class _Rule:
         return data
 
     def as_rows(self, data: bytes | Array) -> Array:
-        """The [rows, …] in bytes that have been checked, without a copy."""
+        """The checked bytes as [rows, …], without a copy."""
         return np.frombuffer(data, self.dtype).reshape(-1, *self.shape)
 
     def is_fine(self, array: Array) -> bool:
@@ -72,7 +72,7 @@ class _Rule:
         return not self.refuses_non_finite or is_finite(array)
 
     def bad_rows(self, array: Array) -> Array:
-        """[rows] which rows of `array` [rows, …] have a value the model cannot take."""
+        """[rows] whether each row of `array` [rows, …] has a value that the model cannot take."""
         if self.range is not None:
             is_bad = (array < self.range[0]) | (array > self.range[1])
         else:
@@ -81,7 +81,7 @@ class _Rule:
 
 
 class InputRules:
-    """What one model's inputs must be."""
+    """Checks all inputs of one model."""
 
     def __init__(
         self, contract: ModelContract, *, chunk_steps_max: int, refuses_non_finite: bool
@@ -114,7 +114,7 @@ class InputRules:
         return [rule.check(by_name[rule.name], rows) for rule in self._rules]
 
     def as_rows(self, data: Buffers) -> list[Array]:
-        """One [rows, …] for each input, in bytes that have been checked, without a copy."""
+        """The checked bytes as one [rows, …] for each input, without a copy."""
         return [rule.as_rows(one) for rule, one in zip(self._rules, data, strict=True)]
 
     def are_fine(self, arrays: list[Array]) -> bool:
@@ -124,7 +124,7 @@ class InputRules:
     def judge(self, arrays: list[Array], starts: Integers, steps: Integers) -> dict[int, LaneError]:
         """The errors of single chunks, by index: wrong lengths, values the model cannot take.
 
-        `starts` and `steps` [chunks] say where each lies in `arrays` [rows, …].
+        `starts` and `steps` [chunks] are the position of each in `arrays` [rows, …].
         """
         errors: dict[int, LaneError] = {}
         if not is_ones(steps) and (steps.min() < 1 or steps.max() > self.chunk_steps_max):
@@ -139,7 +139,7 @@ class InputRules:
             if rule.is_fine(array):
                 continue
             rows = np.flatnonzero(rule.bad_rows(array))
-            # The chunk a row lies in; an empty chunk shares its start with the next.
+            # The chunk of each row. An empty chunk has the same start as the next one.
             owners = np.searchsorted(starts, rows, side="right") - 1
             within = rows - starts[owners]
             is_owned = (owners >= 0) & (within < steps[owners])

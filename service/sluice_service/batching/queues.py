@@ -1,4 +1,4 @@
-"""The chunks that wait, one queue a sequence, kept in arrays: no Python object per chunk.
+"""Holds waiting chunks in one queue per sequence, in arrays, without a Python object per chunk.
 
 A node is a chunk, a chunk that is known to be bad, a close or a park; `following`
 links it by index to the next one of its sequence.
@@ -17,7 +17,7 @@ from sluice_service.sequences.states import Slots
 from sluice_service.sequences.table import NONE
 
 _NODES_START = 1024
-# Waiting inputs of this many bytes are compacted: what is still needed is copied …
+# When this many bytes of inputs wait, they are compacted: rows still needed are copied …
 _COMPACTED_BYTES_MIN = 64 << 20
 # … out of frames of at least this size …
 _COMPACTED_FRAME_BYTES_MIN = 64 << 10
@@ -27,45 +27,45 @@ _SPARSE = 4
 
 @dataclass(slots=True)
 class Frame:
-    """What came in one message: chunks, and the rows they are made of."""
+    """The chunks of one message, and their rows."""
 
     stream: int
     lanes: Integers  # [chunks]
     slots: Slots  # [chunks]
     steps: Integers  # [chunks]
     starts: Integers  # [chunks] where each begins in the arrays
-    first: Integers | None  # [chunks] the steps before each, where the client named them
+    first: Integers | None  # [chunks] the steps before each, if the client named them
     arrays: list[Array]  # [rows, …] for each model input
-    # Of chunks, by index, that cannot be applied; None: not judged yet.
+    # Errors of chunks that cannot be applied, by index; None: not checked yet.
     errors: dict[int, LaneError] | None
-    steps_each: int  # what every chunk has; 0 where they differ
+    steps_each: int  # of every chunk; 0 if they differ
     arrived: float  # seconds, time.monotonic
 
 
 @dataclass(slots=True)
 class Rows:
-    """What is kept of a frame while some of its chunks wait."""
+    """The part of a frame that is kept while some of its chunks wait."""
 
     arrays: list[Array]  # [rows, …] for each model input
     bytes: int  # of all arrays
     arrived: float  # seconds, time.monotonic
-    pending: int  # chunks in queues; at 0 it is forgotten
+    pending: int  # chunks in queues; the frame is dropped at 0
 
 
 @dataclass(slots=True)
 class Single:
-    """What came in one message of one chunk, in which nothing is out of the ordinary."""
+    """A message of one valid chunk, as plain numbers."""
 
     stream: int
     lane: int
     slot: int
     steps: int
-    first: int  # the steps before it, or NONE where the client did not say
+    first: int  # the steps before it, or NONE if the client did not name them
     data: Buffers  # the rows for each model input, checked
     arrived: float  # seconds, time.monotonic
 
     def as_frame(self, rules: InputRules) -> Frame:
-        """The same as a frame."""
+        """The same chunk as a frame."""
         return Frame(
             self.stream,
             np.array([self.lane]),
@@ -81,7 +81,7 @@ class Single:
 
 
 class Kind(IntEnum):
-    """What a node is."""
+    """The kinds of nodes."""
 
     CHUNK = 0
     FAULTY = 1  # a chunk with an error of its own
@@ -99,7 +99,7 @@ class Queues:
         # By node.
         self.kind = np.zeros(_NODES_START, np.int8)
         self.frame = np.zeros(_NODES_START, np.int64)
-        self.row = np.zeros(_NODES_START, np.int64)  # where in the frame it begins
+        self.row = np.zeros(_NODES_START, np.int64)  # where it begins in the frame
         self.first = np.zeros(_NODES_START, np.int64)  # steps before it
         self.steps = np.zeros(_NODES_START, np.int64)
         self.is_named = np.zeros(_NODES_START, np.bool_)  # the client gave its first step
@@ -142,8 +142,8 @@ class Queues:
         return nodes
 
     def append(self, slots: Slots, heads: Integers, tails: Integers) -> Slots:
-        """Put nodes behind the queue of each of `slots` [n], all different: a chain of them, from
-        `heads` [n] to `tails` [n].
+        """Append a chain of nodes, from `heads` [n] to `tails` [n], to the queue of each of `slots`
+        [n], which are all different.
 
         Returns those whose queue was empty.
         """
@@ -160,7 +160,7 @@ class Queues:
         return slots
 
     def pop(self, slots: Slots) -> None:
-        """Take the first node off the queue of each of `slots`, all different."""
+        """Remove the first node from the queue of each of `slots`, which are all different."""
         nodes = self.head[slots]
         heads = self.following[nodes]
         self.head[slots] = heads
@@ -168,7 +168,7 @@ class Queues:
         self._release(nodes)
 
     def pop_one(self, slot: int) -> None:
-        """As `pop`, of one queue: numbers cost a fraction of what arrays of one do."""
+        """As `pop`, for one queue: plain numbers cost far less than arrays of one element."""
         node = int(self.head[slot])
         following = int(self.following[node])
         self.head[slot] = following
@@ -180,13 +180,13 @@ class Queues:
         self._leave(int(self.frame[node]), 1)
 
     def consume(self, nodes: Integers, steps: Integers) -> None:
-        """Leave out the first `steps` [n] of each chunk: they are applied."""
+        """Drop the first `steps` [n] of each chunk, which are applied."""
         self.row[nodes] += steps
         self.first[nodes] += steps
         self.steps[nodes] -= steps
 
     def clear(self, slot: int) -> int:
-        """Empty one queue; the steps that were in it, and one for each node without any."""
+        """Empty one queue. Returns its steps, counting one for each node without steps."""
         chain = list[int]()
         node = int(self.head[slot])
         while node != NONE:
@@ -219,7 +219,7 @@ class Queues:
                 self._leave(number, 1)
 
     def _leave(self, number: int, chunks: int) -> None:
-        """Forget a frame once none of its chunks is left."""
+        """Drop a frame when none of its chunks is left."""
         if number == NONE:
             return
         rows = self.frames[number]
@@ -231,10 +231,10 @@ class Queues:
                 self._compact_at = _COMPACTED_BYTES_MIN
 
     def _compact(self) -> None:
-        """Copy what is still needed out of frames that are mostly done.
+        """Copy the rows that are still needed out of frames that are mostly done.
 
-        A step that waits for long, such as one of a client that does not acknowledge, would
-        keep its whole message in memory.
+        Otherwise a step that waits for long, such as one of a client that does not acknowledge,
+        would keep its whole message in memory.
         """
         is_waiting = self.frame != NONE
         is_waiting[self._free[: self._free_count]] = False
@@ -257,7 +257,7 @@ class Queues:
             self._bytes -= rows.bytes
             rows.bytes = _bytes(rows.arrays)
             self._bytes += rows.bytes
-        # Compacting again only after as much has come again keeps this cheap.
+        # Compact again only after as many bytes have arrived, to keep this cheap.
         self._compact_at = max(_COMPACTED_BYTES_MIN, 2 * self._bytes)
 
     def _grow(self) -> None:

@@ -1,4 +1,4 @@
-"""One call of the model: whose rows it takes, and how far each of them goes."""
+"""Describes one call of the model: which sequences it runs, and how many steps of each."""
 
 import itertools
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ class RunSizes:
 
     sequences_max: int
     steps_max: int  # of one sequence
-    cells_max: int  # sequences × steps; another version of the model changes it
+    cells_max: int  # sequences × steps; depends on the version of the model
 
 
 @dataclass(slots=True)
@@ -22,26 +22,26 @@ class Run:
     """One call of the model: `batch` sequences, each `lengths[b]` steps on."""
 
     slots: Slots  # [batch], all different
-    nodes: Integers | None  # [batch] the chunks in the queues; None: they were in none
+    nodes: Integers | None  # [batch] the chunks in the queues; None: they were in no queue
     first: Integers  # [batch] steps applied before
     lengths: Integers  # [batch]
-    steps_each: int  # what every row runs; 0 where they differ
+    steps_each: int  # of every row; 0 if they differ
     inputs: list[Array]  # [batch, steps, …] each
     lanes: Integers  # [batch]
-    # Whose the rows are: the numbers of streams, and where the rows of each end.
+    # The numbers of the streams of the rows, and where the rows of each end.
     streams: list[tuple[int, int]]
-    arrived: list[float]  # when messages came, and how many chunks each gave
+    arrived: list[float]  # when messages arrived, and how many chunks of each are in the run
     weights: list[int]
     is_apart: bool = False  # a thread executes it
 
     def split(self, count: int) -> list["Run"]:
-        """The same in so many runs of about as many sequences each."""
+        """Split it into that many runs of about equal size."""
         batch = len(self.slots)
         ends = [batch * (part + 1) // count for part in range(count)]
         return [self._part(start, end) for start, end in itertools.pairwise([0, *ends])]
 
     def _part(self, start: int, end: int) -> "Run":
-        """Rows `start` to `end`; all its messages are taken for those of the first rows."""
+        """Rows `start` to `end`; all messages count as those of the first rows."""
         streams = [
             (number, min(last, end) - start)
             for (_, first), (number, last) in itertools.pairwise([(NONE, 0), *self.streams])
@@ -62,7 +62,7 @@ class Run:
         )
 
     def only(self, rows: Integers) -> "Run":
-        """Some of its rows [n], to be executed."""
+        """Some of its rows [n], for execution."""
         lengths = self.lengths[rows]
         return Run(
             self.slots[rows],
@@ -79,6 +79,6 @@ class Run:
 
 
 def steps_each(lengths: Integers, inputs: list[Array]) -> int:
-    """The steps of `inputs` [batch, steps, …] where all `lengths` [batch] are that; else 0."""
+    """The steps of `inputs` [batch, steps, …] if all `lengths` [batch] equal it, else 0."""
     steps: int = inputs[0].shape[1]
     return steps if is_whole(lengths, steps) else 0

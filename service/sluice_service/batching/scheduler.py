@@ -1,8 +1,8 @@
 """Decides which chunks go into the next run.
 
-Where possible, what has arrived is the next run (`direct`). Everything else goes through the
-queues: a sequence that can run stands once in a ring, and a run takes the first of them, cut so
-that little padding is computed and nobody waits long.
+If possible, all arrived chunks become the next run (`direct`). Otherwise they go through the
+queues. Each sequence that can run is once in a ring. A run takes sequences from the front of the
+ring and is cut so that little padding is computed and other sequences do not wait long.
 """
 
 from enum import Enum, auto
@@ -25,14 +25,14 @@ from sluice_service.errors import GapError, LaneError
 from sluice_service.sequences.states import Slots
 from sluice_service.sequences.table import NONE, SequenceTable
 
-# While short chunks come among long ones, a run may take one part in this many of its time …
+# While short chunks arrive among long ones, a run may take this fraction of its usual time …
 _SHARE_WHEN_MIXED = 4
 # … for this many runs after the last such mixture.
 _MIXED_RUNS = 16
 
 
 class Ending(Enum):
-    """What a lane asked for after its chunks."""
+    """A close or a park that a lane asked for after its chunks."""
 
     CLOSE = auto()
     PARK = auto()
@@ -48,15 +48,17 @@ class Scheduler:
         self._sizes = sizes
         self._queues = Queues(slots)
         self._direct = DirectPath(table, rules, sizes)
-        self._mixed_runs = 0  # to come, in which long chunks give way to short ones
+        self._mixed_runs = (
+            0  # remaining runs in which long chunks are cut for the sake of short ones
+        )
         self._is_turn_of_long = False  # the last run was cut to the short ones' length
         self._rank = np.zeros(slots, np.int64)  # scratch
         # The ring: every slot at most once, so it never overflows.
         self._ring = np.zeros(slots, np.int64)
         self._ring_start = 0
         self._ring_count = 0
-        self._is_ready = np.zeros(slots, np.bool_)  # stands in the ring
-        # What came to light while choosing a run; the run loop takes it from here.
+        self._is_ready = np.zeros(slots, np.bool_)  # whether it is in the ring
+        # Found while choosing a run; the run loop takes these out.
         self.faults: list[tuple[int, LaneError]] = []
         self.endings: list[tuple[int, Ending]] = []
         self.dropped: list[tuple[int, int]] = []  # (stream, steps) that will never run
@@ -64,10 +66,10 @@ class Scheduler:
 
     @property
     def has_ready(self) -> bool:
-        """True when some sequence may be able to run."""
+        """True if some sequence may be able to run."""
         return bool(self._ring_count or self._direct)
 
-    # What arrives.
+    # Arrivals.
 
     def push(self, frame: Frame) -> None:
         """Take in the chunks of a message."""
@@ -78,12 +80,12 @@ class Scheduler:
         self._direct.push_single(single)
 
     def push_endings(self, slots: Slots, kind: Kind) -> None:
-        """Close or park the lanes of `slots` [n] behind what they have sent."""
+        """Close or park the lanes of `slots` [n] after the chunks that they have sent."""
         self._enqueue_arrived()
         self._link(slots, self._queues.add_endings(kind, len(slots)), None)
 
     def is_stuck(self, slots: Slots) -> bool:
-        """True when none of `slots` runs, and each queue is empty or waits for its client."""
+        """True if none of `slots` runs, and each queue is empty or waits for its client."""
         self._enqueue_arrived()
         table = self._table
         waits = table.is_stalled[slots] & table.wait_for_clients(slots)
@@ -91,13 +93,13 @@ class Scheduler:
         return bool((is_done & ~table.is_running[slots]).all())
 
     def drop(self, slot: int) -> None:
-        """Forget everything queued for a slot."""
+        """Drop everything that is queued for a slot."""
         self._enqueue_arrived()
         self._drop_steps(slot, self._queues.clear(slot))
         self._table.clear_stall(slot)
 
     def _enqueue_arrived(self) -> None:
-        """Put what has arrived behind the queues."""
+        """Move all arrived chunks to the queues."""
         for frame in self._direct.take():
             if frame.errors is None:
                 frame.errors = self._rules.judge(frame.arrays, frame.starts, frame.steps)
@@ -106,7 +108,7 @@ class Scheduler:
     def _link(self, slots: Slots, nodes: Integers, first: Integers | None) -> None:
         """Put nodes [n] into the queues of `slots` [n], in their order for each slot.
 
-        `first` [n], where the client named them, are the steps before each.
+        `first` [n] are the steps before each, if the client named them.
         """
         queues, table = self._queues, self._table
         heads = tails = nodes
@@ -129,14 +131,14 @@ class Scheduler:
         queues.first[nodes] = named
         table.note_queued(slots, queues.first[tails] + queues.steps[tails])
         slots = queues.append(slots, heads, tails)
-        # What is running becomes ready when its run has ended.
+        # A running sequence becomes ready when its run has ended.
         is_running = table.is_running[slots]
         self._make_ready(slots[~is_running] if is_running.any() else slots)
 
     # The ring.
 
     def _make_ready(self, slots: Slots) -> None:
-        """Put slots at the end of the ring, but those that stand in it."""
+        """Put slots at the end of the ring, except those that are in it."""
         already = self._is_ready[slots]
         if already.any():
             slots = slots[~already]
@@ -149,7 +151,7 @@ class Scheduler:
         self._ring_count += len(slots)
 
     def _take_ready(self, count: int) -> Slots:
-        """The first `count` slots of the ring, taken out of it."""
+        """Take the first `count` slots out of the ring."""
         end = self._ring_start + count
         slots = self._ring[self._ring_start : end].copy()
         if end > len(self._ring):
@@ -160,7 +162,7 @@ class Scheduler:
         return slots
 
     def _put_back(self, slots: Slots) -> None:
-        """Put slots that were just taken at the beginning of the ring."""
+        """Put slots that were just taken back at the front of the ring."""
         self._ring_start = (self._ring_start - len(slots)) % len(self._ring)
         self._ring[(self._ring_start + np.arange(len(slots))) % len(self._ring)] = slots
         self._ring_count += len(slots)
@@ -169,7 +171,7 @@ class Scheduler:
     # Choosing a run.
 
     def next_run(self) -> Run | None:
-        """The next run, or None. Faults and endings that are found are left in the lists."""
+        """The next run, or None. Faults and endings found meanwhile are put into the lists."""
         if not self._ring_count:
             run = self._direct.compose()
             if run is not None:
@@ -183,7 +185,7 @@ class Scheduler:
         return None
 
     def _drop_unrunnable(self, slots: Slots) -> Slots:
-        """Those of `slots` whose queue begins with steps that can be applied now."""
+        """The `slots` whose queue begins with steps that can be applied now."""
         table, queues = self._table, self._queues
         nodes = queues.head[slots]
         step = table.step[slots]
@@ -205,11 +207,10 @@ class Scheduler:
         return slots
 
     def _judge(self, slot: int) -> bool:
-        """Work off the head of one queue until a chunk can be applied; False if none can.
+        """Process the head of one queue until a chunk can be applied; False if none can.
 
-        `first_step` is judged here, when the state is taken, not on arrival:
-        steps already applied are skipped, a gap is one fault, and what follows
-        a fault is dropped until a chunk names the expected step.
+        `first_step` is checked here and not on arrival. Steps already applied are skipped.
+        A gap is one fault. Chunks after a fault are dropped until one names the expected step.
         """
         table, queues = self._table, self._queues
         step = int(table.step[slot])
@@ -219,7 +220,7 @@ class Scheduler:
             is_expected = first <= step and (bool(queues.is_named[node]) or not was_faulted)
             if kind in (Kind.CLOSE, Kind.PARK):
                 if table.is_strict[slot] and table.durable[slot] < step:
-                    # What it has put out leaves before it does, once it is durable.
+                    # Its outputs are sent before it ends, when they are durable.
                     table.stall(slot)
                     return False
                 queues.pop_one(slot)
@@ -245,15 +246,15 @@ class Scheduler:
         self._table.fault(slot)
 
     def _drop_steps(self, slot: int, steps: int) -> None:
-        """Note that the slot's stream gets credit back for steps that will never run.
+        """Note steps that will never run, for which the slot's stream gets credit back.
 
-        An ending or an empty chunk has taken the credit of one step.
+        An ending or an empty chunk counts as one step.
         """
         if steps:
             self.dropped.append((int(self._table.stream[slot]), steps))
 
     def _compose(self, slots: Slots) -> Run:
-        """A run of the first chunk of each slot, ordered by stream, cut to little padding."""
+        """A run of the first chunk of each slot, ordered by stream, cut to limit padding."""
         table, queues = self._table, self._queues
         streams = table.stream[slots]
         if (streams != streams[0]).any():
@@ -277,18 +278,18 @@ class Scheduler:
         )
 
     def _steps_max(self, sequences: int) -> int:
-        """The most steps for a run of so many sequences, so that others need not wait for long."""
+        """The most steps for a run of that many sequences, so that others do not wait long."""
         cells_max = self._sizes.cells_max
         if self._mixed_runs:
             cells_max //= _SHARE_WHEN_MIXED
         return min(self._sizes.steps_max, max(1, cells_max // sequences))
 
     def _cut(self, slots: Slots) -> tuple[Slots, Integers]:
-        """Which of `slots` run how many steps, so that little is padding.
+        """Which of `slots` run how many steps, so that there is little padding.
 
-        Sequences with short chunks are done with the run and will soon send their next step,
-        so for a while long chunks run in short pieces. Pieces of the short chunks' length alone
-        would hardly advance them, so every other run belongs to the long chunks.
+        Sequences with short chunks finish with the run and soon send their next step, so for a
+        while long chunks run in short pieces. Pieces of the short chunks' length would hardly
+        advance them, so every other run has long chunks only.
         """
         table, queues = self._table, self._queues
         room = table.limit[slots] - table.step[slots]
@@ -312,15 +313,15 @@ class Scheduler:
     # During a run, and after it.
 
     def set_apart(self, run: Run) -> None:
-        """A thread executes the run: no other run has its sequences until it is finished."""
+        """A thread executes the run. No other run takes its sequences until it has finished."""
         run.is_apart = True
         self._table.begin_run(run.slots)
 
     def finish(self, run: Run, is_applied: NDArray[np.bool_] | None = None) -> None:
-        """Take what was run off the queues; sequences that have more become ready again.
+        """Remove the steps that were run from the queues; sequences with more become ready again.
 
-        `is_applied` [batch], where not all of the run was: chunks of the other
-        rows are dropped whole.
+        `is_applied` [batch], if not the whole run was applied. Whole chunks of the other
+        rows are dropped.
         """
         if run.is_apart:
             self._table.end_run(run.slots)
@@ -341,7 +342,7 @@ class Scheduler:
         self._settle(slots)
 
     def _settle(self, slots: Slots) -> None:
-        """Let `slots`, whose run has ended, be ready again or take the direct path."""
+        """Make `slots`, whose run has ended, ready again, or let them take the direct path."""
         is_empty = self._queues.head[slots] == NONE
         self._make_ready(slots[~is_empty])
         self._table.derive_direct(slots, is_empty)

@@ -1,4 +1,4 @@
-"""Which version of its model each sequence runs on: the newest when it began, until it ends."""
+"""Knows which version each sequence runs on: the one that was newest when it began."""
 
 import time
 from collections.abc import Iterator
@@ -17,33 +17,33 @@ from sluice_service.errors import InvalidInputError, LaneError, WrongModelError
 from sluice_service.sequences.states import Slots, StateRows, States
 from sluice_service.store.claims import State
 
-# Of a model that was named by its file alone.
+# The version of a model without a repository.
 ONLY = 1
 
 
 @dataclass(eq=False)
 class Version:
-    """One file of a model, loaded and tested; warmed up before it serves."""
+    """One loaded and tested file of a model. Warm it up before it serves."""
 
     number: int
     path: Path
     model: Model
     self_test: SelfTest
     engine: Engine
-    seconds: float  # that it took
+    seconds: float  # that loading took
     plane: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        # What every checkpoint asks, looked up once: protobuf fields cost time.
+        # Every checkpoint needs these. Protobuf fields are slow, so read them once.
         self.contract = self.model.contract
         self.digest = self.contract.digest
         self.state_size = self.contract.state_size
         self.arithmetic = self.self_test.arithmetic
 
     def warm_up(self) -> None:
-        """Measure how long runs take; other work of this process meanwhile would be measured too.
+        """Measure how long runs take. The process should do nothing else meanwhile.
 
-        Raises ModelError when the model cannot be run.
+        Raises ModelError if the model cannot be run.
         """
         started = time.monotonic()
         with _refusing(self.path):
@@ -52,9 +52,9 @@ class Version:
 
 
 def load_version(path: Path, number: int, *, threads: int, refuses_non_finite: bool) -> Version:
-    """Load and test a file, which takes seconds; safe in any thread.
+    """Load and test a file in any thread, which takes seconds.
 
-    Raises ModelError when it cannot be served.
+    Raises ModelError if it cannot be served.
     """
     started = time.monotonic()
     with _refusing(path):
@@ -66,7 +66,7 @@ def load_version(path: Path, number: int, *, threads: int, refuses_non_finite: b
 
 @contextmanager
 def _refusing(path: Path) -> Iterator[None]:
-    """Make whatever a file brings about a ModelError: the server and its other models go on."""
+    """Turn every error of a file into a ModelError, so that the server keeps running."""
     try:
         yield
     except ModelError:
@@ -79,10 +79,10 @@ def _refusing(path: Path) -> Iterator[None]:
 
 
 class Versions:
-    """The versions of one model that are loaded, oldest first, and who runs on which."""
+    """The loaded versions of one model, oldest first, and which sequences run on each."""
 
     def __init__(self, first: Version, states: States, *, refuses_non_finite: bool) -> None:
-        """`states` have their first plane for the version `first`."""
+        """The first plane of `states` belongs to the version `first`."""
         self._states = states
         self._refuses_non_finite = refuses_non_finite
         self._by_plane = {first.plane: first}
@@ -105,7 +105,7 @@ class Versions:
         return [self._by_plane[plane] for plane in self._states.planes(slots).tolist()]
 
     def find(self, digest: str) -> Version | None:
-        """The version of that content; the newest, where several have it."""
+        """The version with that digest; the newest if several have it."""
         found = [version for version in self if version.digest == digest]
         return self.newest if self.newest in found else next(iter(found), None)
 
@@ -139,12 +139,12 @@ class Versions:
             for plane, count in zip(planes.tolist(), counts.tolist(), strict=True)
         )
 
-    # What comes and goes; all of it between two runs.
+    # Changes of versions, all of them between two runs.
 
     def adopt(self, version: Version) -> None:
-        """Let sequences begin on `version` from now on. Raises ContractError where they cannot.
+        """Let sequences begin on `version` from now on. Raises ContractError if they cannot.
 
-        One that is loaded already, by number and content, is taken up again.
+        A version that is already loaded, with the same number and digest, is used again.
         """
         self.check(version)
         for known in self:
@@ -159,7 +159,7 @@ class Versions:
         self.newest = version
 
     def check(self, version: Version) -> None:
-        """Raise ContractError where clients of the newest version could not go on with another."""
+        """Raise ContractError if clients of the newest version could not use this one."""
         for kind, before, after in (
             ("inputs", self.newest.contract.inputs, version.contract.inputs),
             ("outputs", self.newest.contract.outputs, version.contract.outputs),
@@ -172,7 +172,7 @@ class Versions:
                 )
 
     def sweep(self, alive: Slots) -> list[Version]:
-        """Let go of versions on which no sequence runs, nor begins; `alive` [n] are all in use."""
+        """Unload versions on which no sequence runs or begins; `alive` [n] are all slots in use."""
         if len(self._by_plane) == 1:
             return []
         used = {*np.unique(self._states.planes(alive)).tolist(), self.newest.plane}
@@ -193,9 +193,9 @@ class Versions:
         return self.newest.engine.cells_within(seconds)
 
     def execute(self, run: Run) -> Outcome:
-        """What becomes of a run: one call for each version that its sequences run on.
+        """Execute a run, with one call for each version that its sequences run on.
 
-        Reads the states and changes nothing: to apply the outcome is the run loop's.
+        This reads the states and changes nothing. The run loop applies the outcome.
         """
         if len(self._by_plane) == 1:
             return self.newest.engine.execute(run, self._states.take(run.slots))
@@ -212,12 +212,12 @@ class Versions:
         return _join(run, parts, self._states.row_size)
 
     def failed(self, run: Run) -> Outcome:
-        """The outcome of a run that gave nothing, through no fault of its rows."""
+        """The outcome of a run that failed through no fault of its rows."""
         return self.newest.engine.failed(run)
 
 
 def _join(run: Run, parts: list[tuple[Slots, Outcome]], state_size: int) -> Outcome:
-    """One outcome of those of a run's parts, each with the rows [n] that it has."""
+    """Merge the outcomes of the parts of a run, each with its rows [n]."""
     batch = len(run.slots)
     states = np.zeros((batch, state_size), np.float32)
     outputs = [np.zeros((batch, *o.shape[1:]), o.dtype) for o in parts[0][1].outputs]
@@ -231,6 +231,6 @@ def _join(run: Run, parts: list[tuple[Slots, Outcome]], state_size: int) -> Outc
 
 
 def _signature(spec: TensorSpec) -> tuple[object, ...]:
-    """What a client has to know of an input or output."""
+    """The properties of an input or output that clients depend on."""
     valid = (spec.valid.min, spec.valid.max) if spec.HasField("valid") else None
     return spec.name, spec.datatype, tuple(spec.shape), valid

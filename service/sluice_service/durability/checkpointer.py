@@ -1,6 +1,6 @@
-"""Writes checkpoints as fast as the store takes them and no earlier than due, and outlasts outages.
+"""Writes checkpoints when they are due, as fast as the store allows, and continues after outages.
 
-The next write takes whatever has become due during the last one: that is the group commit.
+Each write takes everything that became due during the previous one: that is the group commit.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ from sluice_service.store import Key, Store, StoreError, Verdict, Write
 log = structlog.get_logger()
 
 _RETRY_SECONDS = (0.05, 1.0)
-# A strict lane waits so long for a store that does not answer before its client is told.
+# How long a strict lane waits for a store that does not answer before its client is told.
 _STRICT_WAIT_SECONDS = 2.0
 _RENEWALS_PER_LEASE = 4
 
@@ -54,7 +54,7 @@ class Checkpointer:
     ) -> None:
         """Sequences that are behind are written every `checkpoint_seconds` at the latest.
 
-        The store drops a sequence whose lease nobody renews within `lease_seconds`.
+        The store drops a sequence whose lease is not renewed for `lease_seconds`.
         """
         self._store = store
         self._table = table
@@ -78,7 +78,7 @@ class Checkpointer:
         return 0.0 if self._down_since is None else time.monotonic() - self._down_since
 
     async def is_answered(self) -> bool:
-        """True when the store takes what it is given, and answers now."""
+        """True if the store answers and accepts checkpoints."""
         if self._down_since is not None:
             return False
         try:
@@ -89,7 +89,7 @@ class Checkpointer:
 
     @property
     def undurable_steps(self) -> int:
-        """How far the store is behind the sequence that is furthest ahead of it."""
+        """How many steps the sequence furthest ahead of the store is ahead."""
         return int(max((self._table.step - self._table.durable).max(initial=0), 0))
 
     async def run(self) -> None:
@@ -114,7 +114,7 @@ class Checkpointer:
             except StoreError as error:
                 await self._wait_for_store(error)
             except Exception:
-                # A defect of ours must not end every checkpoint to come.
+                # A defect of the server must not end all checkpoints.
                 log.exception("checkpointer_broke", model=self._model)
                 await asyncio.sleep(_RETRY_SECONDS[1])
             self._progress.set()
@@ -122,7 +122,7 @@ class Checkpointer:
     async def flush(self) -> None:
         """Finish what is queued, and write every durable sequence once more.
 
-        Nothing is opened any more, and nothing new comes.
+        Nothing is opened any more, and no new steps arrive.
         """
         self._pending.begin_flush()
         while True:
@@ -136,14 +136,14 @@ class Checkpointer:
     # Checkpoints.
 
     async def _write_next(self) -> None:
-        """Write the next batch of what is due; the signal stays set, for there may be more."""
+        """Write the next batch of what is due. The signal stays set, because there may be more."""
         slots = self._pending.choose()
         if len(slots):
             self._pending.signal.set()
             await self._write(slots)
 
     async def _write(self, slots: Slots) -> None:
-        """One batch: out of memory, into the store, and told to those who wait for it."""
+        """Write one batch: copy it out of memory, store it, and tell the clients that wait."""
         snapshots = await self._runs.between_runs(lambda: self._take(slots))
         started = time.monotonic()
         verdicts = await self._store.write(
@@ -153,7 +153,7 @@ class Checkpointer:
             ]
         )
         self._metrics.checkpointed(len(snapshots), time.monotonic() - started)
-        # Only now: where the store does not answer, they are due as before.
+        # Not before: if the store does not answer, they must stay due.
         self._pending.note_written(slots)
         await self._ownership.explained([one.sequence for one in snapshots], verdicts)
         await self._runs.between_runs(lambda: self._apply(snapshots, verdicts))
@@ -171,7 +171,7 @@ class Checkpointer:
         for snapshot, verdict in zip(snapshots, verdicts, strict=True):
             slot, step = snapshot.sequence.slot, snapshot.packed.step
             if not snapshot.is_current:
-                continue  # the answer is about a claim that is over
+                continue  # the answer belongs to an earlier claim
             if verdict is Verdict.REFUSED:
                 self._lose(snapshot.sequence)
                 continue
@@ -188,7 +188,7 @@ class Checkpointer:
             self._attachments.conclude(park, reason)
 
     def _lose(self, sequence: LiveSequence) -> None:
-        """Another process has claimed a sequence: what is here is not the truth any more."""
+        """Drop a sequence that another process has claimed: this copy is outdated."""
         log.info("sequence_fenced", model=self._model)
         self._metrics.fenced()
         self._pending.note_final(sequence.slot)
@@ -202,7 +202,7 @@ class Checkpointer:
             await self.close(departures)
 
     async def close(self, departures: Sequence[Departure]) -> Sequence[Verdict]:
-        """End sequences in the store, then in memory, then tell their clients; what it said.
+        """End sequences in the store, then in memory, then tell their clients; the verdicts.
 
         Raises StoreError; they end as soon as the store answers.
         """
@@ -224,7 +224,7 @@ class Checkpointer:
             self._attachments.conclude(departure, departure.reason if is_done else EndReason.FENCED)
 
     async def _renew_leases(self) -> None:
-        """Say of all sequences that they live; drop those that are another's. Raises StoreError."""
+        """Renew all leases; drop sequences that another process owns. Raises StoreError."""
         async for lost in self._ownership.renew_leases():
             await self._runs.between_runs(partial(self._lose_all, lost))
 
@@ -233,7 +233,7 @@ class Checkpointer:
             if sequence.is_under(claim_id):
                 self._lose(sequence)
 
-    # A store that does not answer.
+    # Outages of the store.
 
     def _note_answer(self) -> None:
         if self._down_since is not None:
@@ -242,7 +242,7 @@ class Checkpointer:
             self._retry_seconds = _RETRY_SECONDS[0]
 
     async def _wait_for_store(self, error: StoreError) -> None:
-        """Log the outage once, tell those who cannot go on, and wait longer each time."""
+        """Log the outage once, tell clients that cannot continue, and wait longer each time."""
         if self._down_since is None:
             self._down_since = time.monotonic()
             log.warning("store_is_down", model=self._model, error=str(error))
@@ -254,7 +254,7 @@ class Checkpointer:
         self._pending.signal.set()
 
     def _break_off_strict(self) -> None:
-        """Nothing can leave on strict lanes: their clients may find a server that has a store."""
+        """Send strict lanes away: their clients may find a server whose store answers."""
         table = self._table
         for slot in np.flatnonzero(table.is_strict & (table.stream >= 0)).tolist():
             self._attachments.break_off(

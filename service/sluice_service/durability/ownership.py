@@ -1,4 +1,4 @@
-"""Asks the store who owns a sequence: before it is opened, when it ends, and now and then."""
+"""Asks the store who owns a sequence: when it opens, when it ends, and to renew its lease."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
@@ -34,15 +34,15 @@ from sluice_service.store import (
 from sluice_service.store.claims import Claim, Durability, OpenMode, OpenRequest
 
 Answer = Granted | LaneError | None
-# Opens in one question to the store.
+# How many opens are in one call of the store.
 _OPENS_AT_ONCE_MAX = 1000
 
 
 class Ownership:
-    """What one model's host and its store say to each other about who owns a sequence.
+    """Claims, ends and renews the durable sequences of one model in the store.
 
-    While the store is asked about the claim or the end of a sequence, no other question about
-    it is asked: opens and ends of one sequence never cross.
+    While the store is asked about the claim or the end of a sequence, it is asked nothing else
+    about that sequence. So opens and ends of one sequence never overlap.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Ownership:
 
     @asynccontextmanager
     async def exclusive(self, sequence_ids: Iterable[str]) -> AsyncIterator[None]:
-        """Inside it the store gets no other question about the owner of these sequences."""
+        """A block in which the store is asked nothing else about the owner of these sequences."""
         names = set(sequence_ids)
         while others := {self._asked[name] for name in names if name in self._asked}:
             await asyncio.wait(others)
@@ -80,7 +80,7 @@ class Ownership:
             mine.set_result(None)
 
     async def answered(self, sequence_ids: Iterable[str]) -> None:
-        """Return once the store has answered what it is asked now about these sequences."""
+        """Return when the store has answered the current questions about these sequences."""
         asked = {self._asked[name] for name in sequence_ids if name in self._asked}
         if asked:
             await asyncio.wait(asked)
@@ -88,7 +88,7 @@ class Ownership:
     # Opens.
 
     async def open_all(self, stream: Stream, requests: Iterable[OpenRequest]) -> None:
-        """Take opens through all stages; those of one message may name a sequence twice."""
+        """Take opens through all stages. The opens of one message may name a sequence twice."""
         for batch in _distinct(requests):
             admitted = [one for one in batch if self._opening.admit(stream, one)]
             await self.open(admitted, partial(self._opening.complete, stream))
@@ -98,8 +98,8 @@ class Ownership:
     ) -> None:
         """Reserve and claim for admitted opens of different sequences; `complete` each of them.
 
-        It is called between runs, for many in turns, with the store's answer, or with None for
-        a sequence that no store has.
+        `complete` is called between runs, in short turns, with the store's answer, or with None
+        for a sequence that is in no store.
         """
         durable = [one for one in requests if self._admission.durability(one) != Durability.OFF]
         names = [one.sequence_id for one in durable]
@@ -117,7 +117,7 @@ class Ownership:
             finally:
                 self._admission.release(names)
                 if durable:
-                    # Room that was reserved may be free after all.
+                    # Reserved room may be free again.
                     self._table.on_gone()
                 await self._give_back(durable, answers)
 
@@ -132,10 +132,10 @@ class Ownership:
             return [as_down(error)] * len(opens)
 
     async def _reserve(self, request: OpenRequest) -> LaneError | None:
-        """Reserve room for a sequence; why it cannot live here, where that is so.
+        """Reserve room for a sequence. Returns the error if it cannot live here.
 
-        For want of room, or because it lives at another server and its caller numbers no
-        steps. A claim would end it there, or create one that lives nowhere.
+        There may be no room, or it may live at another server while its caller numbers no
+        steps. A claim would then end it there, or create one that lives nowhere.
         """
         if self._table.get(request.sequence_id) is not None:
             return None
@@ -148,7 +148,7 @@ class Ownership:
             return full
         if full is None and not is_uncounted(request):
             return None
-        # Where it lives nowhere the store says so better.
+        # If it lives nowhere, the store's answer is clearer.
         stored = await self._store.read(self._key(request.sequence_id))
         if stored is None:
             return None
@@ -161,7 +161,7 @@ class Ownership:
         return None if checkpoint.clean_under else lost(request, checkpoint)
 
     def _as_claim(self, request: OpenRequest) -> ClaimRequest:
-        """An open with what this process knows of its sequence."""
+        """An open, with what this process knows of its sequence."""
         sequence = self._table.get(request.sequence_id)
         initial = self._snapshots.initial(request)
         key = self._key(request.sequence_id)
@@ -174,9 +174,9 @@ class Ownership:
         return ClaimRequest(key, request, initial, sequence.claim_id, snapshot)
 
     async def _give_back(self, opens: Sequence[OpenRequest], answers: Mapping[str, Answer]) -> None:
-        """End in the store what was created there and could not be opened here after all.
+        """End a sequence in the store that was created there but could not be opened here.
 
-        A writer may have it when it asks again; any other caller would find its id taken.
+        A writer may get it with its next open. Other callers would find the id taken.
         """
         closings = []
         for one in opens:
@@ -202,7 +202,7 @@ class Ownership:
         )
 
     async def close_elsewhere(self, sequence_id: str, ending: str) -> int:
-        """Drop a sequence that is not here, whoever owns it; its durable steps.
+        """Drop a sequence that is not here, whoever owns it. Returns its durable steps.
 
         Raises LaneError.
         """
@@ -214,7 +214,7 @@ class Ownership:
         return checkpoint.step
 
     async def renew_leases(self) -> AsyncIterator[list[tuple[LiveSequence, bytes]]]:
-        """Renew the leases of all durable sequences; yields those that this process has lost.
+        """Renew the leases of all durable sequences. Yields those that this process has lost.
 
         Each comes with the claim that was refused. Raises StoreError.
         """
@@ -231,7 +231,7 @@ class Ownership:
     async def explained(
         self, sequences: Sequence[LiveSequence], verdicts: Sequence[Verdict]
     ) -> None:
-        """Return once no open or end is under way that may be why a claim was refused."""
+        """Return when no open or end is under way that may be the cause of a refused claim."""
         await self.answered(
             one.sequence_id
             for one, verdict in zip(sequences, verdicts, strict=True)
@@ -265,7 +265,7 @@ class Ownership:
 
 
 def _distinct(requests: Iterable[OpenRequest]) -> Iterator[list[OpenRequest]]:
-    """The requests in their order, cut so that none names a sequence twice."""
+    """The requests in order, in parts of which none names a sequence twice."""
     batch: list[OpenRequest] = []
     names: set[str] = set()
     for request in requests:
@@ -280,5 +280,5 @@ def _distinct(requests: Iterable[OpenRequest]) -> Iterator[list[OpenRequest]]:
 
 
 def as_down(error: StoreError) -> StoreDownError:
-    """What a client is told of it."""
+    """The error that a client gets for it."""
     return StoreDownError(f"the store does not answer ({error}); nothing was changed, try again")

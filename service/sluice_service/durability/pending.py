@@ -1,4 +1,4 @@
-"""What waits for the store: sequences that are due for a checkpoint, and those that have left."""
+"""Holds what waits for the store: sequences due for a checkpoint, and departures."""
 
 import asyncio
 from collections.abc import Sequence
@@ -10,19 +10,19 @@ from sluice_service.sequences.states import Slots
 from sluice_service.sequences.table import ALL, NONE, SequenceTable
 from sluice_service.serving.attachments import Departure
 
-# In one transaction: more would hold the event loop up while they are packed.
+# In one transaction. Packing more would block the event loop.
 BATCH_MAX = 256
-# As much of it is left for periodic sequences: strict ones alone could fill it for ever.
+# This part is for periodic sequences: strict ones alone could always fill a transaction.
 _PERIODIC_BATCH_MIN = 64
 
 
 class Pending:
-    """What one model's store is to be asked next, and the signal that there is something."""
+    """The next work for one model's store, and a signal that there is some."""
 
     def __init__(self, table: SequenceTable, *, checkpoint_steps: int) -> None:
         self._table = table
         self._checkpoint_steps = checkpoint_steps
-        self._is_due = np.zeros(table.slots, np.bool_)  # its time has come
+        self._is_due = np.zeros(table.slots, np.bool_)  # whose checkpoint is due
         # A client or a drain waits for a checkpoint after which nothing more runs.
         self._is_final = np.zeros(table.slots, np.bool_)
         # The slots that were written last.
@@ -32,10 +32,10 @@ class Pending:
         self._is_flushing = False
         self.signal = asyncio.Event()
 
-    # What comes in.
+    # Additions.
 
     def add(self, departure: Departure) -> None:
-        """A durable sequence has left its lane: its checkpoint, or its end, goes to the store."""
+        """Add a durable sequence that has left its lane, for its checkpoint or its end."""
         if departure.reason is EndReason.PARKED:
             self._parks.append(departure)
             self._is_final[departure.sequence.slot] = True
@@ -44,10 +44,10 @@ class Pending:
         self.signal.set()
 
     def note_applied(self, slots: Slots) -> None:
-        """Steps of `slots` [n] were applied: see whether a checkpoint is due now."""
+        """Note that steps of `slots` [n] were applied, which may make a checkpoint due."""
         table = self._table
         if self._is_flushing:
-            # What a write or an acknowledgement has let run on is written once more.
+            # Sequences that continue after a write or an acknowledgement are written once more.
             self._is_final[slots] |= table.durable[slots] < ALL
         behind = table.step[slots] - table.durable[slots]
         is_strict = table.is_strict[slots]
@@ -55,11 +55,11 @@ class Pending:
             self.signal.set()
 
     def note_time(self) -> None:
-        """The time between checkpoints is over: whatever is behind is due."""
+        """Make every sequence due that is ahead of the store, because it is time."""
         self._is_due |= self._table.step > self._table.durable
 
     def begin_flush(self) -> None:
-        """Write every durable sequence once more; nothing new comes."""
+        """Make every durable sequence due once more. No new steps arrive."""
         self._is_flushing = True
         self._is_final |= self._table.is_alive & (self._table.durable < ALL)
 
@@ -67,28 +67,28 @@ class Pending:
 
     @property
     def is_flushed(self) -> bool:
-        """True when no client and no drain waits for the store."""
+        """True if no client and no drain waits for the store."""
         return not self._is_final.any() and not self._ends
 
     @property
     def has_ends(self) -> bool:
-        """True while the store has not heard of every end."""
+        """True while there are ends that the store has not been told."""
         return bool(self._ends)
 
     def is_safe(self, slot: int) -> bool:
-        """True when the store has all there is of a slot, or has nothing to do with it."""
+        """True if the store has everything of a slot, or does not need it."""
         table = self._table
         return not self._is_final[slot] and bool(table.step[slot] <= table.durable[slot])
 
     def choose(self) -> Slots:
-        """Which slots to write next: most of them strict, for their clients wait."""
+        """Which slots to write next. Most are strict, because their clients wait."""
         table = self._table
         behind = np.flatnonzero((table.step > table.durable) | self._is_final)
         lag = table.step[behind] - table.durable[behind]
         is_strict = table.is_strict[behind]
         is_due = self._is_due[behind] | self._is_final[behind]
         is_due |= lag >= self._checkpoint_steps
-        # In turns, so that those that are always behind leave room for the others.
+        # In rotation, so that sequences that are always due leave room for others.
         strict = _rotate(behind[is_strict], self._last_strict)
         periodic = _rotate(behind[is_due & ~is_strict], self._last_periodic)
         strict = strict[: BATCH_MAX - min(len(periodic), _PERIODIC_BATCH_MIN)]
@@ -101,21 +101,21 @@ class Pending:
         return chosen
 
     def split_final(self, slots: Slots) -> tuple[Slots, Slots]:
-        """Of `slots` [n], those that run on and those that nothing more runs on; between runs."""
+        """Split `slots` [n] into those that still run and those that do not; between runs."""
         table = self._table
-        # An open may have been faster than a park; and a slot that has changed hands may have a
-        # sequence now with which the store has nothing to do.
+        # An open may have overtaken a park. And a slot that has changed hands may now have a
+        # sequence that is not in the store.
         is_overtaken = (table.stream[slots] != NONE) & (not self._is_flushing)
         self._is_final[slots[is_overtaken | (table.durable[slots] == ALL)]] = False
         is_final = self._is_final[slots]
         return slots[~is_final], slots[is_final]
 
     def note_written(self, slots: Slots) -> None:
-        """The store has answered about `slots` [n]: none of them is due any more."""
+        """Note that the store has answered about `slots` [n]: none of them is due any more."""
         self._is_due[slots] = False
 
     def note_final(self, slot: int) -> None:
-        """A slot's final checkpoint is written, or its sequence is gone."""
+        """Forget a slot: its final checkpoint is written, or its sequence is gone."""
         self._is_final[slot] = False
 
     def take_concluded_parks(self) -> list[Departure]:
@@ -132,19 +132,19 @@ class Pending:
     # Ends.
 
     def take_ends(self) -> list[Departure]:
-        """The next ends that the store is to hear of, taken out."""
+        """Take out the next ends to tell the store."""
         ends = self._ends[:BATCH_MAX]
         del self._ends[: len(ends)]
         return ends
 
     def put_back_ends(self, departures: Sequence[Departure]) -> None:
-        """Let ends wait again; of those of one sequence, the one that its client waits for."""
+        """Put ends back. Of several ends of a sequence, keep the one its client waits for."""
         waiting = sorted([*self._ends, *departures], key=lambda one: one.stream)
         self._ends = list({one.claim_id: one for one in waiting}.values())
         self.signal.set()
 
 
 def _rotate(slots: Slots, last: int) -> Slots:
-    """The same `slots` [n], which rise, those beyond `last` first."""
+    """Rotate ascending `slots` [n], so that those above `last` come first."""
     rolled: Slots = np.roll(slots, -int(np.searchsorted(slots, last, side="right")))
     return rolled

@@ -1,4 +1,4 @@
-"""Takes sequences out of memory as checkpoints, each whole, at an instant between two runs."""
+"""Copies sequences out of memory as consistent checkpoints, between two runs."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from sluice_service.store.claims import OpenRequest
 
 @dataclass(slots=True)
 class Snapshot:
-    """One sequence as it stood, under the claim it had."""
+    """A copy of one sequence, with the claim that it had."""
 
     sequence: Sequence
     claim_id: bytes
@@ -30,7 +30,7 @@ class Snapshot:
 
 
 class Snapshots:
-    """The way from the table and the streams to checkpoints."""
+    """Makes checkpoints from the table and the streams."""
 
     def __init__(self, table: SequenceTable, outputs: OutputBuffer, versions: Versions) -> None:
         self._table = table
@@ -41,7 +41,7 @@ class Snapshots:
         self._place = np.full(table.slots, -1, np.int64)  # scratch
 
     def initial(self, request: OpenRequest) -> Packed:
-        """What a new sequence begins with. Raises LaneError for a state it cannot have."""
+        """The first checkpoint of a new sequence. Raises LaneError for a state it cannot have."""
         newest = self._versions.newest
         if request.state is not None:
             row = self._versions.state_row(request.state)
@@ -60,8 +60,8 @@ class Snapshots:
     def take(self, slots: Slots, *, is_parked: bool = False) -> list[Snapshot]:
         """The durable sequences of `slots`, each once; between runs only.
 
-        `is_parked`: nothing of them runs any more. Where that is so, or only what is durable
-        leaves, a caller that numbers no steps may continue from the checkpoint.
+        `is_parked`: they do not run any more. If so, or if only durable outputs are sent, a
+        caller that numbers no steps may continue from the checkpoint.
         """
         table = self._table
         slots = slots[table.is_alive[slots]]
@@ -96,7 +96,7 @@ class Snapshots:
         return taken
 
     def _held(self, slots: Slots) -> list[list[list[bytes]]]:
-        """For each of `slots`, for each output: what its client may still ask for, in order."""
+        """For each of `slots` and each output: the rows its client may still ask for, in order."""
         found: list[list[list[bytes]]] = [[[] for _ in range(self._output_count)] for _ in slots]
         received = self._table.received[slots].tolist()
         for place, first, steps, outputs in self._pieces(slots, received):
@@ -108,7 +108,7 @@ class Snapshots:
     def _pieces(
         self, slots: Slots, received: list[int]
     ) -> Iterator[tuple[int, int, int, list[bytes]]]:
-        """(place in `slots`, first step, steps, outputs), oldest first, of what is still due."""
+        """(index in `slots`, first step, steps, outputs) of what is still due, oldest first."""
         table = self._table
         for place, slot in enumerate(slots.tolist()):
             for held in table.at(slot).held:

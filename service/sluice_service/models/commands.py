@@ -1,4 +1,4 @@
-"""Carries out what is asked of a sequence from outside of its stream: fork it, close it."""
+"""Forks and closes sequences from outside of their streams."""
 
 from typing import NamedTuple
 
@@ -26,7 +26,7 @@ class Forked(NamedTuple):
 
 
 class Commands:
-    """What an operator, or a client without a stream, may do with sequences of one model."""
+    """The commands that need no stream, for the sequences of one model."""
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class Commands:
         return Forked(sequence.sequence_id, step, sequence.record.epoch)
 
     async def close(self, sequence_id: str) -> int:
-        """Drop a live sequence, whoever owns it; its steps. Raises LaneError."""
+        """Drop a live sequence, whoever owns it. Returns its steps. Raises LaneError."""
         ending = "CloseSequence closed it"
         ownership = self._ownership
         if ownership is not None and self._table.get(sequence_id) is None:
@@ -81,7 +81,7 @@ class Commands:
         if ownership is None or self._checkpointer is None or departure is None:
             return step
         try:
-            # The store is asked from here, for its answer is the caller's.
+            # Ask the store here, because the caller waits for its answer.
             (verdict,) = await self._checkpointer.close([departure])
         except StoreError as error:
             raise StoreDownError(
@@ -93,7 +93,7 @@ class Commands:
         return step
 
     def _end(self, sequence_id: str, ending: str) -> tuple[int, Departure | None]:
-        """The steps of a sequence that ends, and what the store is to be told, if it has it."""
+        """The steps of a sequence that ends, and its departure if the store has it."""
         sequence = self._queries.find(sequence_id)
         step = int(self._table.step[sequence.slot])
         if sequence.is_durable:

@@ -28,7 +28,7 @@ class Expiry:
         self._idle_seconds_max = idle_seconds_max
 
     async def run(self, now: float) -> int:
-        """End what is idle at `now`, in seconds awake, and tell its clients; how many ended."""
+        """End what is idle at `now`, in seconds awake, and tell its clients. Returns how many."""
         while self._table.drop_tombstones():
             await rest()
         before = now - self._idle_seconds_max
@@ -46,7 +46,7 @@ class Expiry:
         return expired
 
     async def _excuse(self, before: float) -> None:
-        """While the store is away, a sequence that waits for it is not idle: its time restarts."""
+        """Restart the idle time of sequences that wait for the store: they are not idle."""
         if self._checkpointer is None:
             return
         is_waiting = any(one.is_durable for one in self._table.idle(before))

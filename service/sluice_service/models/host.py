@@ -1,7 +1,7 @@
 """One model and every live sequence of it, put together from its parts.
 
-All methods run on one event loop; only the model's own run may be in another thread, and what
-could disturb it waits until it has landed.
+All methods run on one event loop. Only the model's own run may be in another thread. Everything
+that could disturb a run waits until it has landed.
 """
 
 import asyncio
@@ -166,12 +166,12 @@ class Host:
             self._durable.checkpointer if self._durable else None,
             idle_seconds_max=settings.sequence_idle_seconds_max,
         )
-        # Work that goes on even where its stream has ended.
+        # Tasks that continue after their stream has ended.
         self._tasks: set[asyncio.Task[Any]] = set()
         self._follow()
 
     def _make_durable(self, store: Store, landing: Landing) -> _Durable:
-        """The parts that keep this model's sequences in the store, and what tells them."""
+        """Build the parts that store this model's sequences, and connect them."""
         settings = self._settings
         pending = Pending(self._table, checkpoint_steps=settings.checkpoint_steps)
         snapshots = Snapshots(self._table, self._outputs, self._versions)
@@ -202,7 +202,7 @@ class Host:
         return _Durable(pending, ownership, checkpointer)
 
     def _follow(self) -> None:
-        """Let the gauges read from here."""
+        """Let the gauges read from this host."""
         metrics = self._metrics.all
         table = self._table
         metrics.follow(
@@ -230,11 +230,11 @@ class Host:
                 },
             )
 
-    # What is here.
+    # Status.
 
     @property
     def sequences_live(self) -> int:
-        """How many sequences have a state here."""
+        """How many sequences have a state at this server."""
         return len(self._table)
 
     @property
@@ -244,12 +244,12 @@ class Host:
 
     @property
     def is_welcoming(self) -> bool:
-        """True until the model is unloaded or the server stops: new sequences may be opened."""
+        """True while new sequences may be opened: no unload has begun, and no drain."""
         return self._lifecycle.is_welcoming
 
     @property
     def is_draining(self) -> bool:
-        """True once the server stops: nothing that comes now is run."""
+        """True when the server stops: chunks that arrive now are not run."""
         return self._lifecycle.is_draining
 
     @property
@@ -259,12 +259,12 @@ class Host:
 
     @property
     def versions(self) -> list[Version]:
-        """All on which sequences run or begin, oldest first."""
+        """All versions on which sequences run or begin, oldest first."""
         return list(self._versions)
 
     @property
     def contract(self) -> ModelContract:
-        """What the version on which sequences begin says of itself."""
+        """The contract of the version on which sequences begin."""
         return self.version.contract
 
     def version_of(self, stream: Stream, lane: int) -> Version:
@@ -273,7 +273,7 @@ class Host:
 
     @property
     def store_down_seconds(self) -> float:
-        """For how long the store has not answered; 0 while it does, or is not used."""
+        """For how long the store has not answered; 0 while it answers, or without a store."""
         return self._durable.checkpointer.down_seconds if self._durable is not None else 0.0
 
     @property
@@ -282,11 +282,11 @@ class Host:
         return self._admission.room
 
     def is_live(self, sequence_id: str) -> bool:
-        """True when a sequence lives here, on a stream or parked."""
+        """True if a sequence lives here, on a stream or parked."""
         return self._table.get(sequence_id) is not None
 
     def watch_room(self, on_room: Callable[[], None]) -> None:
-        """Have `on_room` called whenever a sequence has gone, or its reserved room is free."""
+        """Call `on_room` whenever a sequence has gone, or reserved room is free again."""
         self._table.on_gone = on_room
 
     def now(self) -> float:
@@ -308,14 +308,14 @@ class Host:
         """
         return await self._queries.state(sequence_id)
 
-    # What a stream does.
+    # Calls of streams.
 
     def attach(self, on_change: Callable[[], None]) -> Stream:
-        """A new stream; `on_change` is called when it has something to send or may be read on."""
+        """A new stream; `on_change` is called when it has something to send or may read again."""
         return self._streams.open(on_change)
 
     def detach(self, stream: Stream) -> None:
-        """Park every lane of a stream that has ended; of very many, some a little later."""
+        """Park every lane of a stream that has ended, in turns if there are many."""
         parking = self._attachments.detach(stream)
         if not take_turn(parking):
             self._start(self._continue_parking(parking))
@@ -343,7 +343,7 @@ class Host:
         ending = map(partial(self._end_lane, stream), closing)
         if self._durable is None:
             opening = map(partial(self._opening.open_in_memory, stream), requests)
-            # Few of both are one turn, not two: each may have to wait for a run to end.
+            # Do few of both in one turn, because each turn may have to wait for a run to end.
             await take_turns(itertools.chain(ending, opening), instant=between_runs)
         else:
             if closing:
@@ -359,7 +359,7 @@ class Host:
     async def _open_in_store(
         self, durable: _Durable, stream: Stream, requests: Iterable[OpenRequest]
     ) -> None:
-        """As `open`, with the store's word on every sequence that it has or gets."""
+        """As `open`, after asking the store about every sequence that it has or gets."""
         with contextlib.suppress(StoreError):
             await durable.checkpointer.close_pending()
         await durable.ownership.open_all(stream, requests)
@@ -380,10 +380,10 @@ class Host:
     ) -> None:
         """Queue chunks: `lanes`, `steps` and `first` are [chunks], `inputs` [sum(steps), …] each.
 
-        An InvalidInputError in place of the inputs faults every lane with a chunk here.
+        An InvalidInputError instead of the inputs faults every lane that has a chunk here.
         """
         if stream.is_draining:
-            return  # read as the drain began: neither run nor answered
+            return  # read when the drain began: neither run nor answered
         self._metrics.chunks.add(len(lanes))
         arrived = time.monotonic()
         slots, starts = stream.slots(lanes), starts_of(steps)
@@ -407,7 +407,7 @@ class Host:
             total = int(np.maximum(steps, 1).sum())
             each = int(steps[0]) if (steps == steps[0]).all() else 0
         if not is_whole:
-            each = 0  # rows of other lanes lie between: only the queues tell them apart
+            each = 0  # rows of other lanes lie between, so use the queues
         stream.queued_steps += total
         self._scheduler.push(
             Frame(stream.number, lanes, slots, steps, starts, first, inputs, errors, each, arrived)
@@ -417,7 +417,7 @@ class Host:
     def submit_singles(
         self, stream: Stream, chunks: Iterable[tuple[int, int, int, Buffers]]
     ) -> None:
-        """Queue chunks that came one by one: of each its lane, its steps, the steps before it
+        """Queue single chunks: of each its lane, its steps, the steps before it
         (or NONE), and its rows for each input, checked.
         """
         if stream.is_draining:
@@ -436,7 +436,7 @@ class Host:
         self._runs.wake(is_alone=len(self._streams) == 1)
 
     def end_after(self, stream: Stream, lanes: Integers, kind: Kind) -> None:
-        """Close or park `lanes` [n] behind the chunks they have sent."""
+        """Close or park `lanes` [n] after the chunks that they have sent."""
         if stream.is_draining:
             return
         slots = stream.slots(lanes)
@@ -470,7 +470,7 @@ class Host:
         self._wake_if_ready()
 
     def is_finished(self, stream: Stream) -> bool:
-        """True when nothing more will come of a stream whose client sends no more."""
+        """True if a stream whose client sends no more has nothing left to send."""
         is_waiting = stream.ending_lanes > 0 or self._outputs.has_gated(stream)
         return not is_waiting and self._scheduler.is_stuck(stream.live_slots())
 
@@ -478,7 +478,7 @@ class Host:
         if self._scheduler.has_ready:
             self._runs.wake()
 
-    # What an operator does with sequences.
+    # Commands.
 
     async def fork(self, sequence_id: str, copy: OpenRequest) -> Forked:
         """Copy a live sequence to what `copy` opens; the copy is parked. Raises LaneError."""
@@ -490,10 +490,10 @@ class Host:
         # Not cancelled with the call: the store must not be left with half of it.
         return await asyncio.shield(self._start(self._commands.close(sequence_id)))
 
-    # The life of the versions.
+    # Versions.
 
     async def adopt(self, version: Version) -> None:
-        """Let sequences begin on `version`; those that live finish on theirs. Raises ModelError."""
+        """Let sequences begin on `version`. Live ones finish on theirs. Raises ModelError."""
 
         def take_up() -> None:
             self._versions.adopt(version)
@@ -508,7 +508,7 @@ class Host:
 
     @property
     def is_deserted(self) -> bool:
-        """True when no sequence lives, none may begin, and the store has heard of every end."""
+        """True if no sequence lives, none may begin, and the store knows of every end."""
         has_ends = self._durable is not None and self._durable.pending.has_ends
         return self._lifecycle.is_unloading and not len(self._table) and not has_ends
 
@@ -521,7 +521,7 @@ class Host:
         for version in gone:
             log.info("version_unloaded", model=self.name, version=version.number)
 
-    # The life of the model.
+    # Background work and drain.
 
     async def live(self) -> None:
         """Expire what is idle and write what is durable; until cancelled."""
@@ -540,11 +540,11 @@ class Host:
                     log.info("sequences_expired", model=self.name, sequences=expired)
                 await self.sweep()
             except Exception:
-                # A defect of ours must not keep sequences alive for ever: look again.
+                # A defect of the server must not keep sequences for ever: try again.
                 log.exception("expiry_broke", model=self.name)
 
     async def expire(self) -> int:
-        """Close the sequences that were idle for too long and tell their clients; how many."""
+        """Close sequences that were idle for too long and tell their clients. Returns how many."""
         return await self._expiry.run(self._clock.now())
 
     async def drain(self) -> None:
@@ -566,7 +566,7 @@ class Host:
 
 
 def _limits(settings: Settings, inputs: InputRules) -> Limits:
-    """What a client must keep to, with bytes turned into steps of this model."""
+    """The limits for clients, with bytes converted to steps of this model."""
     credit = min(
         settings.stream_queue_steps_max,
         settings.stream_queue_bytes_max // max(1, inputs.step_bytes),

@@ -1,4 +1,4 @@
-"""Answers what may be asked about the sequences of one model: which there are, and their states."""
+"""Lists the sequences of one model and reads their states."""
 
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from sluice_service.store.claims import State
 
 @dataclass(frozen=True, slots=True)
 class SequenceInfo:
-    """What is told of one live sequence."""
+    """The description of one live sequence."""
 
     model: str
     sequence_id: str
@@ -22,11 +22,11 @@ class SequenceInfo:
     is_parked: bool = False
     idle_seconds: float = 0.0
     held_steps: int = 0
-    is_elsewhere: bool = False  # lives at another server, or waits in the store
+    is_elsewhere: bool = False  # at another server, or only in the store
 
 
 class Queries:
-    """Everything that is known of live sequences, here and in the store."""
+    """Reads live sequences, here and in the store."""
 
     def __init__(
         self, model: str, table: SequenceTable, versions: Versions, ownership: Ownership | None
@@ -41,7 +41,7 @@ class Queries:
         table = self._table
         now = table.now()
         for sequence in list(table):
-            if sequence.phase is Phase.ENDED:  # while the list went out
+            if sequence.phase is Phase.ENDED:  # while the list was sent
                 continue
             slot = sequence.slot
             yield SequenceInfo(

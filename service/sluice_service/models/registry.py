@@ -1,4 +1,4 @@
-"""The models that are served: each has a host, which may come and go while the server runs."""
+"""Holds the served models, each with a host, which may come and go while the server runs."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Mapping
@@ -27,7 +27,7 @@ class Hosts(Mapping[str, Host]):
         store: Store | None,
         on_change: Callable[[str], Awaitable[None]],
     ) -> None:
-        """`on_change(name)` is called when a model has come, has another version, or has gone."""
+        """`on_change(name)` is called when a model is added, changes its version, or is removed."""
         self._settings = settings
         self._metrics = metrics
         self._store = store
@@ -47,7 +47,7 @@ class Hosts(Mapping[str, Host]):
         return len(self._hosts)
 
     def load(self, path: Path, number: int = ONLY, *, warms_up: bool = True) -> Version:
-        """Load and test a file, which takes seconds; safe in any thread. Raises ModelError."""
+        """Load and test a file in any thread, which takes seconds. Raises ModelError."""
         version = load_version(
             path,
             number,
@@ -61,7 +61,7 @@ class Hosts(Mapping[str, Host]):
     def add(self, name: str, version: Version) -> None:
         """Serve a model that was not served before."""
         metrics = self._metrics.model(name)
-        # As many threads as runs at once: each keeps memory of its own, and a larger pool would
+        # As many threads as runs at once: each has its own memory, and a larger pool would
         # start another thread for a run that comes just before the last one's thread is idle.
         threads = ThreadPoolExecutor(
             max_workers=self._settings.runs_at_once_max, thread_name_prefix=f"run-{name}"
@@ -82,7 +82,7 @@ class Hosts(Mapping[str, Host]):
         await self._on_change(name)
 
     async def unload(self, name: str) -> None:
-        """Start no new sequences of a model; it is removed once its last sequence has ended."""
+        """Start no new sequences of a model; it is removed when its last sequence has ended."""
         self._hosts[name].close()
         log.info("model_unloading", model=name)
         await self._on_change(name)
@@ -93,8 +93,8 @@ class Hosts(Mapping[str, Host]):
         for name, host in list(self._hosts.items()):
             await host.sweep()
             if host.is_deserted and self._hosts.get(name) is host:
-                # Take out all that belongs to it before the first await: the model may be loaded
-                # again meanwhile.
+                # Remove everything that belongs to it before the first await, because the model
+                # may be loaded again meanwhile.
                 del self._hosts[name]
                 task, threads = self._tasks.pop(name, None), self._threads.pop(name)
                 self._metrics.forget(name)
@@ -141,7 +141,7 @@ class Hosts(Mapping[str, Host]):
 
 
 def find_host(hosts: Mapping[str, Host], name: str) -> Host:
-    """The host of that model. Raises ModelNotFoundError, which names those there are."""
+    """The host of that model. Raises ModelNotFoundError, which lists the served models."""
     host = hosts.get(name)
     if host is None:
         raise ModelNotFoundError(

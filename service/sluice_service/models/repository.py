@@ -23,7 +23,7 @@ _SWEEP_SECONDS = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Stamp:
-    """Tells a file from another one that was in its place before."""
+    """Identifies the content of a file, so that a replacement is noticed."""
 
     inode: int
     bytes: int
@@ -71,7 +71,7 @@ def scan(folder: Path) -> Found:
 
 
 class Repository:
-    """The models of one folder; of each the highest version that can be served."""
+    """The models of one folder, each in the highest version that can be served."""
 
     def __init__(self, folder: Path, settings: Settings, hosts: Hosts, metrics: Metrics) -> None:
         self._folder = folder
@@ -84,11 +84,11 @@ class Repository:
         self._refused: dict[tuple[str, int], _Refused] = {}
         self._served: dict[str, tuple[int, Stamp]] = {}
         self._loading: tuple[str, int] | None = None
-        # Held by each change: there is one at a time.
+        # Each change holds it, so that there is only one at a time.
         self._lock = asyncio.Lock()
 
     def open(self, threads: Executor) -> Iterator[tuple[str, Version]]:
-        """Begin to load in `threads` what lies there, unless clients are to ask for it; the models.
+        """Begin to load the models in `threads`, unless clients load them. Returns the models.
 
         Before the server starts. Raises ModelError when no version of a model can be served.
         """
@@ -106,7 +106,7 @@ class Repository:
         return ((name, version) for name, version in newest if version is not None)
 
     def _load_newest(self, name: str) -> Version | None:
-        """The highest version that can be served; None of a folder without versions."""
+        """The highest version that can be served; None for a folder without versions."""
         for number in self._candidates(name):
             try:
                 version = self._hosts.load(self._path(name, number), number, warms_up=False)
@@ -131,7 +131,7 @@ class Repository:
             except OSError as error:
                 log.warning("repository_unreadable", path=str(self._folder), error=str(error))
             except Exception:
-                # A bug of ours must not end the task: read the folder again.
+                # A defect of the server must not end the task: read the folder again.
                 log.exception("repository_broke")
 
     async def look(self) -> None:
@@ -152,7 +152,7 @@ class Repository:
             await self._hosts.sweep()
 
     async def load(self, name: str) -> None:
-        """Load a model's newest version because a client asks.
+        """Load a model's newest version for a client.
 
         Raises RepositoryError where that is not for clients or the file cannot be served,
         ModelNotFoundError where there is none.
@@ -171,7 +171,7 @@ class Repository:
                 raise RepositoryError(refused.reason)
 
     async def unload(self, name: str) -> None:
-        """Unload a model because a client asks; its live sequences go on until they end.
+        """Unload a model for a client. Its live sequences continue until they end.
 
         Raises RepositoryError where that is not for clients, ModelNotFoundError where there
         is none.
@@ -183,7 +183,7 @@ class Repository:
             await self._hosts.unload(name)
 
     def entries(self) -> Iterator[Entry]:
-        """What is in the folder and is not served, with the reason; bad new files included."""
+        """The versions in the folder that are not served, with the reason, also bad new files."""
         loaded = {name: [v.number for v in host.versions] for name, host in self._hosts.items()}
         for name, versions in self._found.items():
             for number in versions:

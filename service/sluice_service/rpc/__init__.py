@@ -1,1 +1,1 @@
-"""The gRPC services: decode, call the host, encode, turn errors into statuses."""
+"""The gRPC services: they decode requests, call the host and encode answers and errors."""

@@ -1,4 +1,4 @@
-"""The field's health protocol, grpc.health.v1: the server as a whole, and each model."""
+"""Serves grpc.health.v1 for the server as a whole and for each model."""
 
 from collections.abc import Collection
 
@@ -10,10 +10,10 @@ _SERVICES = ("", "sluice.v1.Sequences", "sluice.v1.Models", "inference.GRPCInfer
 
 
 class Health:
-    """Serving or not, under "" for the server, the services' names, and each model's name."""
+    """The status under "" for the server, each service's name, and each model's name."""
 
     def __init__(self, names: Collection[str]) -> None:
-        """`names` are those of the models, as they are whenever all are told."""
+        """`names` returns the names of the models. It is called for each update of all."""
         self._servicer = HealthServicer()
         self._names = names
 
@@ -22,12 +22,12 @@ class Health:
         health_pb2_grpc.add_HealthServicer_to_server(self._servicer, server)
 
     async def say(self, *, is_serving: bool) -> None:
-        """Tell everyone who watches."""
+        """Update all names, for those who watch them."""
         for name in (*_SERVICES, *self._names):
             await self.tell(name, is_serving=is_serving)
 
     async def tell(self, name: str, *, is_serving: bool) -> None:
-        """Tell everyone who watches one name."""
+        """Update one name, for those who watch it."""
         statuses = health_pb2.HealthCheckResponse.ServingStatus
         status = statuses.Value("SERVING" if is_serving else "NOT_SERVING")
         await self._servicer.set(name, status)

@@ -1,1 +1,1 @@
-"""What is alive: every sequence with its state, and the streams that sequences are on."""
+"""What is live: every sequence with its state, and the streams of their clients."""

@@ -1,4 +1,4 @@
-"""What the server tells a client of its stream, as plain values; `rpc/` puts them on the wire."""
+"""Defines what the server tells the client of a stream, as plain values; `rpc/` encodes them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -15,13 +15,13 @@ from sluice_service.store.claims import Durability
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the client of a stream must keep to: the first event of every stream."""
+    """The limits for the client of a stream. They are the first event of every stream."""
 
     request_bytes_max: int
     chunk_steps_max: int
-    credit_steps: int  # steps of inputs that may be under way at once
+    credit_steps: int  # steps of inputs that may be outstanding
     credit_bytes: int  # the same in bytes
-    unacknowledged_steps_max: int  # a sequence with so many held outputs does not run
+    unacknowledged_steps_max: int  # a sequence with that many held outputs does not run
 
 
 @dataclass(slots=True)
@@ -66,7 +66,7 @@ class Ended:
 
 @dataclass(slots=True)
 class Durable:
-    """The store has a lane's sequence up to `step`: the client may drop its inputs."""
+    """The store has a lane's sequence up to `step`. The client may drop inputs below it."""
 
     lane: int
     step: int
@@ -83,7 +83,7 @@ class Outputs:
     lengths: Integers
     rows: int
     outputs: list[bytes]
-    # How many responses the stream had sent when the last of this had gone.
+    # How many responses the stream had sent when the last of these outputs was sent.
     responses: int = 0
 
     def chunks(self) -> Iterator[tuple[int, int, int, list[bytes]]]:
@@ -102,7 +102,7 @@ class Outputs:
         return int(self.first[index]), steps, outputs
 
     def only(self, chosen: NDArray[np.bool_]) -> "Outputs":
-        """The same without the chunks that were not chosen [chunks]."""
+        """The same outputs, but only of the chunks that are `chosen` [chunks]."""
         row_bytes = [len(output) // self.rows for output in self.outputs]
         rows = np.repeat(chosen, self.lengths)
         return replace(

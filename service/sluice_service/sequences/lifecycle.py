@@ -1,4 +1,4 @@
-"""The life of one sequence: its phases, what may happen in each, and what is known of it."""
+"""Defines the phases of a sequence, the events allowed in each, and a sequence's data."""
 
 from enum import Enum, auto
 
@@ -6,15 +6,15 @@ from sluice_service.store.claims import Durability, Record
 
 
 class Phase(Enum):
-    """Where a sequence is in its life."""
+    """The phases of a sequence."""
 
-    PARKED = auto()  # alive, no stream attached
-    ATTACHED = auto()  # alive, on a lane of a stream
-    ENDED = auto()  # its state is gone; a tombstone may remain
+    PARKED = auto()  # live, on no stream
+    ATTACHED = auto()  # live, on a lane of a stream
+    ENDED = auto()  # its state is dropped; a tombstone may remain
 
 
 class Event(Enum):
-    """What can happen to a sequence."""
+    """The events of a sequence."""
 
     ATTACH = auto()  # a lane opens it; a new lane ends the old one
     DETACH = auto()  # its lane is parked, or its stream ends
@@ -31,7 +31,7 @@ LIFECYCLE: dict[tuple[Phase, Event], Phase] = {
 
 
 class IllegalTransitionError(Exception):
-    """An event that the sequence's phase does not allow; nothing has changed."""
+    """The sequence's phase does not allow an event. Nothing has changed."""
 
 
 class Held:
@@ -46,7 +46,7 @@ class Held:
 
 
 class Sequence:
-    """What is known of one live sequence beside its state and its columns."""
+    """The data of one live sequence, except its state and its columns."""
 
     __slots__ = (
         "claim_id",
@@ -66,14 +66,14 @@ class Sequence:
         self.phase = Phase.PARKED
         self.held: list[Held] = []
         self.durability = Durability.OFF
-        # True where its client has no writer but counts its steps: its unacknowledged outputs
-        # are held all the same.
+        # True if its client has no writer but counts its steps: its unacknowledged outputs
+        # are held nevertheless.
         self.is_counted = False
-        # The claim under which this process owns it in the store; empty where durability is off.
+        # The claim under which this process owns it in the store; empty if durability is off.
         self.claim_id = b""
 
     def move(self, event: Event) -> None:
-        """Go where LIFECYCLE says. Raises IllegalTransitionError, and changes nothing then."""
+        """Change the phase. Raises IllegalTransitionError and changes nothing if it may not."""
         phase = LIFECYCLE.get((self.phase, event))
         if phase is None:
             raise IllegalTransitionError(
@@ -83,12 +83,12 @@ class Sequence:
 
     @property
     def is_anonymous(self) -> bool:
-        """True when its client has no writer: it cannot replay, so nothing is held for it."""
+        """True if its client has no writer: it cannot replay, so nothing is held for it."""
         return not self.record.writer
 
     @property
     def is_durable(self) -> bool:
-        """True when a store has it too, which then decides who may open it."""
+        """True if it is in a store, which then decides who may open it."""
         return self.durability is not Durability.OFF
 
     def is_under(self, claim_id: bytes) -> bool:

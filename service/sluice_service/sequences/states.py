@@ -14,14 +14,13 @@ StateRows = NDArray[np.float32]
 class States:
     """`rows` [slots, state_size] float32, reserved once and never copied to grow.
 
-    The operating system gives memory only to rows that have been written, and
-    freed rows are used again first, so memory follows the live sequences. A model
-    that changes while sequences live has a plane of rows for each of its versions,
-    and a slot is in the plane in which its sequence began.
+    Only rows that have been written take memory, and freed rows are used again first, so
+    memory follows the number of live sequences. Each version of the model has its own plane
+    of rows. A slot is in the plane in which its sequence began.
     """
 
     def __init__(self, slots: int, initial: StateRows) -> None:
-        """Reserve `slots` rows; `initial` [state_size] is what a new row holds."""
+        """Reserve `slots` rows; `initial` [state_size] is the content of a new row."""
         self._slots = slots
         self._planes: dict[int, _Plane] = {}
         self._plane = np.zeros(slots, np.int64)  # of each slot
@@ -34,7 +33,7 @@ class States:
     def begin_plane(self, initial: StateRows) -> int:
         """A new plane whose rows begin as `initial` [state_size], for all sequences from now on.
 
-        Raises ModelError where there is no room for it; nothing has changed then.
+        Raises ModelError if there is no room for it. Then nothing has changed.
         """
         number = max(self._planes, default=-1) + 1
         self._planes[number] = _Plane(number, self._slots, initial)
@@ -77,7 +76,7 @@ class States:
         return self.live == self._slots
 
     def allocate(self, row: StateRows | None = None, plane_number: int | None = None) -> int:
-        """A slot that holds `row` [state_size], or else the initial state; in the newest plane.
+        """Allocate a slot in the newest plane, with `row` [state_size] or the initial state.
 
         Raises IndexError when all slots are in use.
         """
@@ -90,7 +89,7 @@ class States:
             slot = self._untouched
             self._untouched += 1
         self._plane[slot] = plane.number
-        # Written even where it is zero already: otherwise the first run of hundreds of sequences
+        # Write it even if it is already zero. Otherwise the first run of hundreds of sequences
         # would write all that new memory at once, which takes long.
         plane.rows[slot] = plane.initial if row is None else row
         return slot
@@ -102,7 +101,7 @@ class States:
     def reset(
         self, slot: int, row: StateRows | None = None, plane_number: int | None = None
     ) -> None:
-        """Let a slot begin again, with `row` [state_size] or else the initial state."""
+        """Reset a slot to `row` [state_size] or to the initial state."""
         plane = self._newest if plane_number is None else self._planes[plane_number]
         self._plane[slot] = plane.number
         plane.rows[slot] = plane.initial if row is None else row
@@ -138,7 +137,7 @@ class States:
 
 
 class _Plane:
-    """The rows of those sequences that began under one version."""
+    """The rows of the sequences that began on one version."""
 
     __slots__ = ("initial", "number", "rows")
 
@@ -149,11 +148,11 @@ class _Plane:
 
 
 def _reserve(slots: int, size: int) -> StateRows:
-    """Rows [slots, size] that take memory as they are written, a small page at a time.
+    """Rows [slots, size] that take memory when they are written, one small page at a time.
 
-    A huge page, which numpy would ask for, is cleared whole when it is first written to: that
-    takes 0.3 ms and, on a virtual machine that has to fetch it from its host, 9 ms. Raises
-    ModelError where there is no room.
+    numpy would ask for huge pages. The system clears a whole huge page at its first write, which
+    takes 0.3 ms, or 9 ms on a virtual machine that has to fetch it from its host. Raises
+    ModelError if there is no room.
     """
     length = max(1, 4 * slots * size)
     try:

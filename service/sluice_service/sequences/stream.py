@@ -1,4 +1,4 @@
-"""One client's stream: its lanes, what waits to be sent on it, what waits to be acknowledged."""
+"""Holds one client's stream: its lanes, its outbox, and its unacknowledged outputs."""
 
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -12,10 +12,10 @@ from sluice_service.sequences.states import Slots
 
 LANES_MAX = 1 << 20
 _LANES_START = 64
-# Messages that wait to be sent, of whatever size.
+# Waiting messages, of any size.
 _OUTBOX_MAX = 1 << 14
 _UNKNOWN = -1  # no open has named the lane
-_ENDED = -2  # the server ended it; what the client had already sent is ignored
+_ENDED = -2  # the server ended it; chunks that the client had already sent are ignored
 
 
 def _do_nothing() -> None:
@@ -23,7 +23,7 @@ def _do_nothing() -> None:
 
 
 class Stream:
-    """What the host knows of one client's stream. Says when there is something to send."""
+    """The host's view of one client's stream. It reports when there is something to send."""
 
     def __init__(
         self,
@@ -36,23 +36,23 @@ class Stream:
         self.number = number
         self.outbox: deque[Event] = deque()
         self.unacknowledged: deque[Outputs] = deque()
-        # Beyond this many of them, those that are not due any more are looked for.
+        # Beyond this many of them, those that are not due any more are searched for.
         self.unacknowledged_max = 64
-        # Outputs that may not leave before they are durable.
+        # Outputs that may not be sent before they are durable.
         self.gated: deque[Outputs] = deque()
         # Faults that follow such outputs: slot, generation, step, error.
         self.late_faults: list[tuple[int, int, int, LaneError]] = []
-        # Lanes that are ending: their Closed comes once the store has its part.
+        # Lanes that are ending. Their Closed is sent when the store has answered.
         self.ending_lanes = 0
         self.queued_steps = 0
-        # True once a lane was opened that may ask for its outputs again.
+        # True when a lane has been opened that may ask for its outputs again.
         self.has_writer = False
-        # True where clients count steps: they have a sequence's outputs before its next chunk.
+        # True if clients count steps: they have a sequence's outputs before its next chunk.
         self.has_counters = False
         self._outbox_rows = 0
-        # True once the client will send no more: it ends when its queue is done.
+        # True when the client sends no more: the stream ends when its queue is done.
         self.is_half_closed = False
-        # True while nothing more is read, and once every lane has been told.
+        # True while nothing more is read, and when every lane has been told of the stop.
         self.is_draining = False
         self.is_drained = False
         self._queue_steps_max = queue_steps_max
@@ -64,7 +64,7 @@ class Stream:
     def is_ahead(self) -> bool:
         """True while nothing more is read.
 
-        The client is beyond its credit, or reads too slowly, or the server stops.
+        The client is beyond its credit, or reads too slowly, or the server is stopping.
         """
         return (
             self.is_draining
@@ -74,11 +74,11 @@ class Stream:
         )
 
     def wake(self) -> None:
-        """Tell the session of this stream that something has changed."""
+        """Wake the session of this stream."""
         self._on_change()
 
     def fall_silent(self) -> None:
-        """Call no session any more: it has ended."""
+        """Stop calling the session, because it has ended."""
         self._on_change = _do_nothing
 
     def send(self, item: Event) -> None:
@@ -89,14 +89,14 @@ class Stream:
         self._on_change()
 
     def take_outputs(self) -> Outputs:
-        """The outputs that stand first in the outbox, taken out of it."""
+        """Take the outputs at the front out of the outbox."""
         item = self.outbox.popleft()
         assert isinstance(item, Outputs)
         self._outbox_rows -= item.rows
         return item
 
     def fault(self, lane: int, error: LaneError, *, expected_step: int = 0) -> None:
-        """Tell the client of one lane's fault."""
+        """Tell the client of a fault of one lane."""
         self.send(Failed(lane, error, expected_step))
 
     def finish_steps(self, steps: int) -> None:
@@ -107,7 +107,7 @@ class Stream:
             self._on_change()
 
     def slots(self, lanes: Integers) -> Slots:
-        """The slots of `lanes` [n], negative where there is none."""
+        """The slots of `lanes` [n]; negative for lanes without one."""
         try:
             return self._slots.take(lanes)
         except IndexError:
@@ -119,7 +119,7 @@ class Stream:
         return int(self._slots[lane]) if lane < len(self._slots) else _UNKNOWN
 
     def is_unknown(self, lane: int) -> bool:
-        """True when no open has named the lane."""
+        """True if no open has named the lane."""
         return self.slot(lane) == _UNKNOWN
 
     def put_lane(self, lane: int, slot: int) -> None:
@@ -129,7 +129,7 @@ class Stream:
         self._slots[lane] = slot
 
     def end_lane(self, lane: int, reason: EndReason | None) -> None:
-        """Take a lane away and, where there is a reason, tell the client."""
+        """Remove a lane and, if there is a reason, tell the client."""
         self.put_lane(lane, _ENDED)
         if reason is not None:
             self.send(Ended(lane, reason))
@@ -139,9 +139,9 @@ class Stream:
         return self._slots[self._slots >= 0]
 
     def take_back(self) -> Outputs | None:
-        """The oldest of what was delivered and not acknowledged, taken out; None: nothing is left.
+        """Take out the oldest outputs that were delivered but not acknowledged; None if none.
 
-        For a stream that has ended: notices that wait are dropped.
+        For a stream that has ended. Waiting events without outputs are dropped.
         """
         for waiting in (self.unacknowledged, self.outbox, self.gated):
             while waiting:
@@ -160,7 +160,7 @@ class Stream:
 
 
 class Streams:
-    """The streams of one model: those that are open, and those whose lanes are being parked."""
+    """The streams of one model: open ones, and ended ones whose lanes are being parked."""
 
     def __init__(self, limits: Limits, *, outbox_rows_max: int) -> None:
         self._limits = limits
@@ -197,7 +197,7 @@ class Streams:
         return stream
 
     def begin_end(self, stream: Stream) -> bool:
-        """A stream has ended; False where that is known already."""
+        """Note that a stream has ended; False if that is already known."""
         if self._open.pop(stream.number, None) is None:
             return False
         self._ending[stream.number] = stream
@@ -205,11 +205,11 @@ class Streams:
         return True
 
     def finish_end(self, stream: Stream) -> None:
-        """All lanes of a stream that has ended are parked."""
+        """Forget an ended stream, because all of its lanes are parked."""
         del self._ending[stream.number]
 
     def stop_reading(self) -> None:
-        """Read no further from any stream: the server stops."""
+        """Stop reading from all streams, because the server stops."""
         for stream in self._open.values():
             stream.is_draining = True
 

@@ -1,6 +1,6 @@
-"""All sequences of one model, and the columns of them that only this table writes.
+"""Holds all sequences of one model and their columns, which only this table writes.
 
-No I/O and no clock of its own: `now` gives the seconds in which this process was awake.
+It does no I/O and has no clock. `now` is the seconds in which this process was awake.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,8 +16,8 @@ from sluice_service.sequences.tombstones import Tombstones
 from sluice_service.store.claims import Durability, Record
 
 NONE = -1
-# `received` of a client without a writer: it never asks again, so nothing is held for it. And
-# `durable` of a sequence that is in no store: nothing waits for it.
+# The value of `received` for a client without a writer, for which nothing is held, and of
+# `durable` for a sequence that is in no store, so that nothing waits for it.
 ALL = 1 << 62
 Scalar = TypeVar("Scalar", bound=np.generic)
 
@@ -25,9 +25,9 @@ Scalar = TypeVar("Scalar", bound=np.generic)
 class SequenceTable:
     """All sequences of one model: by id, by slot, and in columns by slot.
 
-    A run reads the columns for its whole batch at once. They are read-only views: to
-    change one, call the method that says why. What follows from a change (how far a
-    sequence may run) is derived in the same call.
+    A run reads the columns for its whole batch at once. They are read-only views. To change
+    one, call the method that is named for the reason. It also derives what depends on the
+    change (how far a sequence may run).
     """
 
     def __init__(
@@ -48,9 +48,9 @@ class SequenceTable:
         self._unacknowledged_steps_max = unacknowledged_steps_max
         self._undurable_steps_max = undurable_steps_max
         self._epoch = 0
-        # Called when a sequence has gone and there may be room.
+        # Called when a sequence has ended and there may be room.
         self.on_gone: Callable[[], None] = lambda: None
-        # Called with stalled slots that may run on.
+        # Called with stalled slots that may continue.
         self.on_resumed: Callable[[Slots], None] = lambda _: None
         self.has_strict = False  # once there was one
 
@@ -60,15 +60,15 @@ class SequenceTable:
         self._durable, self.durable = _column(slots, np.int64, ALL)  # safe in the store
         self._limit, self.limit = _column(slots, np.int64)  # not run beyond
         self._is_stalled, self.is_stalled = _column(slots, np.bool_)  # waits at its limit
-        self._is_strict, self.is_strict = _column(slots, np.bool_)  # only what is durable leaves
+        self._is_strict, self.is_strict = _column(slots, np.bool_)  # only durable outputs are sent
         self._stream, self.stream = _column(slots, np.int64, NONE)  # the number of its stream
         self._lane, self.lane = _column(slots, np.int64)
         self._active, self.active = _column(slots, np.float64)  # when it last did something
-        # How often the slot changed hands.
+        # How often the slot has changed hands.
         self._generation, self.generation = _column(slots, np.int64)
         self._is_alive, self.is_alive = _column(slots, np.bool_)
         self._is_running, self.is_running = _column(slots, np.bool_)  # in a thread
-        # Chunks are dropped until one is at `step`.
+        # Chunks are dropped until one begins at `step`.
         self._is_faulted, self.is_faulted = _column(slots, np.bool_)
         # Nothing queued, nothing faulted: the next chunk may go directly into a run.
         self._is_direct, self.is_direct = _column(slots, np.bool_, True)
@@ -100,12 +100,12 @@ class SequenceTable:
         return sequence
 
     def record(self, sequence_id: str) -> Record | None:
-        """What is known of the owner of that id, alive or closed."""
+        """The owner of that id, live or closed."""
         sequence = self._by_id.get(sequence_id)
         return sequence.record if sequence is not None else self._tombstones.get(sequence_id)
 
     def raise_epoch(self) -> int:
-        """An epoch that was never given before."""
+        """A new epoch, never issued before."""
         self._epoch += 1
         return self._epoch
 
@@ -141,7 +141,7 @@ class SequenceTable:
     def own(
         self, sequence: Sequence, claim_id: bytes, durability: Durability, durable_step: int
     ) -> None:
-        """Note that this process owns a sequence in the store, where it is durable up to a step."""
+        """Note that this process owns a sequence in the store, durable up to `durable_step`."""
         slot = sequence.slot
         sequence.claim_id = claim_id
         sequence.durability = durability
@@ -153,7 +153,7 @@ class SequenceTable:
     def begin_again(
         self, sequence: Sequence, *, step: int, row: StateRows | None, plane: int | None
     ) -> None:
-        """Put a sequence back to `step` with the state `row` or the initial one."""
+        """Reset a sequence to `step` with the state `row` or the initial one."""
         self.states.reset(sequence.slot, row, plane)
         self._rewind(sequence.slot, step)
         sequence.held.clear()
@@ -166,7 +166,7 @@ class SequenceTable:
         self._lane[slot] = lane
         self._sent[slot] = self._step[slot]
         self._active[slot] = self.now()
-        # Outputs of an earlier lane can be acknowledged no more.
+        # Outputs of an earlier lane can no longer be acknowledged.
         self._generation[slot] += 1
         if sequence.is_anonymous and not sequence.is_counted:
             self._received[slot] = ALL
@@ -175,19 +175,19 @@ class SequenceTable:
         self._is_direct[slot] = True
 
     def detach(self, sequence: Sequence) -> None:
-        """Park a sequence: alive, on no stream."""
+        """Park a sequence: it stays live, on no stream."""
         sequence.move(Event.DETACH)
         self._stream[sequence.slot] = NONE
-        # Outputs that it holds now are sent on its next lane, and not on this one as well.
+        # The outputs that it holds now are sent on its next lane only.
         self._generation[sequence.slot] += 1
 
     def end(self, sequence: Sequence, ending: str) -> None:
-        """Take a sequence out; a tombstone keeps `ending`, the reason, for its writer."""
+        """Remove a sequence; a tombstone keeps `ending`, the reason, for its writer."""
         self.forget(sequence)
         self._tombstones.add(sequence.sequence_id, sequence.record, ending, self.now())
 
     def forget(self, sequence: Sequence) -> None:
-        """Take a sequence out without a tombstone: the store knows what is to be known of it."""
+        """Remove a sequence without a tombstone, because the store knows its end."""
         sequence.move(Event.END)
         slot = sequence.slot
         del self._by_id[sequence.sequence_id]
@@ -202,7 +202,7 @@ class SequenceTable:
         self.on_gone()
 
     def drop_tombstones(self) -> bool:
-        """Drop tombstones whose time is over; True when there may be more of them."""
+        """Drop tombstones whose time is over; True if there may be more of them."""
         return self._tombstones.drop_expired(self.now())
 
     # Chunks on their way to a run.
@@ -226,18 +226,18 @@ class SequenceTable:
         self._is_running[slots] = False
 
     def derive_direct(self, slots: Slots, is_queue_empty: NDArray[np.bool_]) -> None:
-        """Say after a run of `slots` [n] whether their next chunks may go directly into one."""
+        """Note after a run of `slots` [n] whether their next chunks may go directly into a run."""
         self._is_direct[slots] = (
             is_queue_empty & ~self._is_faulted[slots] & (self._sent[slots] == self._step[slots])
         )
 
     def fault(self, slot: int) -> None:
-        """Have a slot drop what its lane sends until a chunk names the step it stands at."""
+        """Let a slot drop its lane's chunks until one names the slot's step."""
         self._is_faulted[slot] = True
         self._is_direct[slot] = False
 
     def clear_fault(self, slot: int) -> None:
-        """The chunk that a faulted slot waited for has come."""
+        """Note that the chunk that a faulted slot waited for has arrived."""
         self._is_faulted[slot] = False
 
     def apply(
@@ -247,7 +247,7 @@ class SequenceTable:
         states: StateRows,
         is_applied: NDArray[np.bool_] | None,
     ) -> None:
-        """Make a run's states the sequences' own; they stand at `steps` now.
+        """Store a run's states; the sequences are at `steps` now.
 
         `slots`, `steps` and `is_applied` are [batch], `states` [batch, state_size]; None: all are
         applied.
@@ -261,9 +261,9 @@ class SequenceTable:
     # How far a sequence may run.
 
     def acknowledge(self, slots: Slots, ends: Integers) -> None:
-        """The clients of `slots` [n], all different, have the outputs up to `ends` [n].
+        """Note that the clients of `slots` [n], all different, have the outputs up to `ends` [n].
 
-        A client cannot have more than was applied, whatever it says; and `received` only rises.
+        A client cannot have more than was applied, even if it says so. `received` only rises.
         """
         self._received[slots] = np.maximum(
             self._received[slots], np.minimum(ends, self._step[slots])
@@ -271,17 +271,17 @@ class SequenceTable:
         self._derive_limits(slots)
 
     def set_received(self, sequence: Sequence, step: int) -> None:
-        """The client that opens a sequence has its outputs up to `step`."""
+        """Note that the client that opens a sequence has its outputs up to `step`."""
         self._received[sequence.slot] = step
         self._derive_limit(sequence.slot)
 
     def note_durable(self, slots: Slots, steps: Integers) -> None:
-        """The store has `slots` [n], all different, up to `steps` [n]."""
+        """Note that the store has `slots` [n], all different, up to `steps` [n]."""
         self._durable[slots] = np.maximum(self._durable[slots], steps)
         self._derive_limits(slots)
 
     def wait_for_clients(self, slots: Slots) -> NDArray[np.bool_]:
-        """[n] whether only its client's acknowledgement lets each of `slots` run on."""
+        """[n] whether each of `slots` can only continue after an acknowledgement."""
         unacknowledged = self._step[slots] - self._received[slots]
         return np.asarray(unacknowledged >= self._unacknowledged_steps_max)
 
@@ -290,17 +290,17 @@ class SequenceTable:
         return int(min(self._received[slot], self._step[slot]))
 
     def _rewind(self, slot: int, step: int) -> None:
-        """Let a slot stand at `step`, with nothing sent, held or faulted."""
+        """Set a slot to `step`, with nothing sent, held or faulted."""
         self._step[slot] = self._sent[slot] = self._received[slot] = step
         self._is_faulted[slot] = False
         self._derive_limit(slot)
 
     def stall(self, slots: Slots | int) -> None:
-        """`slots` [n] wait until their limit is raised; `on_resumed` tells when."""
+        """Let `slots` [n] wait until their limit is raised, when `on_resumed` is called."""
         self._is_stalled[slots] = True
 
     def clear_stall(self, slot: int) -> None:
-        """A slot waits for nothing any more: its queue is empty."""
+        """Note that a slot waits for nothing any more, because its queue is empty."""
         self._is_stalled[slot] = False
 
     def _derive_limits(self, slots: Slots) -> None:
@@ -313,7 +313,7 @@ class SequenceTable:
             self._resume(np.unique(slots[is_stalled]))
 
     def _derive_limit(self, slot: int) -> None:
-        """As `_derive_limits`, of one slot: numbers cost a fraction of what arrays of one do."""
+        """As `_derive_limits`, for one slot: plain numbers cost far less than arrays of one."""
         self._limit[slot] = min(
             self._received[slot] + self._unacknowledged_steps_max,
             self._durable[slot] + self._undurable_steps_max,
@@ -328,17 +328,17 @@ class SequenceTable:
     # Time.
 
     def touch(self, sequence: Sequence) -> None:
-        """A sequence does something now."""
+        """Note that a sequence is active now."""
         self._active[sequence.slot] = self.now()
 
     def touch_durable(self) -> None:
-        """Let the idle time of all durable sequences begin anew."""
+        """Restart the idle time of all durable sequences."""
         self._active[self._durable < ALL] = self.now()
 
     def idle(self, before: float) -> Iterator[Sequence]:
-        """The sequences that did nothing since `before` and are in no run.
+        """Yield the sequences that did nothing since `before` and are in no run.
 
-        Each is looked at again when its turn comes: time may pass between two.
+        Each is checked again when its turn comes, because time may pass in between.
         """
 
         def is_idle(chosen: int | slice) -> NDArray[np.bool_]:
@@ -350,7 +350,7 @@ class SequenceTable:
                 yield self.at(slot)
 
     def is_same(self, slots: Slots, generations: Integers) -> NDArray[np.bool_]:
-        """[n] whether each slot is still in the hands it was in at that generation."""
+        """[n] whether each slot still has that generation."""
         same: NDArray[np.bool_] = self._generation[slots] == generations
         return same
 

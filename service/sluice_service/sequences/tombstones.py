@@ -1,4 +1,4 @@
-"""Remembers ended sequences for a while, so that a late repeat of an open starts none anew."""
+"""Remembers ended sequences, so that a late repeat of an open cannot start them again."""
 
 from collections import deque
 
@@ -14,8 +14,8 @@ class Tombstones:
     def __init__(self, *, count_max: int, seconds: float) -> None:
         self._count_max = count_max
         self._seconds = seconds
-        # Until when each is remembered, and its record; the same in their order. An id that
-        # lives again leaves its entry in the order.
+        # By id, until when each is remembered, and its record; then the ids in order of time.
+        # An id that is live again stays in the order.
         self._records: dict[str, tuple[float, Record]] = {}
         self._order: deque[tuple[float, str]] = deque()
 
@@ -25,7 +25,7 @@ class Tombstones:
         return entry[1] if entry is not None else None
 
     def add(self, sequence_id: str, record: Record, ending: str, now: float) -> None:
-        """A sequence has ended at `now`, in seconds, for the reason `ending`."""
+        """Add a sequence that has ended at `now`, in seconds, for the reason `ending`."""
         record.is_alive = False
         record.ending = ending
         until = now + self._seconds
@@ -35,11 +35,11 @@ class Tombstones:
             self._drop_oldest()
 
     def remove(self, sequence_id: str) -> None:
-        """An id lives again."""
+        """Forget an id that is live again."""
         self._records.pop(sequence_id, None)
 
     def drop_expired(self, now: float) -> bool:
-        """Drop some of those whose time is over at `now`; True when there may be more of them."""
+        """Drop some of those whose time is over at `now`; True if there may be more of them."""
         for _ in range(_AT_ONCE_MAX):
             if not self._order or self._order[0][0] > now:
                 return False

@@ -1,1 +1,1 @@
-"""What happens to a sequence here: opened, attached, run, answered, ended."""
+"""What happens to a sequence: it is opened, attached, run, answered, ended."""

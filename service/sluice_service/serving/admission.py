@@ -1,4 +1,4 @@
-"""Decides whether an open may go ahead: names, room, durability, and whether the model takes it."""
+"""Decides whether an open is admitted: by names, room, durability and the model's state."""
 
 import uuid
 from collections.abc import Iterable
@@ -11,16 +11,16 @@ from sluice_service.sequences.stream import LANES_MAX, Stream
 from sluice_service.sequences.table import SequenceTable
 from sluice_service.store.claims import TABLE, Durability, OpenMode, OpenRequest
 
-# Of a sequence's id and of a writer.
+# The longest sequence id and the longest writer.
 _NAME_BYTES_MAX = 512
 
 
 @dataclass(slots=True)
 class Lifecycle:
-    """What a model takes at present; its host sets it."""
+    """What a model accepts at present; its host sets it."""
 
     is_draining: bool = False  # the server stops: nothing is opened or run
-    is_unloading: bool = False  # live sequences continue, none begins
+    is_unloading: bool = False  # live sequences continue, no new ones begin
 
     @property
     def is_welcoming(self) -> bool:
@@ -29,7 +29,7 @@ class Lifecycle:
 
 
 class Admission:
-    """Admits opens of one model, and reserves room for the sequences that they bring."""
+    """Admits opens of one model and reserves room for their sequences."""
 
     def __init__(
         self,
@@ -44,11 +44,11 @@ class Admission:
         self._versions = versions
         self._lifecycle = lifecycle
         self._durability = durability
-        # Ids of sequences that are to live here, while the store is asked about them.
+        # Ids of sequences with reserved room, while the store is asked about them.
         self._reserved: set[str] = set()
 
     def admit(self, stream: Stream, request: OpenRequest) -> None:
-        """Refuse what cannot be opened on a stream; name what has no name. Raises LaneError."""
+        """Check an open on a stream and name a sequence without a name. Raises LaneError."""
         if request.lane >= LANES_MAX:
             raise InvalidInputError(f"lanes are numbers below {LANES_MAX}, not {request.lane}")
         if stream.slot(request.lane) >= 0:
@@ -58,7 +58,7 @@ class Admission:
         self.admit_unattached(request)
 
     def admit_unattached(self, request: OpenRequest) -> None:
-        """As `admit`, of a sequence that gets no lane yet. Raises LaneError."""
+        """As `admit`, for a sequence that gets no lane yet. Raises LaneError."""
         if self._lifecycle.is_draining:
             raise DrainingError("this server is stopping; open the sequence at another")
         _check_names(request)
@@ -67,14 +67,14 @@ class Admission:
         found = self._table.get(request.sequence_id)
         if self._lifecycle.is_unloading and (found is None or _begins_again(request, found)):
             raise DrainingError("this model is being unloaded: what lives goes on, nothing begins")
-        # What a RESUME names has to be found first: it may be nowhere.
+        # A RESUME is checked later: its sequence has to be found first.
         if found is None and request.mode != OpenMode.RESUME:
             self.require_room()
         if request.state is not None:
             self._versions.state_row(request.state)
 
     def durability(self, request: OpenRequest) -> Durability:
-        """What a sequence has, or else gets. Raises InvalidInputError where that is too much."""
+        """The durability of a sequence, or that of its open. Raises InvalidInputError."""
         sequence = self._table.get(request.sequence_id)
         if sequence is not None:
             return sequence.durability
@@ -99,7 +99,7 @@ class Admission:
         return self._table.slots - len(self._table) - len(self._reserved)
 
     def require_room(self) -> None:
-        """Raise LimitError when no more sequences may live here."""
+        """Raise LimitError if no more sequences may live here."""
         if self.room <= 0:
             raise LimitError(
                 f"{len(self._table) + len(self._reserved)} sequences are alive or being opened, "
@@ -108,23 +108,23 @@ class Admission:
             )
 
     def reserve(self, sequence_id: str) -> None:
-        """Keep room for a sequence while the store is asked about it. Raises LimitError."""
+        """Reserve room for a sequence while the store is asked about it. Raises LimitError."""
         self.require_room()
         self._reserved.add(sequence_id)
 
     def release(self, sequence_ids: Iterable[str]) -> None:
-        """The store has answered about these sequences: they live here now, or will not."""
+        """Release the room of these sequences: the store has answered about them."""
         self._reserved.difference_update(sequence_ids)
 
 
 def _begins_again(request: OpenRequest, found: Sequence) -> bool:
-    """True when an open asks for the initial state of a live sequence, and is no repeat."""
+    """True if an open asks for the initial state of a live sequence and is not a repeat."""
     is_repeat = request.writer != b"" and request.writer == found.record.writer
     return request.mode == OpenMode.RESTART and not is_repeat
 
 
 def _check_names(request: OpenRequest) -> None:
-    """Refuse what no open can mean. Raises InvalidInputError."""
+    """Check the fields of an open. Raises InvalidInputError."""
     if request.mode not in TABLE:
         raise InvalidInputError(f"there is no open mode {request.mode}")
     for name, size in (

@@ -1,4 +1,4 @@
-"""Tells clients of the faults of their lanes, each after the outputs that came before it."""
+"""Tells clients of the faults of their lanes, each after the outputs before it."""
 
 from sluice_service.errors import LaneError, UnknownLaneError
 from sluice_service.metrics import ModelMetrics
@@ -28,7 +28,7 @@ class Faults:
         )
 
     def stop(self, slot: int, error: LaneError) -> None:
-        """Stop a sequence's lane at the step it stands: nothing of the chunk was applied."""
+        """Stop a sequence's lane at its present step: nothing of the chunk was applied."""
         table = self._table
         table.fault(slot)
         stream = self._streams.get(int(table.stream[slot]))
@@ -38,7 +38,7 @@ class Faults:
             self.release(stream)
 
     def release(self, stream: Stream) -> None:
-        """Tell of the faults of a stream that wait for no output before them."""
+        """Send the faults of a stream that no longer wait for outputs before them."""
         table, faults = self._table, stream.late_faults
         stream.late_faults = []
         for fault in faults:

@@ -1,4 +1,4 @@
-"""Applies what a run gave: states and steps to the sequences, outputs to the streams."""
+"""Applies the outcome of a run: states and steps to the table, outputs to the streams."""
 
 import time
 from collections.abc import Callable
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 class Landing:
-    """Where the runs of one model end; until then nothing has changed."""
+    """Applies the runs of one model. Before that, a run has changed nothing."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class Landing:
         self.on_applied: Callable[[Slots], None] | None = None
 
     def apply(self, run: Run, outcome: Outcome) -> None:
-        """Make a run's states the sequences' own and hand its outputs to their streams."""
+        """Store a run's states and hand its outputs to their streams."""
         began = time.monotonic()
         slots = run.slots
         is_applied: NDArray[np.bool_] | None = None
@@ -66,7 +66,7 @@ class Landing:
         self._metrics.delivered(began, run.arrived, run.weights)
 
     def settle(self) -> None:
-        """Act on what the scheduler met: faults, endings, steps that will never run."""
+        """Handle what the scheduler has found: faults, endings, steps that will never run."""
         scheduler = self._scheduler
         if scheduler.faults:
             for slot, error in _drain(scheduler.faults):
@@ -83,7 +83,7 @@ class Landing:
                 self._streams.finish_steps(number, steps)
 
     def _deliver(self, run: Run, outcome: Outcome, is_applied: NDArray[np.bool_] | None) -> int:
-        """Cut a run's outputs at the borders between streams; the steps applied."""
+        """Cut a run's outputs at the borders between streams. Returns the steps applied."""
         generations = self._table.generation[run.slots]
         each = run.steps_each
         rows = [
@@ -118,7 +118,7 @@ class Landing:
 
 
 def _drain(items: list[T]) -> list[T]:
-    """The items, taken out of their list."""
+    """Take the items out of their list."""
     taken = items.copy()
     items.clear()
     return taken

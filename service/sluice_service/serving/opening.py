@@ -1,7 +1,7 @@
 """Takes an open through its stages: admit → reserve → claim → place → attach.
 
-A sequence that is in no store is claimed in memory, by the same table, while it is placed; the
-claims of all others are made by `durability/ownership`.
+A sequence that is in no store is claimed in memory, by the same table, while it is placed.
+`durability/ownership` claims all others.
 """
 
 from sluice_service.errors import LaneError
@@ -18,7 +18,7 @@ from sluice_service.store.claims import OpenRequest
 
 
 class Opening:
-    """Opens sequences of one model on streams, or tells their clients why not."""
+    """Opens sequences of one model on streams, or tells their clients why they are refused."""
 
     def __init__(
         self,
@@ -37,12 +37,12 @@ class Opening:
         self._faults = faults
 
     def open_in_memory(self, stream: Stream, request: OpenRequest) -> None:
-        """All stages for a sequence that is in no store; between runs only."""
+        """Take an open of a sequence that is in no store through all stages; between runs only."""
         if self.admit(stream, request):
             self.complete(stream, request, None)
 
     def admit(self, stream: Stream, request: OpenRequest) -> bool:
-        """True if nothing speaks against an open yet; else its client is told."""
+        """True if an open is admitted; else its client is told why not."""
         try:
             self._admission.admit(stream, request)
             self._admission.durability(request)
@@ -54,14 +54,14 @@ class Opening:
     def complete(
         self, stream: Stream, request: OpenRequest, answer: Granted | LaneError | None
     ) -> None:
-        """Place and attach an admitted request, or tell its fault; between runs only.
+        """Place and attach an admitted request, or send its fault; between runs only.
 
         `answer` is the store's; None: the sequence is in no store.
         """
         try:
             if isinstance(answer, LaneError):
                 raise answer
-            # Where the stream has ended meanwhile the sequence is parked.
+            # If the stream has ended meanwhile, the sequence is parked.
             is_open = self._streams.get(stream.number) is not None
             if is_open:
                 self._admission.admit(stream, request)
@@ -72,7 +72,7 @@ class Opening:
             self._refuse(stream, request, error)
 
     def _attach(self, stream: Stream, sequence: Sequence, request: OpenRequest) -> None:
-        """Tell the client how its sequence stands, then send what is held for it."""
+        """Send Opened to the client, then the outputs that are held for it."""
         table, slot = self._table, sequence.slot
         is_counted = stream.has_counters and request.received is not None
         sequence.is_counted = is_counted and sequence.is_durable
@@ -94,6 +94,6 @@ class Opening:
 
     def _refuse(self, stream: Stream, request: OpenRequest, error: LaneError) -> None:
         if request.lane < LANES_MAX and stream.slot(request.lane) < 0:
-            # Chunks that were sent with the open get no fault of their own.
+            # Chunks that were sent together with the open get no separate fault.
             stream.end_lane(request.lane, None)
         self._faults.tell(stream, request.lane, error, expected_step=error.expected_step)

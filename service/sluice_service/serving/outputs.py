@@ -1,7 +1,7 @@
 """Hands outputs to their streams, and holds them until their clients have acknowledged them.
 
-Outputs stay with the stream as they were sent, a frame at a time. Only when a stream ends, or a
-sequence leaves its lane, are they cut apart and held with their sequences. So the common case
+Outputs stay with the stream as they were sent, one frame at a time. They are cut apart and held
+with their sequences only when a stream ends or a sequence leaves its lane. So the common case
 costs one comparison per response.
 """
 
@@ -19,7 +19,7 @@ from sluice_service.serving.faults import Faults
 
 
 class OutputBuffer:
-    """The outputs of one model that are not acknowledged, on their streams or with sequences."""
+    """Holds the unacknowledged outputs of one model, on their streams or with sequences."""
 
     def __init__(self, table: SequenceTable, streams: Streams, faults: Faults) -> None:
         self._table = table
@@ -29,7 +29,7 @@ class OutputBuffer:
     # To the clients.
 
     def deliver(self, outputs: Outputs, number: int) -> None:
-        """Hand outputs to the stream of that number, or hold them where it has ended meanwhile.
+        """Hand outputs to the stream of that number, or hold them if it has ended meanwhile.
 
         Outputs that must be durable first wait for `release`.
         """
@@ -45,7 +45,7 @@ class OutputBuffer:
             stream.send(outputs)
 
     def release(self) -> None:
-        """Send what has become durable, and the faults that come after it."""
+        """Send the outputs that have become durable, and the faults after them."""
         for stream in self._streams:
             gated = stream.gated.copy()
             stream.gated.clear()
@@ -56,9 +56,9 @@ class OutputBuffer:
             self._faults.release(stream)
 
     def tell_durable(self, slots: list[int]) -> None:
-        """Tell the clients of `slots` how far they may drop their inputs.
+        """Tell the clients of `slots` up to which step they may drop their inputs.
 
-        Of strict sequences the outputs say it, and a client without a writer keeps no inputs.
+        For strict sequences the outputs mean the same. Clients without a writer retain no inputs.
         """
         table = self._table
         for slot in slots:
@@ -73,7 +73,7 @@ class OutputBuffer:
         return any(is_same(one.slots, one.generations).any() for one in stream.gated)
 
     def note_sent(self, stream: Stream, outputs: Outputs, responses: int) -> None:
-        """Outputs have gone out, the last of them in response number `responses`."""
+        """Note that outputs were sent, the last of them in response number `responses`."""
         outputs.responses = responses
         if stream.has_writer and self._streams.get(stream.number) is stream:
             stream.unacknowledged.append(outputs)
@@ -81,10 +81,10 @@ class OutputBuffer:
                 self._drop_received(stream)
 
     def resend(self, stream: Stream, sequence: Sequence, lane: int) -> None:
-        """Send what is held from `received` on, once, on a new lane."""
+        """Send the outputs held from `received` on, once, on a new lane."""
         table, slot = self._table, sequence.slot
         received = int(table.received[slot])
-        # What a client without a writer counts is held again once it has gone out.
+        # Outputs of a client that counts steps are held again after they are sent.
         all_held, sequence.held = sequence.held, []
         for held in all_held:
             skipped = max(received - held.first, 0)
@@ -101,7 +101,7 @@ class OutputBuffer:
                 self.deliver(outputs, stream.number)
 
     def _is_gated(self, outputs: Outputs) -> NDArray[np.bool_] | None:
-        """[chunks] which may not leave before they are durable; None: all may."""
+        """[chunks] which must not be sent before they are durable; None: none of them."""
         table, slots = self._table, outputs.slots
         if not table.has_strict:
             return None
@@ -112,12 +112,12 @@ class OutputBuffer:
     # From the clients.
 
     def acknowledge(self, stream: Stream, lanes: Integers, received: Integers) -> None:
-        """The client has the outputs of `lanes` [n] up to `received` [n]."""
+        """Note that the client has the outputs of `lanes` [n] up to `received` [n]."""
         slots = stream.slots(lanes)
         is_open = slots >= 0
         slots, received = slots[is_open], received[is_open]
         if len(slots) > 1:
-            # Of each slot the furthest step.
+            # The highest step of each slot.
             order = np.lexsort((received, slots))
             slots, received = slots[order], received[order]
             is_last = np.r_[slots[1:] != slots[:-1], True]
@@ -127,7 +127,7 @@ class OutputBuffer:
         self._drop_received(stream)
 
     def acknowledge_responses(self, stream: Stream, responses: int) -> None:
-        """The client has read that many responses of the stream."""
+        """Note that the client has read that many responses of the stream."""
         waiting = stream.unacknowledged
         while waiting and waiting[0].responses <= responses:
             outputs = waiting.popleft()
@@ -138,17 +138,17 @@ class OutputBuffer:
             self._table.acknowledge(slots, ends)
 
     def _drop_received(self, stream: Stream) -> None:
-        """Drop what cannot be asked for again: it arrived, or its sequence left the stream."""
+        """Drop outputs that have arrived, or whose sequence has left the stream."""
         due = [outputs for outputs in stream.unacknowledged if self._is_due(outputs).any()]
         stream.unacknowledged.clear()
         stream.unacknowledged.extend(due)
-        # Looking again only after as many more keeps this cheap.
+        # Look again only after as many more outputs, to keep this cheap.
         stream.unacknowledged_max = 2 * len(due) + 64
 
     # With their sequences.
 
     def take_back(self, sequence: Sequence, stream: Stream) -> None:
-        """Hold with a sequence what its stream has of it and its client has not acknowledged."""
+        """Hold a sequence's unacknowledged outputs with it, and no longer on its stream."""
         table, slot = self._table, sequence.slot
         for outputs in stream.outputs():
             for index in np.flatnonzero(outputs.slots == slot).tolist():
@@ -158,7 +158,7 @@ class OutputBuffer:
                     sequence.held.append(Held(*outputs.chunk(index)))
 
     def hold(self, outputs: Outputs) -> None:
-        """Hold outputs with their sequences, as far as they are not acknowledged."""
+        """Hold the unacknowledged part of outputs with their sequences."""
         is_due = self._is_due(outputs)
         if is_due.any():
             due = outputs.only(is_due)
@@ -169,7 +169,7 @@ class OutputBuffer:
     def hold_counted(
         self, stream: Stream, lane: int, first: int, steps: int, rows: list[bytes]
     ) -> None:
-        """Hold outputs that have gone to a client that counts its steps, until acknowledged."""
+        """Hold outputs that were sent to a client that counts its steps, until acknowledged."""
         slot = stream.slot(lane)
         if slot >= 0:
             sequence, received = self._table.at(slot), self._table.received[slot]
@@ -177,7 +177,7 @@ class OutputBuffer:
             sequence.held = [*due, Held(first, steps, rows)]
 
     def due(self, numbers: Integers) -> Iterator[Outputs]:
-        """What may still be asked for of the outputs of these streams, oldest first in each."""
+        """The outputs of these streams that may still be asked for, oldest first in each."""
         for number in np.unique(numbers).tolist():
             stream = self._streams.get(number) or self._streams.ending(number)
             for outputs in stream.outputs() if stream is not None else ():
@@ -192,7 +192,7 @@ class OutputBuffer:
         if (ending := self._streams.ending(number)) is None:
             self.hold(outputs)
             return
-        # A sequence that has left the stream has taken back all that came before this.
+        # A sequence that has left the stream has already taken all earlier outputs.
         has_left = self._table.stream[outputs.slots] != number
         if has_left.any():
             self.hold(outputs.only(has_left))

@@ -1,4 +1,4 @@
-"""Puts the sequence that a claim grants into its slot: new, taken from memory, or restored."""
+"""Puts a claimed sequence into its slot: a new one, one in memory, or a restored one."""
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from sluice_service.store.claims import Claim, OpenRequest, Record, decide
 
 
 class Placement:
-    """Gives opens of one model their parked sequences; between runs only."""
+    """Places the sequences of one model for their opens; between runs only."""
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class Placement:
         self._metrics = metrics
 
     def place(self, request: OpenRequest, granted: Granted | None) -> Sequence:
-        """The sequence that a request may have, taken from whatever lane and writer it had.
+        """The sequence for a request, detached from its earlier lane and writer.
 
         `granted` is the store's claim; None: the sequence is in no store. Raises LaneError.
         """
@@ -56,7 +56,7 @@ class Placement:
         return sequence
 
     def _claim_in_memory(self, request: OpenRequest, claim: Claim) -> Sequence:
-        """Without a store: create a sequence, or take a live one as the claim says."""
+        """Create a sequence without a store, or take a live one as the claim says."""
         found, table = self._table.get(request.sequence_id), self._table
         if found is None:
             self._admission.require_room()
@@ -64,7 +64,7 @@ class Placement:
             record = Record(request.writer, request.attempt, table.raise_epoch(), is_alive=True)
             return table.create(request.sequence_id, record, step=step, row=row, plane=plane)
         if found.is_durable:
-            # It was not when the store might have been asked.
+            # It was in no store when the open was admitted.
             raise StoreDownError("the sequence has changed hands meanwhile; open it again")
         row, step, plane = self._start(request) if claim is Claim.WIPE else (None, 0, None)
         received = self._received(found, request, claim)
@@ -80,7 +80,7 @@ class Placement:
         return found
 
     def _resume(self, sequence: Sequence, request: OpenRequest, granted: Granted) -> Sequence:
-        """Continue what is in memory, the newest there is, under its new claim."""
+        """Continue the sequence in memory, which is up to date, under its new claim."""
         sequence.claim_id = granted.claim_id
         sequence.record.epoch, sequence.record.attempt = granted.epoch, request.attempt
         self._table.set_received(sequence, self._received(sequence, request, granted.claim))
@@ -88,7 +88,7 @@ class Placement:
         return sequence
 
     def _restore(self, request: OpenRequest, granted: Granted) -> Sequence:
-        """Put the store's checkpoint into memory, in place of anything older that is there."""
+        """Put the store's checkpoint into memory. It replaces an older copy."""
         stale = self._table.get(request.sequence_id)
         if stale is not None:
             self._attachments.lose(stale)
@@ -119,10 +119,10 @@ class Placement:
     ) -> tuple[StateRows | None, Version]:
         """The state of a checkpoint, and the version that made it; None: the initial state.
 
-        Raises WrongModelError where that version is not here.
+        Raises WrongModelError if that version is not loaded.
         """
         if granted.claim in (Claim.CREATE, Claim.WIPE) and request.state is None:
-            # The newest version now, even if another one was when the store was asked.
+            # The newest version now, even if it was another when the store was asked.
             return None, self._versions.newest
         version = self._version(checkpoint.model_digest)
         if len(checkpoint.row) != 4 * version.state_size:
@@ -130,7 +130,7 @@ class Placement:
         return np.frombuffer(checkpoint.row, "<f4"), version
 
     def _version(self, digest: str) -> Version:
-        """The version that a state is of. Raises WrongModelError."""
+        """The version that made a state. Raises WrongModelError."""
         version = self._versions.find(digest)
         if version is None:
             here = ", ".join(one.digest[:12] for one in self._versions)
@@ -141,22 +141,22 @@ class Placement:
         return version
 
     def _start(self, request: OpenRequest) -> tuple[StateRows | None, int, int | None]:
-        """The row, step and plane a new sequence begins with; no row: the initial state."""
+        """The row, step and plane of a new sequence; None as the row: the initial state."""
         if request.state is None:
             return None, 0, None
         row = self._versions.state_row(request.state)
         return row, request.state.step, self._version(request.state.model_digest).plane
 
     def _received(self, sequence: Sequence, request: OpenRequest, claim: Claim) -> int:
-        """What the client has, as far as this server can know of it. Raises OutOfRangeError."""
+        """How many outputs the client has, as far as this server knows. Raises OutOfRangeError."""
         floor = self._table.held_from(sequence.slot)
         step = int(self._table.step[sequence.slot])
         if claim in (Claim.WIPE, Claim.CREATE):
             return step
         if request.received is None:
-            # Outputs of another handle are not this one's.
+            # Another handle's outputs do not count.
             return step if claim is Claim.TAKE else floor
-        # A client may be ahead of a store that was written some time ago.
+        # A client may be ahead of the last checkpoint.
         is_ahead = request.received > step and not sequence.is_durable
         if request.received < floor or is_ahead:
             raise OutOfRangeError(
@@ -168,14 +168,14 @@ class Placement:
 
 
 def is_uncounted(request: OpenRequest) -> bool:
-    """True for the open of a caller that numbers no steps: it would not notice a missing one."""
+    """True for a caller that numbers no steps: it would not notice a missing one."""
     return not request.writer and request.received is None
 
 
 def lost(request: OpenRequest, checkpoint: Checkpoint) -> NotFoundError:
-    """What such a caller is told where it may have seen outputs beyond the checkpoint.
+    """The error for such a caller if it may have seen outputs beyond the checkpoint.
 
-    The inputs of those steps would never be sent again.
+    It would never send the inputs of those steps again.
     """
     return NotFoundError(
         f"sequence {request.sequence_id!r} was lost with its server after step "

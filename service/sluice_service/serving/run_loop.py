@@ -1,4 +1,4 @@
-"""The run loop: when a run ends, the next one takes whatever is ready, without a timer."""
+"""The run loop: when a run ends, the next one takes everything that is ready."""
 
 import asyncio
 import time
@@ -20,16 +20,16 @@ from sluice_service.serving.landing import Landing
 log = structlog.get_logger()
 T = TypeVar("T")
 
-# A run that is shorter is executed on the event loop: a thread would cost more than it overlaps.
-# While one stream is alone there is little to overlap with.
+# Shorter runs are executed on the event loop, because a thread would cost more than it gains.
+# With only one stream, there is little other work during a run.
 _INLINE_SECONDS_MAX = 0.0003
 _INLINE_ALONE_SECONDS_MAX = 0.003
-# Where several runs may be in flight, a run of at least two such parts is split.
+# If several runs may be in flight, a run of at least two such parts is split.
 _PART_SECONDS_MIN = 0.001
 
 
 class RunLoop:
-    """Takes runs from the scheduler, has the versions execute them, and lets them land."""
+    """Takes runs from the scheduler, executes them, and lands their outcomes."""
 
     def __init__(
         self,
@@ -57,21 +57,21 @@ class RunLoop:
 
     @property
     def is_idle(self) -> bool:
-        """True when nothing runs and nothing could."""
+        """True if nothing runs and nothing can."""
         return not self._in_flight and not self._scheduler.has_ready
 
     async def idle(self) -> None:
-        """Return once nothing runs and nothing could."""
+        """Return when nothing runs and nothing can."""
         while not self.is_idle:
             self._idle.clear()
             self._pump_soon()
             await self._idle.wait()
 
     def wake(self, *, is_alone: bool = False) -> None:
-        """Chunks have arrived: start a run once this turn of the event loop is over.
+        """Chunks have arrived: start a run after this turn of the event loop.
 
-        Chunks that arrive in the same turn join the run, and those of a few more turns where
-        waiting has paid. A stream that is alone (`is_alone`) waits for no other.
+        Chunks that arrive in the same turn join the run. If waiting has helped before, so do
+        those of a few more turns. A single stream (`is_alone`) does not wait.
         """
         self._arrivals.count += 1
         if is_alone and not self._is_pump_due and not self._arrivals.may_bring_more():
@@ -92,15 +92,15 @@ class RunLoop:
 
     @property
     def _may_start(self) -> bool:
-        """False while as many runs are in flight as may be, or an action waits for their end."""
+        """False while the most runs are in flight, or while an action waits for their end."""
         return self._in_flight < self._runs_at_once_max and not self._waiting
 
     def settle(self) -> None:
-        """Act on what has come to light since the last run; for callers outside of a run."""
+        """Handle what was found since the last run; for callers outside of a run."""
         self._landing.settle()
 
     async def between_runs(self, action: Callable[[], T]) -> T:
-        """What `action` returns, called at an instant when no run is in flight."""
+        """Call `action` at an instant when no run is in flight. Returns its result."""
         if not self._in_flight:
             done = action()
             self._landing.settle()
@@ -147,7 +147,7 @@ class RunLoop:
             self._pump_soon()
 
     def _start(self, run: Run) -> None:
-        """Let a thread execute a run."""
+        """Execute a run in a thread."""
         self._in_flight += 1
         self._scheduler.set_apart(run)
         future = asyncio.get_running_loop().run_in_executor(self._executor, self._execute, run)
@@ -157,7 +157,7 @@ class RunLoop:
         try:
             return self._versions.execute(run)
         except Exception:
-            # A defect of ours: its rows get a fault, the server goes on.
+            # A defect of the server: the rows get a fault, and the server continues.
             log.exception("run_broke")
             return self._versions.failed(run)
 

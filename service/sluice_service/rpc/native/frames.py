@@ -1,4 +1,4 @@
-"""The messages of a stream: requests into arrays, deliveries and notices into responses."""
+"""Converts the messages of a stream: requests to arrays, outputs and events to responses."""
 
 from collections import deque
 from collections.abc import Iterator
@@ -16,17 +16,17 @@ from sluice_service.rpc.native.wire import encode_outputs
 from sluice_service.sequences.events import Durable, Ended, Event, Failed, Limits, Opened, Outputs
 from sluice_service.sequences.table import NONE
 
-# What a response has beside the rows, at the most, for each chunk in it.
+# The most bytes that a response has for each chunk in addition to the rows.
 _CHUNK_BYTES = 24
 _RESPONSE_BYTES = 1024
-# What one response tells of at the most: more would hold the event loop up.
+# The most events in one response. More would block the event loop.
 _NOTICES_MAX = 256
 _RANK = {Limits: 0, Opened: 0, Durable: 1, Failed: 2, Ended: 3}
 RESPONSE_BYTES_DEFAULT = 4 * 2**20
 
 
 def parse(data: bytes) -> InferRequest:
-    """A request from its bytes. Raises RequestError: such bytes end the stream."""
+    """Parse a request. Raises RequestError, which ends the stream."""
     try:
         return InferRequest.FromString(data)
     except DecodeError as error:
@@ -39,7 +39,7 @@ def parse(data: bytes) -> InferRequest:
 class Chunks:
     """Chunks of a message: [chunks], [chunks], [chunks] or None, one [sum(steps), …] an input.
 
-    An error that is all chunks' may take the place of the inputs.
+    An error that concerns all chunks may be in the place of the inputs.
     """
 
     lanes: Integers
@@ -48,7 +48,7 @@ class Chunks:
     inputs: list[Array] | InvalidInputError
 
     def parts(self, chunks_max: int) -> "Iterator[Chunks]":
-        """The same in pieces of at most `chunks_max` chunks, whose rows are copies."""
+        """Split it into pieces of at most `chunks_max` chunks, with copies of their rows."""
         if len(self.lanes) <= chunks_max:
             yield self
             return
@@ -82,7 +82,7 @@ def read_chunks(request: InferRequest, rules: InputRules) -> Chunks:
         rows = int(steps.sum()) if request.steps else count
         inputs = rules.as_rows(rules.check(request.inputs, rows))
     except InvalidInputError as error:
-        # Without its traceback, which would keep all of the message.
+        # Without its traceback, which would keep the whole message in memory.
         inputs = error.with_traceback(None)
     return Chunks(lanes, steps, first, inputs)
 
@@ -92,7 +92,7 @@ def read_single(
 ) -> tuple[int, int, int, list[bytes]] | None:
     """The lane, steps, first step (or NONE) and rows of a request of one chunk.
 
-    None where it has more, or anything is out of the ordinary: then `read_chunks` tells what.
+    None if it has more chunks or anything unusual. Then `read_chunks` reads it.
     """
     lanes, lengths, named = request.lane, request.steps, request.first_step
     if len(lanes) != 1 or len(lengths) > 1 or len(named) > 1:
@@ -116,19 +116,19 @@ def _parallel(name: str, values: Integers, count: int) -> Integers:
 
 
 class Encoder:
-    """Packs what waits in an outbox into as few responses as order and size allow."""
+    """Packs an outbox into as few responses as order and size allow."""
 
     def __init__(self, rules: InputRules, *, response_bytes_max: int) -> None:
-        # A response carries at least one row or one notice, however little the client takes.
+        # A response has at least one row or one event, even if the client accepts less.
         budget = max(1, (response_bytes_max or RESPONSE_BYTES_DEFAULT) - _RESPONSE_BYTES)
         self._bytes_max = budget
         self._rows_max = max(1, budget // (rules.output_step_bytes + _CHUNK_BYTES))
 
     def notices(self, outbox: "deque[Event]") -> bytes:
-        """One response with the notices that stand first in the outbox, taken out of it.
+        """Take the events at the front out of the outbox, as one response.
 
-        A client reads a response's opens before its faults before its ends; what
-        happened in another order goes into another response.
+        A client reads a response's opens, then its faults, then its ends. Events that
+        happened in another order go into another response.
         """
         response = InferResponse()
         rank, size = 0, 0

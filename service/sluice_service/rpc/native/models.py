@@ -1,4 +1,4 @@
-"""The service sluice.v1.Models: what is served, and each model's contract."""
+"""Serves sluice.v1.Models: the list of models, and each model's contract."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -46,7 +46,7 @@ class ModelsService(ModelsServicer):
 
 
 def _info(host: Host) -> ModelInfo:
-    """What a client may know of a model without asking for its contract."""
+    """The description of a model in the list."""
     return ModelInfo(
         name=host.name,
         digest=host.contract.digest,

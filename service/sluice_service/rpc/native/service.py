@@ -1,4 +1,4 @@
-"""The service sluice.v1.Sequences: the Infer stream, and single questions about sequences."""
+"""Serves sluice.v1.Sequences: the Infer stream, and single calls about sequences."""
 
 from collections.abc import AsyncIterator, Mapping
 from typing import Any, TypeAlias
@@ -28,7 +28,7 @@ from sluice_service.rpc.status import as_status
 
 log = structlog.get_logger()
 
-# What one message names, lanes or chunks, of which more are taken in turns.
+# The lanes or chunks of one message above which they are taken in turns.
 _ENTRIES_AT_ONCE = 4096
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
@@ -41,7 +41,7 @@ class SequencesService:
         self._hosts = hosts
 
     def handler(self) -> "grpc.GenericRpcHandler[Any, Any]":
-        """What a server registers. Infer is handed bytes, so that bad ones get a clear answer."""
+        """The handler for a server. Infer gets bytes, so that bad ones get a clear error."""
         return grpc.method_handlers_generic_handler(
             "sluice.v1.Sequences",
             {
@@ -77,8 +77,8 @@ class SequencesService:
                 await session.serve()
 
     async def _begin(self, context: Context) -> "Session | None":
-        """What serves a stream, once its first message is here; None where none comes."""
-        # Read from the context, which costs less than the iterator around it.
+        """The session of a stream, after its first message; None if no message comes."""
+        # Read from the context, which costs less than the iterator.
         if not isinstance(data := await context.read(), bytes):
             return None
         first = parse(data)

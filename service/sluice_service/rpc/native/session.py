@@ -17,7 +17,7 @@ from sluice_service.runtime.cooperative import rest
 from sluice_service.sequences.events import Outputs
 from sluice_service.sequences.stream import LANES_MAX
 
-# What one message names, lanes or chunks, of which more are taken in turns.
+# The lanes or chunks of one message above which they are taken in turns.
 _ENTRIES_AT_ONCE = 4096
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
@@ -40,7 +40,7 @@ class Session:
         self._is_broken = False  # by a message that cannot be read
 
     async def serve(self) -> None:
-        """Until the client sends no more and has all its outputs, or the server drains."""
+        """Serve until the client sends no more and has all its outputs, or the server drains."""
         reader = asyncio.ensure_future(self._read())
         writer = asyncio.ensure_future(self._write())
         try:
@@ -48,7 +48,7 @@ class Session:
             if reader.done():
                 if reader.exception() is not None:
                     self._break_off()
-                # gRPC cannot send a status before it has sent what it was given.
+                # gRPC sends a status only after the messages that it was given.
                 await writer
                 reader.result()
             writer.result()
@@ -58,7 +58,7 @@ class Session:
             self._host.detach(self._stream)
 
     def _break_off(self) -> None:
-        """Send nothing more: waiting outputs are held for another stream."""
+        """Send nothing more. Waiting outputs are held for another stream."""
         self._is_broken = True
         self._host.detach(self._stream)
         self._changed.set()
@@ -69,14 +69,14 @@ class Session:
         self._may_read.set()
 
     async def _read(self) -> None:
-        """Take what the client sends until it ends."""
+        """Take messages until the client ends its side."""
         stream, context = self._stream, self._context
         data, self._first = self._first, b""
         while True:
             await self._take(data)
             del data  # frees the message while the client is silent
             if stream.outbox:
-                await asyncio.sleep(0)  # outputs go out before more is read
+                await asyncio.sleep(0)  # send outputs before reading more
             await self._until_not_ahead()
             if not isinstance(data := await context.read(), bytes):
                 break
@@ -124,9 +124,9 @@ class Session:
         if chunks > chunks_max:
             raise RequestError(f"a message of {chunks} chunks; send at most {chunks_max} in one")
 
-    # Long lists are taken in parts: between two of them other work has the event loop, and the
-    # next part waits while the client is ahead. One large message delays others no more than
-    # many small ones do.
+    # Long lists are taken in parts. Other work has the event loop between two parts, and the next
+    # part waits while the client is beyond its credit. So one large message delays others no more
+    # than many small ones.
 
     async def _acknowledge(self, received: Sequence[Received]) -> None:
         for start in range(0, len(received), _ENTRIES_AT_ONCE):
@@ -148,13 +148,13 @@ class Session:
             self._host.end_after(self._stream, part, kind)
 
     async def _until_turn(self, number: int) -> None:
-        """Return when part `number` may be taken: the first one, 0, at once."""
+        """Return when part `number` may be taken. Part 0 may be taken at once."""
         if number:
             await rest()
             await self._until_not_ahead()
 
     async def _write(self) -> None:
-        """Send what waits, until the stream is over."""
+        """Send the outbox until the stream has ended."""
         host, stream = self._host, self._stream
         while True:
             while stream.outbox and not self._is_broken:
@@ -170,7 +170,7 @@ class Session:
             await self._changed.wait()
 
     async def _write_next(self) -> None:
-        """Send the oldest of the outbox: one delivery, or the notices before the next one."""
+        """Send the front of the outbox: the outputs of one run, or the events before the next."""
         outbox = self._stream.outbox
         if not isinstance(outbox[0], Outputs):
             self._responses += 1

@@ -1,4 +1,4 @@
-"""Messages of sluice.v1 as the plain values of the core, and the other way round."""
+"""Converts messages of sluice.v1 to plain values of the core, and back."""
 
 from sluice_protos import sequences_pb2 as wire
 from sluice_service.models.queries import SequenceInfo
@@ -53,7 +53,7 @@ def write_info(info: SequenceInfo) -> wire.SequenceInfo:
 
 
 def put_notice(notice: Notice, response: wire.InferResponse) -> int:
-    """Put an event without outputs into a response; how many bytes it takes there."""
+    """Put an event without outputs into a response. Returns the bytes that it takes."""
     match notice:
         case Opened():
             opened = wire.Opened(

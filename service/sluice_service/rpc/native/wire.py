@@ -6,10 +6,10 @@ import numpy as np
 
 from sluice_service.arrays import Integers
 
-# Tags of sluice.v1: number of the field, and that its length follows.
+# Tags of sluice.v1: the number of a field, with the type of a field with a length.
 _LANE, _STEPS, _FIRST_STEP, _OUTPUTS, _DATA = b"\x12", b"\x1a", b"\x22", b"\x2a", b"\x22"
-# From so many numbers on, arrays are faster than one number after another, in the mixture that
-# a response has: lanes and steps of one byte, first steps of two.
+# From this many numbers on, arrays are faster than single numbers, with the mixture of a response:
+# lanes and steps of one byte, first steps of two.
 _MANY = 48
 
 
@@ -36,7 +36,7 @@ def _packed(tag: bytes, values: Integers) -> bytes:
 
 
 def _as_varints(values: Integers) -> bytes:
-    """As `_as_varint`, of many."""
+    """As `_as_varint`, for many numbers."""
     largest = int(values.max())
     if largest <= 0x7F:
         return values.astype(np.uint8).tobytes()

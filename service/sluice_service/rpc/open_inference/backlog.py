@@ -1,4 +1,4 @@
-"""The line before a full model: who waits for a place, in which order, and for how long."""
+"""Holds the queue of a full model: which lanes wait for a place, in order, with deadlines."""
 
 import asyncio
 import math
@@ -13,7 +13,7 @@ from sluice_service.settings import Settings
 
 @dataclass(slots=True)
 class _Turn:
-    """Where a lane stands in the line, and until when."""
+    """The place of a lane in the queue, and its deadline."""
 
     number: int
     deadline: float
@@ -22,8 +22,8 @@ class _Turn:
 class Backlog:
     """Lanes that wait for a place, and those that were admitted and are about to take one.
 
-    A lane that comes while others wait goes to the end of the line. A lane that was admitted
-    and found no place, because another stream was quicker, keeps its turn.
+    A lane that arrives while others wait goes to the end of the queue. A lane that was admitted
+    but found no place, because another stream was faster, keeps its turn.
     """
 
     def __init__(
@@ -61,20 +61,20 @@ class Backlog:
 
     @property
     def admitted(self) -> int:
-        """How many are about to take a place."""
+        """How many lanes are about to take a place."""
         return len(self._admitted)
 
-    # Coming and going.
+    # Joining and leaving.
 
     def admit_newcomer(self, lane: RequestLane, places: int) -> bool:
-        """True where a lane may take one of `places` free places, because nobody waits for it."""
+        """True if a lane may take one of `places` free places, because no other waits for it."""
         if self._waiting or places <= len(self._admitted):
             return False
         self._admitted[lane] = self._next_turn()
         return True
 
     def wait(self, lane: RequestLane) -> LimitError | None:
-        """Let a lane wait, where it stood if it was admitted; the error where it may not."""
+        """Let a lane wait, in its earlier place if it was admitted; the error if it may not."""
         turn = self._admitted.pop(lane, None)
         if (turn is None or not self._sequences_max) and (error := self._check_room()):
             return error
@@ -91,7 +91,7 @@ class Backlog:
         return None
 
     def join(self, lane: RequestLane, request: InferRequest) -> LimitError | None:
-        """Let one more request wait with its lane; the error where it may not."""
+        """Let one more request wait with its lane; the error if it may not."""
         error = self._check_room_for_steps()
         if error is None:
             self.steps += request.steps
@@ -99,7 +99,7 @@ class Backlog:
         return error
 
     def admit(self, places: int) -> list[RequestLane]:
-        """The first of the line, as many as `places` free places allow."""
+        """The lanes at the front, as many as `places` free places allow."""
         count = places - len(self._admitted)
         if count <= 0:
             return []
@@ -109,7 +109,7 @@ class Backlog:
         return lanes
 
     def forget_admission(self, lane: RequestLane) -> None:
-        """A lane has its sequence, or will have none: a place that it did not take is free."""
+        """A lane has its sequence, or will get none. A place that it did not take is free."""
         self._admitted.pop(lane, None)
         self.review()
 
@@ -126,12 +126,12 @@ class Backlog:
         return [lane for lane in self if lane.request.is_cancelled]
 
     def leave(self, lane: RequestLane) -> _Turn:
-        """Take a lane out of the line, with all of its requests."""
+        """Remove a lane from the queue, with all of its requests."""
         self.steps -= lane.waiting_steps
         return self._waiting.pop(lane)
 
     def _in_order(self) -> dict[RequestLane, _Turn]:
-        """Those who wait, the first of them first."""
+        """The waiting lanes, in order."""
         if not self._is_in_order:
             self._waiting = dict(sorted(self._waiting.items(), key=lambda item: item[1].number))
             self._is_in_order = True
@@ -142,7 +142,7 @@ class Backlog:
         return _Turn(self._turns, self._now() + self._seconds_max)
 
     def _check_room(self) -> LimitError | None:
-        """Why no more lanes may wait, if so."""
+        """The error if no more lanes may wait."""
         if len(self._waiting) < self._sequences_max:
             return self._check_room_for_steps()
         return LimitError(
@@ -163,7 +163,7 @@ class Backlog:
     # When to look.
 
     def review(self) -> None:
-        """Wake after this turn of the event loop, if anybody waits."""
+        """Wake after this turn of the event loop, if any lane waits."""
         if self._waiting and not self._is_review_due:
             self._is_review_due = True
             asyncio.get_running_loop().call_soon(self._review)
@@ -202,6 +202,6 @@ class Backlog:
             self._timer = asyncio.get_running_loop().call_later(seconds, self._ring)
 
     def _ring(self) -> None:
-        # `now` may be behind the timer's clock: `overdue` looks all the same, and sets it anew.
+        # `now` may be behind the timer's clock. Then `overdue` sets the timer again.
         self._next_deadline = -math.inf if self._waiting else math.inf
         self.review()

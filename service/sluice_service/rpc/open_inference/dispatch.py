@@ -1,9 +1,8 @@
 """Decides which request of each sequence is run next, and which sequence gets a place.
 
-A sequence keeps its lane as long as it lives, whichever connection its requests come from,
-and has one request at the host at a time; the others wait here. A request without a sequence
-borrows a lane whose state is set back to the initial one. Where all places are taken, a lane
-waits for one in the backlog.
+A sequence keeps its lane as long as it lives, for all connections. It has one request at the host
+at a time; its other requests wait here. A request without a sequence borrows a lane whose state is
+reset to the initial one. If all places are taken, a lane waits for one in the backlog.
 """
 
 from sluice_service.errors import LaneError, LimitError, ServiceError, StoreDownError
@@ -21,10 +20,10 @@ _SPARE_MAX = 256
 
 
 class Dispatcher:
-    """One model's requests, each on its way to the host when its turn has come.
+    """Passes one model's requests to the host, each in its turn.
 
-    It is woken, and looks again, when the host has something to tell, when a place is free
-    and when a lane has waited for too long.
+    It is woken when the host has events, when a place is free, and when a lane has waited for
+    too long.
     """
 
     def __init__(self, host: Host, settings: Settings) -> None:
@@ -62,7 +61,7 @@ class Dispatcher:
             self._borrow_lanes(request)
 
     def _reason_against(self, request: InferRequest) -> ServiceError | None:
-        """Why a request is refused at once, if so."""
+        """The error of a request that is refused at once; else None."""
         host = self._host
         if host.is_draining:
             return refusals.stopping()
@@ -89,7 +88,7 @@ class Dispatcher:
             self._begin_next(lane)
 
     def _borrow_lanes(self, request: InferRequest) -> None:
-        """Give each row of a request without a sequence a lane of its own."""
+        """Give each row of a request without a sequence its own lane."""
         for row in range(request.batch):
             lane = self._spare.pop() if self._spare else RequestLane("")
             error = self._begin(lane, request, row)
@@ -99,7 +98,7 @@ class Dispatcher:
                 break
 
     def cancel(self, request: InferRequest) -> None:
-        """Do not begin a request that nobody waits for any more, and give up its turn."""
+        """Drop a request that was cancelled before it began, and give up its turn."""
         request.is_cancelled = True
         self.backlog.note_cancelled()
 
@@ -132,7 +131,7 @@ class Dispatcher:
             self.answers.forget_unless_end(lane)
 
     def _begin(self, lane: RequestLane, request: InferRequest, row: int = 0) -> ServiceError | None:
-        """Make a request a lane's current one; the error where it can have no place."""
+        """Make a request a lane's current one; the error if it can have no place."""
         lane.begin(request, row)
         if lane.number != NO_LANE and not (lane.sequence_id and request.is_start):
             self._stream.send(lane)
@@ -171,7 +170,7 @@ class Dispatcher:
     # Places.
 
     def _needs_place(self, lane: RequestLane, request: InferRequest) -> bool:
-        """False where its sequence lives here, or has to be looked for, or must not begin."""
+        """False if its sequence lives here, must first be looked up, or must not begin."""
         if lane.number != NO_LANE or not self._host.is_welcoming:
             return False
         if not lane.sequence_id:
@@ -179,7 +178,7 @@ class Dispatcher:
         return request.is_start and not self._host.is_live(lane.sequence_id)
 
     def _seek_place(self, lane: RequestLane) -> ServiceError | None:
-        """Let a lane take a place, or wait for one; the error where it may do neither."""
+        """Let a lane take a place, or wait for one; the error if it may do neither."""
         if self._host.room <= self.backlog.admitted:
             self._close_spare()
         if self.backlog.admit_newcomer(lane, self._host.room + self._stream.leaving):
@@ -196,7 +195,7 @@ class Dispatcher:
             self._stream.close(self._spare.pop())
 
     def _review(self) -> None:
-        """Give free places to the first of the backlog, and dismiss who waits in vain."""
+        """Give free places to the front of the backlog; remove overdue and cancelled lanes."""
         for lane in self.backlog.withdrawn():
             self._dismiss(lane, refusals.withdrawn(lane))
         for lane in self.backlog.admit(self._host.room):
@@ -205,7 +204,7 @@ class Dispatcher:
             self._dismiss(lane, refusals.overdue(lane))
 
     def dismiss_all(self, error: ServiceError) -> None:
-        """Fail all that waits for a place."""
+        """Fail all requests that wait for a place."""
         while lanes := list(self.backlog):
             for lane in lanes:
                 self._dismiss(lane, error)
@@ -222,7 +221,7 @@ class Dispatcher:
             self._begin_next(lane)
 
     def model_changed(self) -> None:
-        """The host has another version, or takes no new sequences any more."""
+        """The host has another version, or takes no more new sequences."""
         self._version = str(self._host.version.number)
         if not self._host.is_welcoming:
             self.dismiss_all(refusals.unloading(self._host.name))
@@ -237,7 +236,7 @@ class Dispatcher:
     # From the host.
 
     def _receive(self) -> None:
-        """Act on what has come of the lanes; the host may be in the middle of a run."""
+        """Handle the events of the lanes. The host may be in the middle of a run."""
         for lane, event in self._stream.receive():
             if event is None:
                 self._finish(lane)
@@ -274,7 +273,7 @@ class Dispatcher:
         elif was_open:
             self._finish(lane, refusals.not_run(lane, error))
         elif isinstance(error, LimitError):
-            # A stream was quicker, or only the store has the sequence.
+            # Another stream was faster, or only the store has the sequence.
             limit = self.backlog.wait(lane)
             if limit is None:
                 self._close_spare()

@@ -1,7 +1,7 @@
 """The one stream at the host that carries the lanes of a model: opens, chunks and ends.
 
-What is asked for in one turn of the event loop goes to the host together. Lanes have
-numbers there only while they are open.
+All that is asked for in one turn of the event loop goes to the host together. Lanes have
+numbers at the host only while they are open.
 """
 
 import asyncio
@@ -21,12 +21,12 @@ from sluice_service.store.claims import Durability, OpenMode, OpenRequest
 
 log = structlog.get_logger()
 
-# What came of a lane; None: its current request has all its outputs.
+# An event of a lane; None: its current request has all its outputs.
 LaneEvent: TypeAlias = Opened | Failed | Ended | None
 
 
 class HostStream:
-    """One model's lanes at the host: what they ask for goes there, what came of it comes back."""
+    """Passes the opens, chunks and ends of one model's lanes to the host, and returns events."""
 
     def __init__(self, host: Host, settings: Settings, wake: Callable[[], None]) -> None:
         """`wake` is called when there is something to `receive`."""
@@ -41,7 +41,7 @@ class HostStream:
         self._free_numbers: list[int] = []
         self._numbers = 0
         self._leaving: set[int] = set()  # closed here, and not yet ended at the host
-        self._closing: set[int] = set()  # that the host has yet to close, ended or not
+        self._closing: set[int] = set()  # that the host still has to close, ended or not
         self._to_open: list[RequestLane] = []
         self._to_close: list[int] = []
         self._to_send: list[RequestLane] = []
@@ -50,7 +50,7 @@ class HostStream:
 
     @property
     def leaving(self) -> int:
-        """How many places are about to be free."""
+        """How many places will soon be free."""
         return len(self._leaving)
 
     # To the host.
@@ -74,7 +74,7 @@ class HostStream:
         self._flush_soon()
 
     def restart(self, lanes: list[RequestLane]) -> None:
-        """Set open lanes back to the initial state, on the newest version."""
+        """Reset open lanes to the initial state, on the newest version."""
         assert self._stream is not None
         self._host.restart(self._stream, [lane.number for lane in lanes])
         version = str(self._host.version.number)
@@ -82,7 +82,7 @@ class HostStream:
             lane.version = version
 
     def release(self, lane: RequestLane) -> None:
-        """Forget a lane that the host has not opened, or has ended: its number is free."""
+        """Forget a lane that the host has not opened or has ended. Its number is free."""
         self._free_numbers.append(lane.number)
         self._forget(lane)
         if lane in self._to_send:
@@ -95,7 +95,7 @@ class HostStream:
         lane.number, lane.is_open = NO_LANE, False
 
     def _flush_soon(self) -> None:
-        """Flush after this turn of the event loop, together with what else it asks for."""
+        """Flush after this turn of the event loop, so that all of its calls go together."""
         if not self._is_flush_due:
             self._is_flush_due = True
             asyncio.get_running_loop().call_soon(self._flush)
@@ -117,7 +117,7 @@ class HostStream:
         self._detach_if_unused()
 
     async def _open_all(self) -> None:
-        """Close and open lanes, then send what waited for them."""
+        """Close and open lanes, then send the requests that waited for them."""
         closing, self._to_close = self._to_close, []
         opening, self._to_open = self._to_open, []
         if self._stream is None:
@@ -127,7 +127,7 @@ class HostStream:
         try:
             await self._host.open(self._stream, requests, closing=closing)
         except Exception:
-            # A defect of ours: no request must wait for ever.
+            # A defect of the server: no request must wait for ever.
             log.exception("open_broke")
             for request in requests:
                 lane = self._by_number.get(request.lane)
@@ -169,7 +169,7 @@ class HostStream:
             self.restart(borrowed)
         holding = [lane for lane in lanes if lane.holds_answer]
         if holding:
-            # Who sends the next request has the answer to the last.
+            # A client that sends the next request has the answer to the last.
             numbers = np.array([lane.number for lane in holding])
             received = np.array([lane.steps_before for lane in holding])
             self._host.acknowledge(self._stream, numbers, received)
@@ -178,7 +178,7 @@ class HostStream:
     # From the host.
 
     def receive(self) -> Iterator[tuple[RequestLane, LaneEvent]]:
-        """What has come of the lanes, in order; outputs are handed to their requests."""
+        """The events of the lanes, in order. Outputs are handed to their requests."""
         if self._stream is None:
             return
         outbox = self._stream.outbox
@@ -197,7 +197,7 @@ class HostStream:
                 yield lane, event
             elif isinstance(event, Ended):
                 self._leaving.discard(event.lane)
-                # Another sequence that had the number would be closed in place of this one.
+                # Another sequence with the same number would be closed instead of this one.
                 if event.lane not in self._closing:
                     self._free_numbers.append(event.lane)
 
@@ -209,7 +209,7 @@ class HostStream:
         lane.version = str(self._host.version_of(self._stream, lane.number).number)
 
     def _distribute(self, run: Outputs) -> Iterator[tuple[RequestLane, None]]:
-        """Cut the outputs of a run by lane; name the lanes whose current request has all."""
+        """Cut the outputs of a run by lane. Returns the lanes whose current request is complete."""
         sizes = [len(output) // run.rows for output in run.outputs]
         start = 0
         for number, first, steps in zip(
@@ -234,7 +234,7 @@ class HostStream:
     def _hold(self, lane: RequestLane, first: int, steps: int, outputs: list[bytes]) -> None:
         """Have the host hold outputs of a lane's last request with its state, for a repeat.
 
-        Of a request that is longer than what the host holds, nothing is held.
+        Nothing is held of a request that is longer than the host's limit.
         """
         assert self._stream is not None
         if lane.current is None or lane.current.steps <= self._held_steps_max:
@@ -244,7 +244,7 @@ class HostStream:
             self._host.acknowledge(self._stream, np.array([lane.number]), end)
 
     def _detach_if_unused(self) -> None:
-        """Have no stream at the host while no lane needs one."""
+        """Close the stream at the host while no lane needs one."""
         is_used = self._by_number or self._to_open or self._to_close or self._tasks
         if self._stream is not None and not is_used:
             self._host.detach(self._stream)

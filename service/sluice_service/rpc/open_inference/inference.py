@@ -1,4 +1,4 @@
-"""Answers ModelInfer and ModelStreamInfer: runs requests, and writes what comes of them."""
+"""Answers ModelInfer and ModelStreamInfer: runs requests and writes their answers."""
 
 import asyncio
 import time
@@ -24,7 +24,7 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
 class ServedModel:
-    """One model as this protocol serves it, and how many of its requests were answered."""
+    """One model in this protocol, with counts of its answered requests."""
 
     def __init__(self, host: Host, settings: Settings) -> None:
         self.host = host
@@ -57,7 +57,7 @@ class Inference:
         self._conversations: set[_Conversation] = set()
 
     def find(self, name: str, version: str = "") -> ServedModel:
-        """A model, where the version asked for is loaded. Raises ModelNotFoundError."""
+        """A model of which the requested version is loaded. Raises ModelNotFoundError."""
         host = find_host(self._hosts, name)
         if version and not any(str(one.number) == version for one in host.versions):
             loaded = ", ".join(str(one.number) for one in host.versions)
@@ -73,7 +73,7 @@ class Inference:
         return model
 
     def submit(self, message: pb.ModelInferRequest, request: InferRequest) -> ServedModel | None:
-        """Read a request and take it in, or fail it; its model, where there is one."""
+        """Read a request and submit it, or fail it. Returns its model, if there is one."""
         model = None
         request.id, request.model_name = message.id, message.model_name
         try:
@@ -126,7 +126,7 @@ class Inference:
             conversation.stop()
 
     def model_changed(self, name: str) -> None:
-        """A model has come, has another version, or has gone."""
+        """A model was added, has another version, or was removed."""
         model = self._models.get(name)
         if model is None:
             return
@@ -145,11 +145,11 @@ class _Conversation:
         # Clients send this header to get an error as the status of the call.
         metadata = dict(context.invocation_metadata() or ())
         self._ends_with_errors = metadata.get("triton_grpc_error") == "true"
-        # What has not been answered: requests, their models, the bytes of their messages.
+        # Unanswered requests, with their models and the bytes of their messages.
         self._pending: deque[tuple[InferRequest, ServedModel | None, int]] = deque()
         self._changed = asyncio.Event()
         self._may_read = asyncio.Event()
-        # The sum of that: a client that does not read must not fill the memory.
+        # The sum of these bytes, so that a client that does not read cannot fill the memory.
         self._unsent_steps = self._unsent_bytes = 0
         self._is_stopping = False
 
@@ -159,7 +159,7 @@ class _Conversation:
         self._changed.set()
 
     async def serve(self) -> None:
-        """Until the client sends no more and has all its answers, or the server stops."""
+        """Serve until the client sends no more and has all its answers, or the server stops."""
         reader = asyncio.ensure_future(self._read())
         reader.add_done_callback(lambda _: self._changed.set())
         try:
@@ -180,7 +180,7 @@ class _Conversation:
                     model.dispatcher.cancel(request)
 
     async def _read(self) -> None:
-        # From the context, which costs less than the iterator around it.
+        # Read from the context, which costs less than the iterator.
         while isinstance(data := await self._context.read(), bytes):
             request = InferRequest(self._changed.set)
             model = self._inference.submit(parse(data), request)
@@ -192,7 +192,7 @@ class _Conversation:
                 await self._may_read.wait()
 
     def _is_ahead(self, model: ServedModel | None) -> bool:
-        """True while the client has to read, or the model to catch up, before more is read."""
+        """True while reading pauses, until the client reads or the model catches up."""
         limits = self._settings if model is None else model.host.limits
         return (
             self._unsent_steps >= limits.unacknowledged_steps_max

@@ -7,14 +7,14 @@ import numpy as np
 
 from sluice_service.rpc.open_inference.requests import InferRequest, RequestLane
 
-# Of one model's answers together: beyond it the oldest are forgotten.
+# For all answers of one model. Beyond it the oldest are dropped.
 _BYTES_MAX = 256 * 2**20
-# What an answer takes beside its outputs.
+# The bytes of an answer in addition to its outputs.
 _BYTES_EACH = 1024
 
 
 class _Answer:
-    """One request that was answered, and with what."""
+    """One answered request, with its answer."""
 
     __slots__ = ("_digest", "_place", "bytes", "is_end", "outputs", "version")
 
@@ -26,8 +26,8 @@ class _Answer:
         self.bytes = _BYTES_EACH + sum(map(len, request.outputs))
 
     def is_to(self, request: InferRequest) -> bool:
-        """True when `request` is that request once more."""
-        # The next request is at another place: only the inputs of a repeat are worth a digest.
+        """True if `request` repeats this request."""
+        # The next request begins at another step, so only a repeat needs a digest.
         return (
             request.first_step is not None
             and _place(request) == self._place
@@ -36,7 +36,7 @@ class _Answer:
 
 
 def _place(request: InferRequest) -> tuple[object, ...]:
-    """Where in its sequence a request is."""
+    """The position of a request in its sequence."""
     return request.first_step, request.steps, request.is_start, request.is_end
 
 
@@ -56,9 +56,9 @@ class LastAnswers:
         self._answers: OrderedDict[str, _Answer] = OrderedDict()
 
     def answer_repeat(self, lane: RequestLane, request: InferRequest) -> bool:
-        """Finish a request that repeats the last one of its sequence; False: it is another."""
+        """Finish a request that repeats the last one of its sequence; False if it does not."""
         answer = self._answers.get(lane.sequence_id)
-        # Where the sequence has gone, only its END shows that it was the same sequence.
+        # If the sequence has ended, only its END shows that it was the same sequence.
         if answer is None or not (lane.is_open or answer.is_end) or not answer.is_to(request):
             return False
         request.outputs, request.version = answer.outputs, answer.version
@@ -66,7 +66,7 @@ class LastAnswers:
         return True
 
     def remember(self, lane: RequestLane, request: InferRequest) -> None:
-        """Replace the answer of a lane's sequence, by none where its client counts no steps."""
+        """Replace the answer of a lane's sequence; by none if its client counts no steps."""
         self.forget(lane)
         if request.first_step is None:
             return
@@ -77,7 +77,7 @@ class LastAnswers:
             self.bytes -= oldest.bytes
 
     def forget(self, lane: RequestLane) -> None:
-        """Drop the answer of a lane's sequence, which has gone on or begun again."""
+        """Drop the answer of a lane's sequence, which has continued or begun again."""
         answer = self._answers.pop(lane.sequence_id, None)
         if answer is not None:
             self.bytes -= answer.bytes

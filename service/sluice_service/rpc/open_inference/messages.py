@@ -16,7 +16,7 @@ OutputTensor = ModelInferResponse.InferOutputTensor
 
 _FINAL_RESPONSE = "triton_enable_empty_final_response"
 _RESERVED = "triton_"
-# How a parameter says of which kind its value is.
+# The field of a parameter for each kind of value.
 _BOOLEAN = ("bool_param",)
 _INTEGERS = ("int64_param", "uint64_param")
 _NO_VALUE = "without a value"
@@ -45,7 +45,7 @@ class ModelFormat:
         self._output_numbers = {tensor.name: i for i, tensor in enumerate(self._outputs)}
 
     def read(self, message: ModelInferRequest, request: InferRequest) -> None:
-        """Fill in a request from its message, inputs without a copy.
+        """Fill in a request from its message, without copying the inputs.
 
         Raises RequestError or InvalidInputError, which name what was expected.
         """
@@ -121,7 +121,7 @@ class ModelFormat:
         )
 
     def _read_outputs(self, message: ModelInferRequest) -> tuple[int, ...]:
-        """The outputs asked for, each once however often it is named."""
+        """The requested outputs, each once even if it is named several times."""
         numbers = []
         for tensor in message.outputs:
             number = self._output_numbers.get(tensor.name)
@@ -192,7 +192,7 @@ def _read_step(value: InferParameter) -> int:
 
 
 def _read_timeout(value: InferParameter) -> float | None:
-    """Seconds; None where the client leaves it to the server."""
+    """Seconds; None if the client leaves it to the server."""
     microseconds: int = _read_choice("timeout", value, _INTEGERS)
     if microseconds < 0:
         raise RequestError(f"timeout is {microseconds}; it counts microseconds, and 0 is none")

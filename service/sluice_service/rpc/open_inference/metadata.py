@@ -1,4 +1,4 @@
-"""Answers what the server and its models say of themselves: readiness, tensors, figures."""
+"""Answers calls about the server and its models: readiness, tensors, statistics."""
 
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
@@ -42,7 +42,7 @@ class Metadata:
         self._extensions = (*EXTENSIONS, REPOSITORY_EXTENSION) if has_repository else EXTENSIONS
 
     async def server_live(self, _: pb.ServerLiveRequest) -> pb.ServerLiveResponse:
-        """True: it answers."""
+        """True, because it answers."""
         return pb.ServerLiveResponse(live=True)
 
     async def server_ready(self, _: pb.ServerReadyRequest) -> pb.ServerReadyResponse:
@@ -50,7 +50,7 @@ class Metadata:
         return pb.ServerReadyResponse(ready=self._is_ready())
 
     async def model_ready(self, request: pb.ModelReadyRequest) -> pb.ModelReadyResponse:
-        """True where sequences may begin on the model, in the version asked for."""
+        """True if sequences may begin on the model, in the requested version."""
         host = self._hosts.get(request.name)
         may_begin = (
             host is not None
@@ -66,7 +66,7 @@ class Metadata:
         )
 
     async def model_metadata(self, request: pb.ModelMetadataRequest) -> pb.ModelMetadataResponse:
-        """The tensors as one step has them, behind a batch of any size."""
+        """The tensors of one step, with a leading batch axis of any size."""
         host = self._inference.find(request.name, request.version).host
         return pb.ModelMetadataResponse(
             name=host.name,
@@ -77,14 +77,14 @@ class Metadata:
         )
 
     async def model_config(self, request: pb.ModelConfigRequest) -> pb.ModelConfigResponse:
-        """The model as a configuration file of the field would have it."""
+        """The model as a Triton model configuration."""
         host = self._inference.find(request.name, request.version).host
         return pb.ModelConfigResponse(config=_configure(host.name, host.contract, self._settings))
 
     async def model_statistics(
         self, request: pb.ModelStatisticsRequest
     ) -> pb.ModelStatisticsResponse:
-        """What one model has done, or all of them."""
+        """The statistics of one model or of all."""
         find = self._inference.find
         chosen = [find(request.name, request.version)] if request.name else map(find, self._hosts)
         return pb.ModelStatisticsResponse(
@@ -113,11 +113,11 @@ def _configure(name: str, contract: ModelContract, settings: Settings) -> pb.Mod
 
 
 def _count(model: ServedModel, metrics: ModelMetrics) -> pb.ModelStatistics:
-    """What the model has done since the server started, all its versions together.
+    """The statistics of a model since the server started, for all its versions together.
 
     Requests are those of this protocol; steps, runs and the time in them are those of
-    every protocol, because they share runs. The three parts of computing count alike, once
-    for each sequence in a run: putting it together, executing it, handing its outputs out.
+    both protocols, because they share runs. The three parts of a run are each counted once
+    for each sequence in it: composing it, executing it, and delivering its outputs.
     """
     queue = metrics.queue_seconds
     computed = round(metrics.run_sequences.sum)
@@ -143,7 +143,7 @@ def _tensor(spec: TensorSpec) -> TensorMetadata:
 
 
 def _dims(spec: TensorSpec) -> list[int]:
-    """A step's shape; a scalar is told as [1], which the protocol knows no other way to say."""
+    """A step's shape. A scalar is [1], because the protocol has no scalars."""
     return list(spec.shape) or [1]
 
 
@@ -157,7 +157,7 @@ def _tensor_config(kind: type[TensorConfig], spec: TensorSpec) -> TensorConfig:
 
 
 def _state(contract: ModelContract, part: StatePart) -> pb.ModelSequenceBatching.State:
-    """A part of the state, under its own name: the graph packs all parts into one tensor."""
+    """A part of the state under its own name. The graph packs all parts into one tensor."""
     dims = list(part.shape)
     initial = pb.ModelSequenceBatching.InitialState(
         name=part.name, data_type=pb.TYPE_FP32, dims=dims

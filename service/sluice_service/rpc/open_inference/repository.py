@@ -1,4 +1,4 @@
-"""Answers the calls about the model repository: what lies there, load, unload."""
+"""Answers the calls about the model repository: index, load, unload."""
 
 from collections.abc import Iterator, Mapping
 
@@ -18,7 +18,7 @@ class RepositoryControl:
         self._repository = repository
 
     async def index(self, request: pb.RepositoryIndexRequest) -> pb.RepositoryIndexResponse:
-        """Every version of every model: those that are loaded, and what else lies there."""
+        """Every version of every model: the loaded ones, then the others in the repository."""
         entries = [entry for host in self._hosts.values() for entry in _loaded(host)]
         if self._repository is not None:
             entries += map(_not_loaded, self._repository.entries())
@@ -39,7 +39,7 @@ class RepositoryControl:
     async def unload(
         self, request: pb.RepositoryModelUnloadRequest
     ) -> pb.RepositoryModelUnloadResponse:
-        """Let no sequence of a model begin; those that live finish."""
+        """Begin no more sequences of a model. Live ones finish."""
         await self._require_repository().unload(request.model_name)
         return pb.RepositoryModelUnloadResponse()
 
@@ -64,7 +64,7 @@ def _loaded(host: Host) -> Iterator[ModelIndex]:
 
 
 def _not_loaded(entry: Entry) -> ModelIndex:
-    """A version that lies in the repository and is not served, with the reason."""
+    """A version in the repository that is not served, with the reason."""
     return ModelIndex(
         name=entry.name, version=str(entry.version), state=entry.state, reason=entry.reason
     )

@@ -1,4 +1,4 @@
-"""One request, and the lane of a sequence with the requests that want it."""
+"""Defines a request, and the lane of a sequence with its requests."""
 
 import time
 from collections import deque
@@ -14,26 +14,26 @@ NO_LANE = -1
 
 @dataclass(slots=True, eq=False)
 class InferRequest:
-    """What one ModelInferRequest asks for, and what has come of it so far."""
+    """One ModelInferRequest, with its results so far."""
 
-    wake: Callable[[], None]  # called when it is done, with outputs or with an error
+    wake: Callable[[], None]  # called when it is done, with outputs or an error
     arrived: float = field(default_factory=time.monotonic)
     id: str = ""
     model_name: str = ""
-    version: str = ""  # the version asked for, later the one that it ran on
+    version: str = ""  # the requested version, later the one that it ran on
     sequence_id: str = ""  # as the host knows it; "" is none
     quoted_id: str = ""  # as messages quote it
     is_start: bool = False
     is_end: bool = False
-    first_step: int | None = None  # steps before it, where the client counts them
+    first_step: int | None = None  # steps before it, if the client counts them
     timeout_seconds: float | None = None  # how long it may wait for a place
     batch: int = 1
     steps: int = 1
     has_time: bool = False  # the shapes have a time axis
     inputs: Sequence[Array] = ()  # [batch × steps, …] each
-    wanted: Sequence[int] = ()  # the outputs asked for
+    wanted: Sequence[int] = ()  # the requested outputs
     wants_final_flag: bool = False
-    # What came of it.
+    # Results.
     is_cancelled: bool = False
     is_done: bool = False
     error: ServiceError | None = None
@@ -42,12 +42,12 @@ class InferRequest:
     _parts: Sequence[list[Sequence[bytes]]] = ()  # of each row, the outputs so far
 
     def expect_outputs(self) -> None:
-        """Get ready to collect, once the shapes are known."""
+        """Prepare for the outputs, when the shapes are known."""
         self._missing = self.batch * self.steps
         self._parts = [[] for _ in range(self.batch)]
 
     def collect(self, row: int, steps: int, outputs: Sequence[bytes]) -> None:
-        """Take the next outputs of one row of the batch; done with the last of them."""
+        """Take the next outputs of one row of the batch. The last of them finish the request."""
         if self.is_done:
             return
         self._missing -= steps
@@ -62,7 +62,7 @@ class InferRequest:
         self.finish()
 
     def finish(self) -> None:
-        """Wake whoever waits: outputs or error are here."""
+        """Wake the caller: the request has its outputs or an error."""
         self.is_done = True
         self.wake()
 
@@ -75,35 +75,35 @@ class InferRequest:
 
 @dataclass(slots=True, eq=False)
 class RequestLane:
-    """A lane at the host with the requests that want it: of one sequence, or of none."""
+    """A lane at the host and its requests: those of one sequence, or one without a sequence."""
 
     sequence_id: str  # "": for requests without a sequence
     number: int = NO_LANE
     is_open: bool = False
     holds_answer: bool = False  # the host holds the outputs of the last request
     version: str = ""  # on which it runs
-    step: int = 0  # steps whose outputs have come
+    step: int = 0  # steps whose outputs have arrived
     waiting: deque[InferRequest] = field(default_factory=deque)
     current: InferRequest | None = None
     row: int = 0  # of the current request's batch
-    missing: int = 0  # steps of the current request that have not come back
-    resumes_at: int | None = None  # where a repeat is run on, after held outputs
+    missing: int = 0  # steps of the current request without outputs so far
+    resumes_at: int | None = None  # from where a repeat is run, after held outputs
 
     @property
     def request(self) -> InferRequest:
-        """The current request, where there must be one."""
+        """The current request, of which there must be one."""
         assert self.current is not None
         return self.current
 
     def requests(self) -> Iterator[InferRequest]:
-        """All that have not been answered, in their order."""
+        """All unanswered requests, in order."""
         if self.current is not None:
             yield self.current
         yield from self.waiting
 
     @property
     def waiting_steps(self) -> int:
-        """The steps of all that have not been answered."""
+        """The steps of all unanswered requests."""
         return sum(request.steps for request in self.requests())
 
     @property
@@ -126,7 +126,7 @@ class RequestLane:
         return steps if opened.held_from <= first and 0 < steps <= request.steps else 0
 
     def chunk(self) -> tuple[int, int, int, Sequence[Array]]:
-        """What is left to run of the current request: lane, steps, steps before, input rows."""
+        """The rest of the current request: lane, steps, steps before, input rows."""
         request = self.request
         inputs = request.inputs
         if request.batch > 1 or self.missing < request.steps:
@@ -135,7 +135,7 @@ class RequestLane:
         return self.number, self.missing, self.step, inputs
 
     def take(self, first: int, steps: int, outputs: Sequence[bytes]) -> bool:
-        """Give outputs to the current request, where it is due them; True: it has them all."""
+        """Give the current request its outputs; True if it has all of them."""
         request, is_next = self.current, first == self.step
         self.step = max(self.step, first + steps)
         if request is None or not is_next:

@@ -1,4 +1,4 @@
-"""Registers the calls of inference.GRPCInferenceService, and says what answers each of them."""
+"""Registers the calls of inference.GRPCInferenceService, each with its handler."""
 
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
@@ -20,7 +20,7 @@ NAME = "inference.GRPCInferenceService"
 
 
 class OpenInferenceService:
-    """The Open Inference Protocol, for the field's existing clients."""
+    """The Open Inference Protocol, for existing clients."""
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class OpenInferenceService:
         self._repository = RepositoryControl(hosts, repository)
 
     def handler(self) -> "grpc.GenericRpcHandler[Any, Any]":
-        """What a server registers. Inference is handed bytes, so that bad ones get an answer."""
+        """The handler for a server. Inference gets bytes, so that bad ones get a clear error."""
         inference, metadata, repository = self.inference, self._metadata, self._repository
         methods = {
             "ModelInfer": grpc.unary_unary_rpc_method_handler(
@@ -69,7 +69,7 @@ class OpenInferenceService:
         self.inference.stop()
 
     def model_changed(self, name: str) -> None:
-        """A model has come, has another version, or has gone."""
+        """A model was added, has another version, or was removed."""
         self.inference.model_changed(name)
 
 

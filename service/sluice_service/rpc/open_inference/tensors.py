@@ -1,4 +1,4 @@
-"""One input or output of a model, as the Open Inference Protocol sends it."""
+"""Converts one input or output of a model from and to the Open Inference Protocol."""
 
 import numpy as np
 
@@ -10,7 +10,7 @@ from sluice_service.errors import InvalidInputError, RequestError
 
 InputTensor = ModelInferRequest.InferInputTensor
 
-# Where typed contents of a datatype lie.
+# The field of typed contents for each datatype.
 _CONTENTS = {
     "BOOL": "bool_contents",
     **dict.fromkeys(("INT8", "INT16", "INT32"), "int_contents"),
@@ -23,7 +23,7 @@ _CONTENTS = {
 
 
 class TensorFormat:
-    """One input or output, looked up once, because protobuf fields cost time."""
+    """One input or output. It reads the spec once, because protobuf fields are slow."""
 
     __slots__ = ("_rank", "_size", "datatype", "dtype", "name", "shape")
 
@@ -68,7 +68,7 @@ class TensorFormat:
         return lead[0], lead[1] if len(lead) == 2 else 1, len(lead) == 2
 
     def read(self, tensor: InputTensor, raw: bytes | None, rows: int) -> Array:
-        """[rows, …] of what was sent."""
+        """The values that were sent, as [rows, …]."""
         expected = rows * self._size
         if raw is not None:
             if len(raw) != expected * self.dtype.itemsize:

@@ -57,11 +57,13 @@ LAYERS = {
         ("attachments",),
         ("placement", "landing"),
         ("opening", "run_loop"),
+        ("intake",),
     ),
     "sluice_service.durability": (
         ("pending", "snapshots"),
         ("ownership",),
         ("checkpointer",),
+        ("assembly",),
     ),
     "sluice_service.models": (
         ("queries", "expiry"),

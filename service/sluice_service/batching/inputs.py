@@ -113,6 +113,13 @@ class InputRules:
             )
         return [rule.check(by_name[rule.name], rows) for rule in self._rules]
 
+    def fit(self, data: list[bytes], steps: int) -> bool:
+        """True if `data` are the rows of a chunk of `steps`, for each input in order."""
+        if len(data) != len(self._rules) or not 1 <= steps <= self.chunk_steps_max:
+            return False
+        pairs = zip(self._rules, data, strict=True)
+        return all(len(rows) == steps * rule.row_bytes for rule, rows in pairs)
+
     def as_rows(self, data: Buffers) -> list[Array]:
         """The checked bytes as one [rows, …] for each input, without a copy."""
         return [rule.as_rows(one) for rule, one in zip(self._rules, data, strict=True)]

@@ -7,27 +7,23 @@ that could disturb a run waits until it has landed.
 import asyncio
 import contextlib
 import itertools
-import time
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Iterator
 from concurrent.futures import Executor
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import structlog
 
 from sluice_protos.contract_pb2 import ModelContract
-from sluice_service.arrays import Array, Buffers, Integers, is_ones, starts_of
+from sluice_service.arrays import Array, Buffers, Integers
 from sluice_service.batching.inputs import InputRules
-from sluice_service.batching.queues import Frame, Kind, Single
+from sluice_service.batching.queues import Kind
 from sluice_service.batching.run import RunSizes
 from sluice_service.batching.scheduler import Scheduler
 from sluice_service.batching.versions import Version, Versions
-from sluice_service.durability.checkpointer import Checkpointer
-from sluice_service.durability.ownership import Ownership
-from sluice_service.durability.pending import Pending
-from sluice_service.durability.snapshots import Snapshots
-from sluice_service.errors import InvalidInputError, LaneError
+from sluice_service.durability.assembly import DurableParts, assemble
+from sluice_service.errors import InvalidInputError
 from sluice_service.metrics import ModelMetrics
 from sluice_service.models.commands import Commands, Forked
 from sluice_service.models.expiry import Expiry
@@ -41,6 +37,7 @@ from sluice_service.sequences.table import SequenceTable
 from sluice_service.serving.admission import Admission, Lifecycle
 from sluice_service.serving.attachments import Attachments
 from sluice_service.serving.faults import Faults
+from sluice_service.serving.intake import Intake
 from sluice_service.serving.landing import Landing
 from sluice_service.serving.opening import Opening
 from sluice_service.serving.outputs import OutputBuffer
@@ -54,14 +51,6 @@ log = structlog.get_logger()
 T = TypeVar("T")
 
 _TICK_SECONDS = 1.0
-
-
-class _Durable(NamedTuple):
-    """The parts of a model whose sequences outlive this process."""
-
-    pending: Pending
-    ownership: Ownership
-    checkpointer: Checkpointer
 
 
 class Host:
@@ -134,6 +123,7 @@ class Host:
             executor,
             runs_at_once_max=settings.runs_at_once_max,
         )
+        self._intake = Intake(self._streams, self._scheduler, self._runs, self._faults, metrics)
         self._admission = Admission(
             self._table,
             self._versions,
@@ -146,7 +136,21 @@ class Host:
         self._opening = Opening(
             self._table, self._streams, self._admission, placement, self._outputs, self._faults
         )
-        self._durable = self._make_durable(store, landing) if store is not None else None
+        self._durable: DurableParts | None = None
+        if store is not None:
+            self._durable = assemble(
+                store,
+                self._table,
+                self._versions,
+                self._admission,
+                self._opening,
+                self._attachments,
+                self._outputs,
+                landing,
+                self._runs,
+                metrics=metrics,
+                settings=settings,
+            )
         ownership = self._durable.ownership if self._durable else None
         self._queries = Queries(name, self._table, self._versions, ownership)
         self._commands = Commands(
@@ -169,37 +173,6 @@ class Host:
         # Tasks that continue after their stream has ended.
         self._tasks: set[asyncio.Task[Any]] = set()
         self._follow()
-
-    def _make_durable(self, store: Store, landing: Landing) -> _Durable:
-        """Build the parts that store this model's sequences, and connect them."""
-        settings = self._settings
-        pending = Pending(self._table, checkpoint_steps=settings.checkpoint_steps)
-        snapshots = Snapshots(self._table, self._outputs, self._versions)
-        ownership = Ownership(
-            store,
-            self.name,
-            self._table,
-            self._admission,
-            self._opening,
-            snapshots,
-            self._runs,
-        )
-        checkpointer = Checkpointer(
-            store,
-            self._table,
-            self._attachments,
-            self._outputs,
-            self._runs,
-            snapshots,
-            ownership,
-            pending,
-            self._metrics,
-            checkpoint_seconds=settings.checkpoint_seconds,
-            lease_seconds=settings.record_seconds,
-        )
-        self._attachments.on_departure = pending.add
-        landing.on_applied = pending.note_applied
-        return _Durable(pending, ownership, checkpointer)
 
     def _follow(self) -> None:
         """Let the gauges read from this host."""
@@ -357,7 +330,7 @@ class Host:
             self._attachments.end(self._table.at(slot), EndReason.CLIENT, "its client ended it")
 
     async def _open_in_store(
-        self, durable: _Durable, stream: Stream, requests: Iterable[OpenRequest]
+        self, durable: DurableParts, stream: Stream, requests: Iterable[OpenRequest]
     ) -> None:
         """As `open`, after asking the store about every sequence that it has or gets."""
         with contextlib.suppress(StoreError):
@@ -380,74 +353,21 @@ class Host:
     ) -> None:
         """Queue chunks: `lanes`, `steps` and `first` are [chunks], `inputs` [sum(steps), …] each.
 
-        An InvalidInputError instead of the inputs faults every lane that has a chunk here.
+        An InvalidInputError in place of the inputs faults every lane with a chunk here.
         """
-        if stream.is_draining:
-            return  # read when the drain began: neither run nor answered
-        self._metrics.chunks.add(len(lanes))
-        arrived = time.monotonic()
-        slots, starts = stream.slots(lanes), starts_of(steps)
-        is_whole = int(slots.min()) >= 0
-        if not is_whole:
-            for lane in set(lanes.tolist()):
-                if stream.is_unknown(lane):
-                    self._faults.tell_unknown(stream, lane)
-            is_open = slots >= 0
-            lanes, slots = lanes[is_open], slots[is_open]
-            steps, starts = steps[is_open], starts[is_open]
-            first = None if first is None else first[is_open]
-            if not len(slots):
-                return
-        errors: dict[int, LaneError] | None = None
-        if isinstance(inputs, InvalidInputError):
-            errors, inputs = dict.fromkeys(range(len(slots)), inputs), []
-        if is_ones(steps):
-            total, each = len(steps), 1
-        else:
-            total = int(np.maximum(steps, 1).sum())
-            each = int(steps[0]) if (steps == steps[0]).all() else 0
-        if not is_whole:
-            each = 0  # rows of other lanes lie between, so use the queues
-        stream.queued_steps += total
-        self._scheduler.push(
-            Frame(stream.number, lanes, slots, steps, starts, first, inputs, errors, each, arrived)
-        )
-        self._runs.wake(is_alone=len(self._streams) == 1)
+        self._intake.submit(stream, lanes, steps, first, inputs)
 
     def submit_singles(
         self, stream: Stream, chunks: Iterable[tuple[int, int, int, Buffers]]
     ) -> None:
-        """Queue single chunks: of each its lane, its steps, the steps before it
-        (or NONE), and its rows for each input, checked.
+        """Queue single chunks: of each its lane, its steps, the steps before it (or NONE), and
+        its checked rows for each input.
         """
-        if stream.is_draining:
-            return
-        arrived = time.monotonic()
-        for lane, steps, first, data in chunks:
-            self._metrics.chunks.value += 1
-            slot = stream.slot(lane)
-            if slot >= 0:
-                stream.queued_steps += steps
-                self._scheduler.push_single(
-                    Single(stream.number, lane, slot, steps, first, data, arrived)
-                )
-            elif stream.is_unknown(lane):
-                self._faults.tell_unknown(stream, lane)
-        self._runs.wake(is_alone=len(self._streams) == 1)
+        self._intake.submit_singles(stream, chunks)
 
     def end_after(self, stream: Stream, lanes: Integers, kind: Kind) -> None:
-        """Close or park `lanes` [n] after the chunks that they have sent."""
-        if stream.is_draining:
-            return
-        slots = stream.slots(lanes)
-        for lane in lanes[slots < 0].tolist():
-            if stream.is_unknown(lane):
-                self._faults.tell_unknown(stream, lane)
-        slots = np.unique(slots[slots >= 0])
-        if len(slots):
-            stream.queued_steps += len(slots)
-            self._scheduler.push_endings(slots, kind)
-            self._runs.wake()
+        """Close or park `lanes` [n] after the chunks they have sent."""
+        self._intake.end_after(stream, lanes, kind)
 
     def note_sent(self, stream: Stream, outputs: Outputs, responses: int) -> None:
         """Outputs have gone out, the last of them in response number `responses`."""

@@ -7,12 +7,13 @@ from typing import Any, TypeAlias
 import grpc
 import numpy as np
 
-from sluice_protos.sequences_pb2 import Received
+from sluice_protos.sequences_pb2 import InferRequest, Received
 from sluice_service.batching.queues import Kind
 from sluice_service.errors import RequestError
 from sluice_service.models.host import Host
 from sluice_service.rpc.native.frames import Chunks, Encoder, parse, read_chunks, read_single
 from sluice_service.rpc.native.values import read_open
+from sluice_service.rpc.native.wire import decode_single
 from sluice_service.runtime.cooperative import rest
 from sluice_service.sequences.events import Outputs
 from sluice_service.sequences.stream import LANES_MAX
@@ -90,8 +91,25 @@ class Session:
 
     async def _take(self, data: bytes) -> None:
         """Apply one message."""
+        if not self._take_single(data):
+            await self._take_request(parse(data))
+
+    def _take_single(self, data: bytes) -> bool:
+        """Apply a message that is one chunk of rows and nothing else; False if it is another."""
+        decoded = decode_single(data)
+        if decoded is None:
+            return False
+        received, single = decoded
+        _, steps, _, rows = single
+        if not self._host.inputs.fit(rows, steps):
+            return False
+        if received:
+            self._host.acknowledge_responses(self._stream, received)
+        self._host.submit_singles(self._stream, [single])
+        return True
+
+    async def _take_request(self, request: InferRequest) -> None:
         host, stream = self._host, self._stream
-        request = parse(data)
         if request.model and request.model != host.name:
             raise RequestError(
                 f"this stream serves model {host.name!r}; open another for {request.model!r}"

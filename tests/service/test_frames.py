@@ -27,9 +27,9 @@ def test_outputs_are_encoded_as_protobuf_does(chunks, outputs) -> None:
     assert InferResponse.FromString(encode_outputs(*arrays, outputs)) == expected
 
 
-def _check(message: bytes) -> bool:
+def _check(message: bytes, inputs: int = 1) -> bool:
     """True where a message is decoded by hand; then protobuf reads the same, and nothing more."""
-    decoded = decode_single(message)
+    decoded = decode_single(message, inputs)
     if decoded is None:
         return False
     received, (lane, steps, first, rows) = decoded
@@ -72,12 +72,15 @@ requests = st.builds(
 
 @given(singles.filter(lambda request: all(one.data for one in request.inputs)))
 def test_a_message_of_one_chunk_is_decoded_by_hand(request) -> None:
-    assert _check(request.SerializeToString())
+    message = request.SerializeToString()
+    assert _check(message, len(request.inputs))
+    assert not _check(message, len(request.inputs) + 1)
 
 
 @given(requests)
 def test_whatever_a_message_says_it_is_decoded_as_protobuf_does_or_not_at_all(request) -> None:
-    _check(request.SerializeToString())
+    for inputs in range(3):
+        _check(request.SerializeToString(), inputs)
 
 
 @given(singles, st.data())
@@ -96,9 +99,9 @@ def test_a_message_with_a_byte_changed_is_decoded_as_protobuf_does_or_not_at_all
     try:
         InferRequest.FromString(bytes(message))
     except DecodeError:
-        assert decode_single(bytes(message)) is None
+        assert decode_single(bytes(message), len(request.inputs)) is None
     else:
-        _check(bytes(message))
+        _check(bytes(message), len(request.inputs))
 
 
 LANE, ROW = b"\x1a\x01\x05", b"\x32\x03\x22\x01\x05"  # lane 5; an input of one byte, 5
@@ -117,8 +120,9 @@ LANE, ROW = b"\x1a\x01\x05", b"\x32\x03\x22\x01\x05"  # lane 5; an input of one 
         LANE + b"\x32\x06\x22\x01\x05\x7a\x01\x05",  # the same, within the input
         LANE + b"\x32\x06\x22\x01\x09\x22\x01\x05",  # the data twice
         LANE + ROW + LANE,
+        LANE + ROW * 2,  # more inputs than the model has
     ],
 )
 def test_a_message_in_another_form_is_left_to_protobuf(message) -> None:
-    assert decode_single(message) is None
+    assert decode_single(message, 1) is None
     assert _check(LANE + ROW)

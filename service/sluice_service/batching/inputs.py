@@ -90,6 +90,7 @@ class InputRules:
         self._rules = [
             _Rule(spec, refuses_non_finite=refuses_non_finite) for spec in contract.inputs
         ]
+        self.count = len(self._rules)
         self._names = [rule.name for rule in self._rules]
         self._no_names = [""] * len(self._rules)
         self.step_bytes = sum(rule.row_bytes for rule in self._rules)
@@ -115,7 +116,7 @@ class InputRules:
 
     def fit(self, data: list[bytes], steps: int) -> bool:
         """True if `data` are the rows of a chunk of `steps`, for each input in order."""
-        if len(data) != len(self._rules) or not 1 <= steps <= self.chunk_steps_max:
+        if len(data) != self.count or not 1 <= steps <= self.chunk_steps_max:
             return False
         pairs = zip(self._rules, data, strict=True)
         return all(len(rows) == steps * rule.row_bytes for rule, rows in pairs)

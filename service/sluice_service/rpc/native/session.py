@@ -96,7 +96,7 @@ class Session:
 
     def _take_single(self, data: bytes) -> bool:
         """Apply a message that is one chunk of rows and nothing else; False if it is another."""
-        decoded = decode_single(data)
+        decoded = decode_single(data, self._host.inputs.count)
         if decoded is None:
             return False
         received, single = decoded

@@ -21,8 +21,10 @@ _DATA_IN = 0x22
 _UINT32_MAX = 0xFFFF_FFFF
 
 
-def decode_single(message: bytes) -> tuple[int, tuple[int, int, int, list[bytes]]] | None:
-    """An InferRequest with one chunk, whose inputs have data and nothing else.
+def decode_single(
+    message: bytes, inputs: int
+) -> tuple[int, tuple[int, int, int, list[bytes]]] | None:
+    """An InferRequest with one chunk and this many `inputs`, which have data and nothing else.
 
     The responses that its client has read; and the lane, the steps, the first step (or NONE)
     and the rows for each input. None for every other message: protobuf reads it. Nothing is
@@ -35,20 +37,19 @@ def decode_single(message: bytes) -> tuple[int, tuple[int, int, int, list[bytes]
         if message[at] == _FIRST_STEP_IN:
             first, at = _read_packed(message, _FIRST_STEP_IN, at)
         rows, size, received = list[bytes](), len(message), 0
-        while at < size and message[at] == _INPUT_IN:
-            length, start = _read_varint(message, at + 1)
+        for _ in range(inputs):
+            tag, (length, start) = at, _read_varint(message, at + 1)
             at = start + length
             length, begin = _read_varint(message, start + 1)
-            if message[start] != _DATA_IN or begin + length != at:
+            if message[tag] != _INPUT_IN or message[start] != _DATA_IN or begin + length != at:
                 return None
             rows.append(message[begin:at])
         if at < size and message[at] == _RESPONSES_IN:
             received, at = _read_varint(message, at + 1)
     except (IndexError, ValueError):
         return None
-    is_whole = at == size and bool(rows)
     is_usual = lane <= _UINT32_MAX and steps <= _UINT32_MAX and first <= STEPS_MAX
-    return (received, (lane, steps, first, rows)) if is_whole and is_usual else None
+    return (received, (lane, steps, first, rows)) if at == size and is_usual else None
 
 
 def _read_packed(message: bytes, tag: int, at: int) -> tuple[int, int]:

@@ -1,5 +1,6 @@
 """Exports the models that are measured, once: two layers of LSTM with 64 inputs."""
 
+import sys
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ def export_model(hidden: int) -> Path:
 
 
 def _export(hidden: int, path: Path) -> None:
-    print(f"exporting {path} (once)", flush=True)
+    print(f"exporting {path} (once)", file=sys.stderr, flush=True)
     torch.manual_seed(hidden)
     FOLDER.mkdir(parents=True, exist_ok=True)
     export(

@@ -47,8 +47,7 @@ def main() -> None:
             sys.exit(f"{name!r} is not a table; there are {', '.join(TABLES)}")
         command = [sys.executable, "-m", f"bench.{name}"]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        # Messages before the table, such as that of an export, are not part of it.
-        table = done.stdout[done.stdout.index("\n\n") :] if "|" in done.stdout else ""
+        table = done.stdout
         print(table, flush=True)
         text = place(README.read_text(), "machine", describe_machine())
         README.write_text(place(text, name, table))

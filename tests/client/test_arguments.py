@@ -58,18 +58,20 @@ def test_a_stream_of_threads_with_nothing_ahead_is_refused(recorder: RecordingSe
         assert sequence.step([2, 3]).tolist() == [2, 3]
 
 
-def spoil(opening: Opening) -> None:
+def spoiled_state() -> SequenceState:
     """Stands for any defect of the client that shows when a message is put together."""
-    object.__setattr__(opening, "sequence_id", 7)
+    state = SequenceState("d", 3, ROW)
+    object.__setattr__(state, "step", "three")
+    return state
 
 
 async def test_a_message_that_cannot_be_made_ends_what_waits_for_it(
     recorder: RecordingServer,
 ) -> None:
     async with AsyncClient(recorder.address) as client:
-        sequence, bad = client.sequence("sum"), client.sequence("sum")
+        sequence = client.sequence("sum")
+        bad = client.sequence("sum", state=spoiled_state())
         await sequence.open()
-        spoil(bad._openings[0])
         with pytest.raises(SluiceError, match="the client has failed: TypeError"):
             await bad.open()
         with pytest.raises(SluiceError, match="the client has failed: TypeError"):
@@ -82,9 +84,9 @@ def test_a_message_that_cannot_be_made_ends_what_threads_wait_for(
     recorder: RecordingServer,
 ) -> None:
     with Client(recorder.address) as client:
-        sequence, bad = client.sequence("sum"), client.sequence("sum")
+        sequence = client.sequence("sum")
+        bad = client.sequence("sum", state=spoiled_state())
         sequence.open()
-        spoil(bad._openings[0])
         with pytest.raises(SluiceError, match="the client has failed: TypeError"):
             bad.open()
         with pytest.raises(SluiceError, match="the client has failed: TypeError"):

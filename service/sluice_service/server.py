@@ -49,7 +49,7 @@ class Server:
         self.grpc_port = 0
         self.http_port = 0
         self._is_ready = False
-        self.store = store or _open_store(settings)
+        self.store = store if store is not None else _open_store(settings)
         self.hosts = Hosts(settings, self.metrics, self.store, self._changed)
         self._repository: Repository | None = None
         if settings.model_repository is not None:
@@ -76,13 +76,16 @@ class Server:
             from sluice_service.pages import Pages  # noqa: PLC0415 - see there
 
             self._pages = Pages(self._expose, lambda: self._is_ready, self._trouble)
-            models = [*zip(self.settings.model, named, strict=True), *found]
+            models = list(zip(self.settings.model, named, strict=True))
+            loaded_by_repository = list(found)
         finally:
             threads.shutdown(cancel_futures=True)
         # One after another, with nothing else going on: runs are measured here.
         for name, loaded in models:
             loaded.warm_up()
             self.hosts.add(name, loaded)
+        if self._repository is not None:
+            self._repository.serve(loaded_by_repository)
 
     async def start(self) -> None:
         """Open both ports, then report ready.

@@ -20,6 +20,7 @@ from sluice_protos.sequences_pb2 import (
     GetModelRequest,
     OpenSequence,
 )
+from sluice_service.batching.versions import Version
 from sluice_service.settings import Settings
 from tests.compat.caller import SECONDS, Caller, request, values
 from tests.compat.models import write_breaking_accumulator, write_gained_accumulator
@@ -440,6 +441,24 @@ async def test_at_the_start_an_older_version_serves_where_the_newest_is_bad(
     caller = Caller((await followed("none")).channel)
     assert values(await caller.send(ask(1))) == [1]
     assert (await index(caller))["sum", "2"].startswith("UNAVAILABLE")
+
+
+async def test_at_the_start_an_older_version_serves_where_the_newest_fails_its_warm_up(
+    folder, followed, monkeypatch
+) -> None:
+    folder.put(2)
+    warm_up = Version.warm_up
+
+    def fail_the_newest(version: Version) -> None:
+        if version.number == 2:
+            raise ModelError("it cannot be run")
+        warm_up(version)
+
+    monkeypatch.setattr(Version, "warm_up", fail_the_newest)
+    caller = Caller((await followed("none")).channel)
+    answer = await caller.send(ask(1))
+    assert (values(answer), answer.model_version) == ([1], "1")
+    assert (await index(caller))["sum", "2"] == "UNAVAILABLE it cannot be run"
 
 
 async def test_a_file_that_breaks_what_tests_it_is_a_bad_file(

@@ -1,7 +1,7 @@
 """Follows a folder of models, DIR/name/version/model.onnx: what it contains and what is served."""
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,11 +105,28 @@ class Repository:
         newest = zip(names, threads.map(self._load_newest, names), strict=True)
         return ((name, version) for name, version in newest if version is not None)
 
-    def _load_newest(self, name: str) -> Version | None:
+    def serve(self, models: Iterable[tuple[str, Version]]) -> None:
+        """Warm up the models that `open` has loaded and serve them, or lower versions of them.
+
+        Before the server starts. Raises ModelError when no version of a model can be served.
+        """
+        for name, loaded in models:
+            version: Version | None = loaded
+            try:
+                loaded.warm_up()
+            except ModelError as error:
+                self._refuse(name, loaded.number, error)
+                version = self._load_newest(name, warms_up=True)
+            if version is not None:
+                self._hosts.add(name, version)
+
+    def _load_newest(self, name: str, *, warms_up: bool = False) -> Version | None:
         """The highest version that can be served; None for a folder without versions."""
         for number in self._candidates(name):
+            if (name, number) in self._refused:
+                continue
             try:
-                version = self._hosts.load(self._path(name, number), number, warms_up=False)
+                version = self._hosts.load(self._path(name, number), number, warms_up=warms_up)
             except ModelError as error:
                 self._refuse(name, number, error)
             else:

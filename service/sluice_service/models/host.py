@@ -16,14 +16,12 @@ import numpy as np
 import structlog
 
 from sluice_protos.contract_pb2 import ModelContract
-from sluice_service.arrays import Array, Buffers, Integers
+from sluice_service.arrays import Integers
 from sluice_service.batching.inputs import InputRules
-from sluice_service.batching.queues import Kind
 from sluice_service.batching.run import RunSizes
 from sluice_service.batching.scheduler import Scheduler
 from sluice_service.batching.versions import Version, Versions
 from sluice_service.durability.assembly import DurableParts, assemble
-from sluice_service.errors import InvalidInputError
 from sluice_service.metrics import ModelMetrics
 from sluice_service.models.commands import Commands, Forked
 from sluice_service.models.expiry import Expiry
@@ -123,7 +121,11 @@ class Host:
             executor,
             runs_at_once_max=settings.runs_at_once_max,
         )
-        self._intake = Intake(self._streams, self._scheduler, self._runs, self._faults, metrics)
+        # What streams send goes to the intake directly: every message takes this way.
+        intake = Intake(self._streams, self._scheduler, self._runs, self._faults, metrics)
+        self.submit = intake.submit
+        self.submit_singles = intake.submit_singles
+        self.end_after = intake.end_after
         self._admission = Admission(
             self._table,
             self._versions,
@@ -342,32 +344,6 @@ class Host:
         for lane in lanes:
             if (slot := stream.slot(lane)) >= 0:
                 self._table.states.reset(slot)
-
-    def submit(
-        self,
-        stream: Stream,
-        lanes: Integers,
-        steps: Integers,
-        first: Integers | None,
-        inputs: list[Array] | InvalidInputError,
-    ) -> None:
-        """Queue chunks: `lanes`, `steps` and `first` are [chunks], `inputs` [sum(steps), …] each.
-
-        An InvalidInputError in place of the inputs faults every lane with a chunk here.
-        """
-        self._intake.submit(stream, lanes, steps, first, inputs)
-
-    def submit_singles(
-        self, stream: Stream, chunks: Iterable[tuple[int, int, int, Buffers]]
-    ) -> None:
-        """Queue single chunks: of each its lane, its steps, the steps before it (or NONE), and
-        its checked rows for each input.
-        """
-        self._intake.submit_singles(stream, chunks)
-
-    def end_after(self, stream: Stream, lanes: Integers, kind: Kind) -> None:
-        """Close or park `lanes` [n] after the chunks they have sent."""
-        self._intake.end_after(stream, lanes, kind)
 
     def note_sent(self, stream: Stream, outputs: Outputs, responses: int) -> None:
         """Outputs have gone out, the last of them in response number `responses`."""
